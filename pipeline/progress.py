@@ -1,0 +1,67 @@
+"""Progress of long work: a bar on a terminal, a plain line every ten seconds elsewhere, always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+PLAIN_INTERVAL_S = 10.0
+
+
+def say(text: str) -> None:
+    """Print one line for the user on stderr; stdout carries only a command's summary path."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """`75.2` becomes `1m15s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+def track(items: Iterable[T], total: int, what: str, unit: str = "images") -> Iterator[T]:
+    """Yield `items` while showing how many of `total` are done, the rate in `unit`/s and the time left."""
+    if sys.stderr.isatty():
+        yield from _track_bar(items, total, what, unit)
+    else:
+        yield from _track_lines(items, total, what, unit)
+
+
+def _track_bar(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task, start = bar.add_task(what, total=total, rate=""), time.monotonic()
+        for done, item in enumerate(items, start=1):
+            yield item
+            rate = done / max(time.monotonic() - start, 1e-9)
+            bar.update(task, completed=done, rate=f"{rate:.1f} {unit}/s")
+
+
+def _track_lines(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
+    start = last = time.monotonic()
+    done = 0
+    for done, item in enumerate(items, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= PLAIN_INTERVAL_S:
+            rate = done / (now - start)
+            left = format_seconds((total - done) / rate)
+            say(f"{what}: {done}/{total}, {rate:.1f} {unit}/s, {left} left")
+            last = now
+    spent = time.monotonic() - start
+    say(f"{what}: {done} {unit} in {format_seconds(spent)} ({done / max(spent, 1e-9):.1f}/s)")
