@@ -22,6 +22,12 @@ class UserError(ValueError):
     """A mistake in what the user gave; the message says what, where, and what to do, in one sentence."""
 
 
+def require(condition: bool, key: str, value: object, allowed: str) -> None:
+    """Refuse a configuration value with the key, the value and what is allowed."""
+    if not condition:
+        raise UserError(f"{key} is {value!r}, but must be {allowed}")
+
+
 class Stopped(Exception):
     """The work stopped on request and can be resumed by the same command; the message says how."""
 

@@ -1,0 +1,91 @@
+"""Process start-up: Accelerate on top of DeepSpeed, on gloo or NCCL, with numbers instead of "auto"."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+
+from pipeline.errors import UserError
+
+DEFAULT_DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
+
+
+def start(
+    *, batch_size: int, accumulation: int, grad_clip: float, precision: str, log_with: list[str]
+) -> Accelerator:
+    """Join the process group and return an `Accelerator` with DeepSpeed under it.
+
+    The ZeRO settings come from the file that the accelerate configuration names; batch size, accumulation, clipping
+    and precision are the recipe's and are filled in here, so that one file serves every recipe and world size.
+
+    Args:
+        batch_size: Samples of one process in one micro-batch.
+        accumulation: Micro-batches in one optimizer step.
+        grad_clip: Largest norm of the global gradient, 0 for none.
+        precision: "bf16" or "fp32", see `resolve_precision`.
+        log_with: Accelerate trackers to start.
+    """
+    _without_launcher()
+    settings = read_ds_config(Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", DEFAULT_DS_CONFIG)))
+    settings |= {
+        "train_micro_batch_size_per_gpu": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": grad_clip,
+        "bf16": {"enabled": precision == "bf16"},
+    }
+    if not torch.cuda.is_available():
+        _skip_shared_memory_kernel()
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
+        log_with=log_with or None,
+    )
+    # Without a matching backend every rank believes it is alone, and trains on all of the data.
+    assert accelerator.num_processes == int(os.environ["WORLD_SIZE"])
+    return accelerator
+
+
+def resolve_precision(wanted: str) -> str:
+    """"auto" is bf16 on a GPU that computes in it and fp32 elsewhere; bf16 without hardware is refused."""
+    supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    if wanted == "auto":
+        return "bf16" if supported else "fp32"
+    if wanted == "bf16" and not supported:
+        raise UserError("train.precision is 'bf16', but no GPU here computes in it; use 'auto' or 'fp32'")
+    return wanted
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Read a DeepSpeed JSON file; a missing or malformed one is a `UserError`."""
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"cannot read the DeepSpeed configuration {path} ({error}); start from the project's root, or name "
+            "another file as deepspeed_config_file in the accelerate configuration"
+        ) from error
+    return settings
+
+
+def _without_launcher() -> None:
+    """Let `python pipeline/train.py` work as one process, as if `accelerate launch` had started it."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _skip_shared_memory_kernel() -> None:
+    """Keep DeepSpeed from compiling its shared-memory all-reduce: a minute with g++, to gain nothing at this size."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
