@@ -1,0 +1,144 @@
+"""Component 1: the frozen DINOv3 backbone and the pooling of its patch tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, DINOv3ViTConfig
+
+from pipeline.errors import UserError
+
+SCENES_TINY = Path(__file__).parents[1] / "assets" / "scenes-tiny"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_VIEWS_PER_PASS = 192  # bounds the activations of one forward pass
+
+
+def vith16plus_config() -> DINOv3ViTConfig:
+    """Configuration of `facebook/dinov3-vith16plus-pretrain-lvd1689m`: 840.6 M parameters (DINOv3, arXiv 2508.10104)."""
+    return DINOv3ViTConfig(
+        hidden_size=1280,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        intermediate_size=5120,
+        use_gated_mlp=True,
+        hidden_act="silu",
+        num_register_tokens=4,
+        patch_size=16,
+    )
+
+
+class FrozenBackbone:
+    """A DINOv3 ViT that is never trained, never saved and never in train mode.
+
+    Deliberately no `nn.Module`: a parent's `.train()` must not reach it (its RoPE rescales coordinates at random in
+    train mode), and neither optimizers, DeepSpeed nor `state_dict` may find its parameters.
+    """
+
+    def __init__(self, name: str, device: torch.device | str = "cpu"):
+        """Load the backbone.
+
+        Args:
+            name: `scenes-tiny`, a local folder, or a hub id.
+            device: Where it runs; bf16 on CUDA, fp32 elsewhere.
+
+        Raises:
+            UserError: The weights are not to be had; the sentence says how to get them.
+        """
+        self.name = name
+        source = str(SCENES_TINY) if name == "scenes-tiny" else name
+        try:
+            model = AutoModel.from_pretrained(source, attn_implementation="sdpa")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"cannot load the backbone {name!r}: the weights are neither a local folder nor reachable on the hub; "
+                f"for gated weights accept the licence at https://huggingface.co/{name} and run `hf auth login`, or "
+                "choose others with --model.backbone (a folder, a hub id or scenes-tiny)"
+            ) from error
+        self.config = model.config
+        self.model = model.eval().requires_grad_(False)
+        self.to(device)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of a token."""
+        return int(self.config.hidden_size)
+
+    @property
+    def num_parameters(self) -> int:
+        """All of them frozen."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def to(self, device: torch.device | str) -> FrozenBackbone:
+        """Move the weights; a CUDA device computes in bf16."""
+        self.device = torch.device(device)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.model.to(self.device, dtype)
+        self._mean = torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1)
+        self._std = torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the backbone.
+
+        Args:
+            views: uint8 [N, 3, S, S], RGB.
+
+        Returns:
+            CLS tokens [N, D] and the grid of patch tokens [N, S/16, S/16, D], both after the final norm.
+        """
+        outputs = [self._forward(chunk) for chunk in views.split(MAX_VIEWS_PER_PASS)]
+        cls, patches = zip(*outputs, strict=True)
+        return torch.cat(cls), torch.cat(patches)
+
+    def _forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = (views.to(self.device).float() / 255 - self._mean) / self._std
+        tokens = self.model(pixel_values=pixels).last_hidden_state
+        grid = views.shape[-1] // self.config.patch_size
+        prefix = 1 + self.config.num_register_tokens  # order: CLS, registers, patches
+        return tokens[:, 0], tokens[:, prefix:].unflatten(1, (grid, grid))
+
+
+def pool_cells(patches: torch.Tensor, grid: int) -> torch.Tensor:
+    """Mean and max of the patch tokens of each cell: a small object dies in a mean alone.
+
+    Args:
+        patches: [N, h, w, D].
+        grid: Cells per side g.
+
+    Returns:
+        [N, g*g, 2D], row-major.
+    """
+    channels_first = patches.permute(0, 3, 1, 2)
+    mean = F.adaptive_avg_pool2d(channels_first, grid)
+    peak = F.adaptive_max_pool2d(channels_first, grid)
+    return torch.cat([mean, peak], dim=1).flatten(2).transpose(1, 2)
+
+
+def pool_regions(patches: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Mean of a view's patch tokens under each box, patches weighted by the area that the box covers.
+
+    Args:
+        patches: [B, h, w, D], the patch grid of the global view.
+        boxes: [B, V, 4] as x0, y0, x1, y1 in [0, 1].
+
+    Returns:
+        [B, V, D].
+    """
+    _, height, width, _ = patches.shape
+    boxes = boxes.to(patches.device)
+    across = interval_overlap(boxes[..., 0], boxes[..., 2], width)
+    down = interval_overlap(boxes[..., 1], boxes[..., 3], height)
+    weights = down[..., :, None] * across[..., None, :]
+    weights = weights / weights.sum((-2, -1), keepdim=True)
+    return torch.einsum("bvhw,bhwd->bvd", weights.to(patches.dtype), patches)
+
+
+def interval_overlap(low: torch.Tensor, high: torch.Tensor, cells: int) -> torch.Tensor:
+    """Length of [low, high] inside each of `cells` equal parts of [0, 1]: [..., cells], in units of one part."""
+    edges = torch.arange(cells, device=low.device)
+    inside = torch.minimum(high[..., None] * cells, edges + 1) - torch.maximum(low[..., None] * cells, edges)
+    return inside.clamp(min=0)

@@ -1,0 +1,96 @@
+"""Sizes and switches of the model; the defaults are the mission's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.errors import require
+
+HEADS = ("roadwork", "single_view", "mean_pool", "attention_mil")
+PRUNING = ("scored", "random", "off")
+METADATA_FIELDS = ("gps", "weather", "daytime", "scene", "text")
+NUM_VIEWS = 12
+
+
+@dataclass
+class ModelConfig:
+    """The frozen backbone, the trained head and what the head may see."""
+
+    backbone: str = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
+    """A DINOv3 hub id, a local folder, or `scenes-tiny`, the small backbone that comes with the project."""
+    view_side: int = 512
+    """Side of a view in pixels, a multiple of 16."""
+    head: str = "roadwork"
+    """`roadwork`, or a baseline: `single_view`, `mean_pool`, `attention_mil`."""
+    pruning: str = "scored"
+    """How views are chosen before the backbone sees them: `scored`, `random` (the control) or `off`."""
+    keep_views: int = 8
+    """Views kept of the twelve, the global one among them."""
+    pool_grid: int = 4
+    """Cells per side that a view's patch tokens are pooled to."""
+    width: int = 512
+    """Width H of the head's tokens, a multiple of 4."""
+    layers: int = 4
+    """Gated attention layers."""
+    heads: int = 8
+    """Attention heads per layer."""
+    experts: int = 4
+    """Experts per layer."""
+    experts_per_token: int = 2
+    """Experts that each token is sent to."""
+    expert_width: int = 2048
+    """Hidden width of one SwiGLU expert."""
+    fusion_heads: int = 8
+    """Attention heads of the gated fusion."""
+    dropout: float = 0.1
+    """Dropout before the classifiers."""
+    metadata: tuple[str, ...] = ("gps", "weather", "daytime", "scene")
+    """Fields the head may see; `text` is off because it leaks the label in the real data set."""
+    text_dim: int = 384
+    """Length of a text description's embedding."""
+    metadata_field_dropout: float = 0.1
+    """Probability in training that one field is NULL."""
+    metadata_all_dropout: float = 0.5
+    """Probability in training that all of a sample's metadata is NULL."""
+    mask_side: int = 64
+    """Side of the segmentation output in cells."""
+
+    def __post_init__(self) -> None:
+        self.metadata = tuple(self.metadata)
+        require(
+            self.view_side >= 16 and self.view_side % 16 == 0,
+            "model.view_side", self.view_side, f"a multiple of the patch size 16, such as {nearest_side(self.view_side)}",
+        )  # fmt: skip
+        require(self.head in HEADS, "model.head", self.head, f"one of {', '.join(HEADS)}")
+        require(self.pruning in PRUNING, "model.pruning", self.pruning, f"one of {', '.join(PRUNING)}")
+        require(2 <= self.keep_views <= NUM_VIEWS, "model.keep_views", self.keep_views, "in [2, 12]")
+        patches = self.view_side // 16
+        require(
+            self.pool_grid % 2 == 0 and 2 <= self.pool_grid <= patches,
+            "model.pool_grid", self.pool_grid, f"even and at most the {patches} patches of a view's side",
+        )  # fmt: skip
+        require(self.layers >= 1, "model.layers", self.layers, "1 or more")
+        for key, heads in (("heads", self.heads), ("fusion_heads", self.fusion_heads)):
+            require(heads >= 1 and self.width % (4 * heads) == 0, f"model.{key}", heads, "a divisor of width / 4")
+        require(self.experts >= 2, "model.experts", self.experts, "2 or more")
+        require(
+            1 <= self.experts_per_token <= self.experts,
+            "model.experts_per_token", self.experts_per_token, f"in [1, {self.experts}]",
+        )  # fmt: skip
+        require(self.expert_width >= 1, "model.expert_width", self.expert_width, "1 or more")
+        unknown = [field for field in self.metadata if field not in METADATA_FIELDS]
+        require(not unknown, "model.metadata", unknown, f"among {', '.join(METADATA_FIELDS)}")
+        for key in ("dropout", "metadata_field_dropout", "metadata_all_dropout"):
+            require(0 <= getattr(self, key) < 1, f"model.{key}", getattr(self, key), "in [0, 1)")
+        require(self.text_dim >= 1, "model.text_dim", self.text_dim, "1 or more")
+        require(self.mask_side >= 1, "model.mask_side", self.mask_side, "1 or more")
+
+    @property
+    def num_views(self) -> int:
+        """Views that the data side must build: the single-view baseline needs the global one only."""
+        return 1 if self.head == "single_view" else NUM_VIEWS
+
+
+def nearest_side(side: int) -> int:
+    """The multiple of 16 nearest to `side`, at least 16."""
+    return max(16, round(side / 16) * 16)

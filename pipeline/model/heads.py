@@ -1,0 +1,72 @@
+"""Component 9: the three heads: roadwork, weather, and six-class segmentation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.data.vocabulary import MASK_CLASSES, WEATHER
+from pipeline.model.backbone import interval_overlap as overlap
+
+
+class ClassifierHead(nn.Module):
+    """H -> H/2 -> classes."""
+
+    def __init__(self, width: int, classes: int, dropout: float):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(width, width // 2), nn.SiLU(), nn.Dropout(dropout), nn.Linear(width // 2, classes)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] to logits [..., classes]."""
+        logits: torch.Tensor = self.layers(x)
+        return logits
+
+
+class BinaryHead(ClassifierHead):
+    """Roadwork or none, for the photo and for each of its views."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__(width, 2, dropout)
+
+
+class WeatherHead(ClassifierHead):
+    """Weather from the image's vector, taken before metadata joins it: the answer is among the metadata."""
+
+    def __init__(self, width: int, dropout: float):
+        super().__init__(width, len(WEATHER), dropout)
+
+
+class SegmentationHead(nn.Module):
+    """Six classes on a grid over the whole photo, from the cells of the kept views, stitched by their boxes."""
+
+    def __init__(self, width: int, side: int, grid: int):
+        super().__init__()
+        self.side, self.grid = side, grid
+        self.classify = nn.Linear(width, len(MASK_CLASSES))
+
+    def forward(self, cells: torch.Tensor, boxes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Stitch.
+
+        Args:
+            cells: [B, K, g*g, H].
+            boxes: [B, K, 4] as x0, y0, x1, y1 in [0, 1].
+            mask: bool [B, K].
+
+        Returns:
+            Logits [B, 6, side, side]: at each place the mean over the cells that cover it, weighted by overlap area,
+            finer views counting more in proportion to their magnification.
+        """
+        batch, views = mask.shape
+        logits = self.classify(cells).unflatten(2, (self.grid, self.grid))
+        step = torch.arange(self.grid + 1, device=boxes.device) / self.grid
+        x = boxes[..., :1] + (boxes[..., 2:3] - boxes[..., :1]) * step
+        y = boxes[..., 1:2] + (boxes[..., 3:] - boxes[..., 1:2]) * step
+        across = overlap(x[..., :-1], x[..., 1:], self.side).to(cells.dtype)
+        down = overlap(y[..., :-1], y[..., 1:], self.side).to(cells.dtype)
+        area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+        weight = (mask / area.clamp(min=1e-6)).to(cells.dtype)
+        total = torch.einsum("bkrcn,bkry,bkcx,bk->bnyx", logits, down, across, weight)
+        cover = torch.einsum("bky,bkx,bk->byx", down.sum(2), across.sum(2), weight)
+        return total / cover.clamp(min=1e-6)[:, None]

@@ -1,0 +1,85 @@
+"""Component 6, second half: sparse mixture of experts and its router losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from pipeline.model.config import ModelConfig
+
+INIT_STD = 0.02
+
+
+class SparseExperts(nn.Module):
+    """`Qwen3MoeSparseMoeBlock` (fp32 softmax router, top k of E, renormalised, SwiGLU experts), with router logits.
+
+    The logits are taken by a hook on the router rather than from the block, so that they are the same when DeepSpeed
+    replaces the block by one whose experts are sharded.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        settings = Qwen3MoeConfig(
+            hidden_size=config.width,
+            moe_intermediate_size=config.expert_width,
+            num_experts=config.experts,
+            num_experts_per_tok=config.experts_per_token,
+            norm_topk_prob=True,
+            hidden_act="silu",
+        )
+        settings._experts_implementation = "eager"
+        self.block = Qwen3MoeSparseMoeBlock(settings)
+        # transformers leaves these empty or zero outside its own from_pretrained; a zero router ties all experts.
+        for parameter in self.block.parameters():
+            nn.init.normal_(parameter, std=INIT_STD)
+        self._logits: torch.Tensor | None = None
+        self.block.gate.register_forward_hook(self._keep_logits)
+
+    def _keep_logits(self, router: nn.Module, inputs: Any, output: Any) -> None:
+        self._logits = output[0]
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Send every token [B, T, H] to its experts; returns the update [B, T, H] and router logits [B, T, E]."""
+        update = self.block(x)
+        logits, self._logits = self._logits, None
+        assert logits is not None
+        if self.training:
+            # An expert that no token chose still owes DeepSpeed a gradient, of zeros, on every rank.
+            update = update + sum(p.sum() for p in self.block.experts.parameters()) * 0.0
+        return update, logits.unflatten(0, x.shape[:2])
+
+
+def balance_loss(router_logits: torch.Tensor, token_mask: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Load balancing loss E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4), for each image by itself.
+
+    f_e is the share of an image's assignments that expert e receives and P_e its mean router probability. Taken per
+    image, the mean over images does not depend on how they are split into micro-batches and ranks.
+
+    Args:
+        router_logits: [B, T, E].
+        token_mask: bool [B, T], tokens that count.
+        top_k: Experts per token.
+
+    Returns:
+        [B]; 1 when perfectly even.
+    """
+    probabilities = router_logits.float().softmax(dim=-1)
+    chosen = probabilities.topk(top_k, dim=-1).indices
+    experts = router_logits.shape[-1]
+    weight = token_mask.float()[..., None]
+    tokens = weight.sum(dim=1).clamp(min=1)
+    share = (F.one_hot(chosen, experts).sum(dim=-2) * weight).sum(dim=1) / (tokens * top_k)
+    mean = (probabilities * weight).sum(dim=1) / tokens
+    return experts * (share * mean).sum(dim=-1)
+
+
+def z_loss(router_logits: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+    """Router z-loss, the mean squared log-sum-exp of an image's logits (ST-MoE, arXiv 2202.08906, eq. 5): [B]."""
+    weight = token_mask.float()
+    squared = router_logits.float().logsumexp(dim=-1) ** 2
+    return (squared * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)

@@ -1,0 +1,45 @@
+"""Component 4: input projection of backbone tokens, with the place of their view."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+BOX_FREQUENCIES = 8
+
+
+def sinusoids(values: torch.Tensor, frequencies: int = BOX_FREQUENCIES) -> torch.Tensor:
+    """Sine and cosine of `values` at octaves from half a period per unit: [..., n] to [..., n * 2 * frequencies]."""
+    scale = math.pi * 2.0 ** torch.arange(frequencies, device=values.device)
+    angles = values[..., None] * scale
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+
+
+class InputProjection(nn.Module):
+    """Linear D -> H for CLS tokens and 2D -> H for cells, RMSNorm, plus an embedding of the view's box."""
+
+    def __init__(self, dim: int, width: int):
+        super().__init__()
+        self.cls = nn.Linear(dim, width)
+        self.cells = nn.Linear(2 * dim, width)
+        self.norm = nn.RMSNorm(width)
+        self.box = nn.Linear(4 * 2 * BOX_FREQUENCIES, width)
+
+    def forward(self, cls: torch.Tensor, cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+        """Project.
+
+        Args:
+            cls: [B, K, D].
+            cells: [B, K, g*g, 2D].
+            boxes: [B, K, 4] as x0, y0, x1, y1 in [0, 1].
+
+        Returns:
+            Tokens [B, K, 1 + g*g, H], CLS first.
+        """
+        centre_and_size = torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], dim=-1)
+        place = self.box(sinusoids(centre_and_size).to(cls.dtype))
+        tokens = torch.cat([self.cls(cls)[:, :, None], self.cells(cells)], dim=2)
+        projected: torch.Tensor = self.norm(tokens) + place[:, :, None]
+        return projected
