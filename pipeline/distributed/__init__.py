@@ -1,7 +1,7 @@
 """Start-up of the processes, the stop signal and checkpoints."""
 
-from pipeline.distributed.checkpoint import CheckpointConfig, Checkpoints
+from pipeline.distributed.checkpoint import Checkpoints
 from pipeline.distributed.signals import StopSignal
-from pipeline.distributed.startup import start
+from pipeline.distributed.startup import on_rank_zero, resolve_precision, start
 
-__all__ = ["CheckpointConfig", "Checkpoints", "StopSignal", "start"]
+__all__ = ["Checkpoints", "StopSignal", "on_rank_zero", "resolve_precision", "start"]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 
 from pipeline.errors import UserError
 
+T = TypeVar("T")
 DEFAULT_DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
 
 
@@ -32,6 +37,7 @@ def start(
         log_with: Accelerate trackers to start.
     """
     _without_launcher()
+    _quieten()
     settings = read_ds_config(Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", DEFAULT_DS_CONFIG)))
     settings |= {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -49,6 +55,25 @@ def start(
     # Without a matching backend every rank believes it is alone, and trains on all of the data.
     assert accelerator.num_processes == int(os.environ["WORLD_SIZE"])
     return accelerator
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Let rank 0 act and every rank have the result. Collective.
+
+    Raises:
+        UserError: On every rank, where it was raised on rank 0; the others must not wait for one that left.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [action(), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    result: T = outcome[0]
+    return result
 
 
 def resolve_precision(wanted: str) -> str:
@@ -71,6 +96,12 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             "another file as deepspeed_config_file in the accelerate configuration"
         ) from error
     return settings
+
+
+def _quieten() -> None:
+    """Keep libraries' notes to themselves: the log is for the run's own lines, stdout for the summary's path."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _without_launcher() -> None:

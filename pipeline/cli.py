@@ -1,0 +1,96 @@
+"""The command line of a function: its signature and docstring are the flags and their help."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from pipeline.errors import UserError, run
+
+Command = Callable[..., Path | None]
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser without abbreviations, whose errors are one sentence."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Raise a `UserError`: a dataclass's own if one is behind it, else the parser's, made readable."""
+        cause: BaseException | None = ex
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause
+            cause = cause.__cause__ or cause.__context__
+        known = sorted({action.dest for action in self._actions})
+        raise UserError(explain(" ".join(message.split()), known))
+
+
+def explain(message: str, known: list[str]) -> str:
+    """A parser's message in a user's terms; an unknown key gets the nearest known one.
+
+    Args:
+        message: What jsonargparse says, on one line.
+        known: The names there are.
+    """
+    invalid = re.search(r"[Kk]ey \"([^\"]+)\": (.*)", message)
+    if invalid and "Expected" in message:
+        wanted = invalid.group(2).replace("<class '", "").replace("'>", "").replace("typing.Literal", "one of ")
+        return f"{invalid.group(1)}: {wanted.lower()[0]}{wanted[1:]}"
+    unknown = re.search(r"(?:[Uu]nrecognized arguments: -*|[Kk]ey '|[Kk]ey \"|[Oo]ption ')([\w.\-]+)", message)
+    if unknown is None:
+        return message
+    key = unknown.group(1).replace("-", "_")
+    last = {name.split(".")[-1]: name for name in known}
+    near = difflib.get_close_matches(key, known, n=1) or [
+        last[name] for name in difflib.get_close_matches(key.split(".")[-1], last, n=1)
+    ]
+    return f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
+
+
+def command(function: Command) -> int:
+    """Run one function from `sys.argv`; returns the exit status."""
+    return run(lambda: _call(function, sys.argv[1:], f"python -m pipeline.{function.__name__}"))
+
+
+def commands(functions: dict[str, Command], prog: str, description: str) -> int:
+    """Run the function that the first word of `sys.argv` names; returns the exit status."""
+
+    def main() -> Path | None:
+        words = sys.argv[1:]
+        if not words or words[0] in ("-h", "--help"):
+            print(f"usage: {prog} COMMAND [options]; `{prog} COMMAND --help` lists them\n\n{description}\n")
+            for name, function in functions.items():
+                print(f"  {name:<10} {_summary(function)}")
+            return None
+        if words[0] not in functions:
+            near = difflib.get_close_matches(words[0], functions, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"unknown command {words[0]!r}{hint} (there are {', '.join(functions)})")
+        return _call(functions[words[0]], words[1:], f"{prog} {words[0]}")
+
+    return run(main)
+
+
+def _call(function: Command, arguments: list[str], prog: str) -> Path | None:
+    parser = Parser(prog=prog, description=_summary(function))
+    parser.add_function_arguments(function, as_positional=False)
+    values: Any = parser.instantiate_classes(parser.parse_args([_underscored(word) for word in arguments]))
+    return function(**values.as_dict())
+
+
+def _underscored(word: str) -> str:
+    """`--max-rejects=1` is `--max_rejects=1` too."""
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+
+
+def _summary(function: Command) -> str:
+    return (function.__doc__ or "").strip().split("\n\n")[0]

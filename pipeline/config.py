@@ -1,0 +1,164 @@
+"""The whole configuration of a run: one tree of dataclasses, recipes in YAML that state only what differs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.cli import Parser
+from pipeline.errors import UserError, require
+from pipeline.losses import LossConfig
+from pipeline.model.config import ModelConfig
+from pipeline.optim import OptimConfig
+
+SAMPLING = ("weighted", "uniform")
+PRECISIONS = ("auto", "bf16", "fp32")
+# Short forms of the command line; where they stand does not matter.
+ALIASES = {"--epochs": "--train.epochs", "--shards": "--data.shards", "--run": "--train.run"}
+
+
+@dataclass
+class DataConfig:
+    """Shards and the order in which training sees them."""
+
+    shards: str = "data/shards"
+    """Folder with index.json and the tars."""
+    sampling: str = "weighted"
+    """`weighted` draws by the shards' GPS-cluster weights, `uniform` ignores them."""
+    epoch_share: float = 0.8
+    """Share of the training split that one epoch draws, without replacement; weights decide who is left out."""
+    workers: int = 4
+    """Processes per rank that read, decode and cut views; 0 does it in the training process."""
+
+    def __post_init__(self) -> None:
+        require(self.sampling in SAMPLING, "data.sampling", self.sampling, f"one of {', '.join(SAMPLING)}")
+        require(0 < self.epoch_share <= 1, "data.epoch_share", self.epoch_share, "in (0, 1]")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    run: str = "runs/train"
+    """Run folder. Where it holds an unfinished run of the same configuration, that run goes on."""
+    epochs: int = 30
+    """Passes over `data.epoch_share` of the training split."""
+    batch_size: int = 64
+    """Samples per optimizer step, over all processes: the world size changes the speed, not the run."""
+    micro_batch_size: int = 16
+    """Most samples of one process in one forward pass; accumulation follows."""
+    precision: str = "auto"
+    """`bf16`, `fp32`, or `auto`: bf16 where a GPU computes in it."""
+    seed: int = 0
+    """Of the weights, the order of samples, dropout and exploration."""
+    log_every: int = 10
+    """Optimizer steps between log lines."""
+    validations_per_epoch: int = 1
+    """Validations, evenly spread; the last step always has one."""
+    patience: int = 8
+    """Validations without a better MCC before the run ends early; 0 never does."""
+    ema_decay: float = 0.9999
+    """Largest decay of the weight average that is validated and exported; 0 means the weights themselves."""
+    distil_every: int = 4
+    """Every n-th step keeps all views, and fusion's importance teaches the pruner; 0 never."""
+    wandb: bool = True
+    """Log to Weights & Biases: online with a key, offline in the run folder without."""
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "batch_size", "micro_batch_size", "log_every", "validations_per_epoch"):
+            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+        require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        for key in ("seed", "patience", "distil_every"):
+            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
+        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every_steps: int = 0
+    """Optimizer steps between checkpoints; 0 leaves it to the clock and the validations."""
+    every_minutes: float = 10.0
+    """Minutes between checkpoints; 0 turns the clock off."""
+    keep: int = 2
+    """Latest checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
+        require(self.every_minutes >= 0, "checkpoint.every_minutes", self.every_minutes, "0 or more")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+
+
+@dataclass
+class Config:
+    """A run, completely."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def parse_config(arguments: list[str], prog: str) -> tuple[Config, bool]:
+    """Read a command line: `--config FILE` first, whatever its place, then the overrides in their order.
+
+    Returns:
+        The configuration, and whether `--dry-run` was given.
+
+    Raises:
+        UserError: An unknown key, a value outside its range, or a file that cannot be read.
+    """
+    parser = Parser(prog=prog, description="Train a roadwork classifier.")
+    parser.add_argument("--config", action="config", help="A recipe: YAML that states what differs from the defaults.")
+    parser.add_argument("--dry-run", action="store_true", help="Print the plan, take two steps, write nothing.")
+    parser.epilog = "Short forms: " + ", ".join(f"{short} for {long}" for short, long in ALIASES.items())
+    for room in fields(Config):
+        parser.add_class_arguments(room.default_factory, room.name)  # type: ignore[arg-type]
+    values: Any = parser.parse_args(config_first(arguments))
+    values = parser.instantiate_classes(values)
+    return Config(**{room.name: values[room.name] for room in fields(Config)}), bool(values.dry_run)
+
+
+def config_first(arguments: list[str]) -> list[str]:
+    """Replace the short forms and move `--config FILE` to the front, since what comes later wins."""
+    expanded: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        expanded += [ALIASES.get(name, name) + equals + value]
+    files: list[str] = []
+    rest: list[str] = []
+    words = iter(expanded)
+    for word in words:
+        if word == "--config":
+            files += [word, next(words, "")]
+        elif word.startswith("--config="):
+            files.append(word)
+        else:
+            rest.append(word)
+    return files + rest
+
+
+def read_config(path: Path) -> Config:
+    """Read a complete or partial configuration from YAML, such as a run's `config.yaml`.
+
+    Raises:
+        UserError: It cannot be read, or does not fit.
+    """
+    if not path.is_file():
+        raise UserError(f"no configuration at {path}; name a run folder or a recipe that exists")
+    return parse_config(["--config", os.fspath(path)], "config")[0]
+
+
+def to_yaml(config: Config) -> str:
+    """Every key with its value, in the order of the dataclasses."""
+    values = asdict(config)
+    values["model"]["metadata"] = list(values["model"]["metadata"])
+    return yaml.safe_dump(values, sort_keys=False)

@@ -1,0 +1,166 @@
+"""`index.json`, which lies beside the tars: all the trainer needs to plan an epoch without opening one."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import UserError
+
+INDEX_NAME = "index.json"
+FORMAT_VERSION = 1
+SPLITS = ("train", "val", "test")
+SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")
+SAFE_SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar."""
+
+    name: str
+    bytes: int
+    sha256: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample and where its members lie."""
+
+    key: str
+    shard: int
+    """Position in the split's list of shards."""
+    members: dict[str, tuple[int, int]]
+    """Extension (`jpg`, `json`, `mask.png`) to offset of the data in the tar and size, in bytes."""
+    label: int | None
+    group: int
+    """Near-duplicates share a group; intervals are bootstrapped over groups."""
+    cluster: int
+    weight: float
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards and samples of one split, samples in the order of the tars."""
+
+    shards: tuple[Shard, ...]
+    samples: tuple[Sample, ...]
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Sampling weights, float64 [N]."""
+        return np.array([sample.weight for sample in self.samples])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Labels, int64 [N], -1 where unknown."""
+        return np.array([-1 if s.label is None else s.label for s in self.samples], dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """One GPS cluster; number 0 holds the photos without GPS and has no centre."""
+
+    centre: tuple[float, float] | None
+    """Latitude and longitude in degrees."""
+    split: str
+    """Where its photos went; `mixed` where one cluster serves several splits."""
+    samples: int
+    roadwork: int
+    none: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """The whole of `index.json`."""
+
+    splits: dict[str, Split]
+    clusters: tuple[Cluster, ...]
+    arguments: dict[str, Any]
+    """What the shards were made with; only what changes their content."""
+    source_sha256: str
+    """Fingerprint of everything that was read."""
+    rejected: dict[str, int]
+    """Reason to number of inputs that were not written."""
+    unknown_words: dict[str, dict[str, int]]
+    """Metadata field to the words that the vocabulary lacks, with their counts."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    def split(self, name: str) -> Split:
+        """A split by name; an absent or empty one is a `UserError`."""
+        split = self.splits.get(name)
+        if split is None or not split.samples:
+            filled = [key for key, value in self.splits.items() if value.samples]
+            raise UserError(f"the shards have no samples in split {name!r}; there are {', '.join(filled) or 'none'}")
+        return split
+
+
+def read_index(folder: Path) -> Index:
+    """Read and check `folder/index.json`.
+
+    Raises:
+        UserError: It is missing, malformed, of another version, or names a path outside the folder.
+    """
+    path = folder / INDEX_NAME
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"no shards in {folder}: {INDEX_NAME} cannot be read ({error.strerror}); make them with "
+            "`./launch.sh prep shard --source PHOTOS --out FOLDER`"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); shard again") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; shard again")
+    try:
+        index = _from_json(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not a shard index ({error!r}); shard again") from error
+    for split in index.splits.values():
+        _check_names(path, split)
+    return index
+
+
+def _from_json(values: dict[str, Any]) -> Index:
+    splits = {
+        name: Split(
+            shards=tuple(Shard(**shard) for shard in split["shards"]),
+            samples=tuple(
+                Sample(**{**s, "members": {k: (int(a), int(b)) for k, (a, b) in s["members"].items()}})
+                for s in split["samples"]
+            ),
+        )
+        for name, split in values["splits"].items()
+    }
+    clusters = tuple(
+        Cluster(**{**c, "centre": None if c["centre"] is None else tuple(c["centre"])}) for c in values["clusters"]
+    )
+    rest = ("arguments", "source_sha256", "rejected", "unknown_words")
+    return Index(splits=splits, clusters=clusters, **{name: values[name] for name in rest})
+
+
+def _check_names(path: Path, split: Split) -> None:
+    """An index may come from elsewhere: its names must not lead out of its folder, nor its offsets out of its tars."""
+    for shard in split.shards:
+        if not SAFE_SHARD.fullmatch(shard.name):
+            raise UserError(f"{path} names the shard {shard.name!r}, which is no plain file name; shard again")
+    for sample in split.samples:
+        inside = 0 <= sample.shard < len(split.shards) and all(
+            0 <= offset and 0 <= size and offset + size <= split.shards[sample.shard].bytes
+            for offset, size in sample.members.values()
+        )
+        if not inside or not SAFE_KEY.fullmatch(sample.key):
+            raise UserError(f"{path} describes the sample {sample.key!r} with places outside its shards; shard again")

@@ -1,0 +1,97 @@
+"""From the bytes of a photo to RGB pixels, whatever was in them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this platform: Pillow decodes JPEG too, at about half the speed
+    simplejpeg = None
+
+MIN_SIDE_PX = 32
+MAX_PIXELS = 100_000_000
+ORIENTATION_TAG = 274
+# What Pillow raises on broken input, depending on format and on where it broke.
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
+
+
+class BadPhoto(ValueError):
+    """The bytes are no photo that can be used; the message says why, in a few words."""
+
+
+def probe(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels after EXIF orientation, read from the header alone.
+
+    Raises:
+        BadPhoto: No image, or a size that is refused: a side under 32 px, or more than 100 million pixels.
+    """
+    image = _open(data)
+    return image.size if _orientation(image) < 5 else (image.height, image.width)
+
+
+def decode(data: bytes) -> np.ndarray:
+    """Decode a photo to uint8 [H, W, 3], RGB, upright.
+
+    Greyscale, palette, CMYK, alpha (dropped) and 16-bit images become 8-bit RGB. The size is checked before decoding.
+
+    Raises:
+        BadPhoto: Not an image, truncated, too small or too large.
+    """
+    image = _open(data)
+    orientation = _orientation(image)
+    if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1 and simplejpeg is not None:
+        try:
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+        except ValueError:
+            pass  # strict refuses harmless warnings too, and Pillow tells those from a truncated file
+    try:
+        image.load()
+        upright = ImageOps.exif_transpose(image) if orientation != 1 else image
+        return _to_rgb(upright)
+    except PILLOW_ERRORS as error:
+        raise BadPhoto(f"cannot be decoded: {error}") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise BadPhoto("the file is empty")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own limit is a warning at 89 million pixels; ours, below, is a refusal at 100.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:
+        raise BadPhoto(f"more than {MAX_PIXELS // 10**6} million pixels") from error
+    except PILLOW_ERRORS as error:
+        raise BadPhoto("not an image") from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadPhoto(f"{width}x{height}, more than {MAX_PIXELS // 10**6} million pixels")
+    if min(width, height) < MIN_SIDE_PX:
+        raise BadPhoto(f"{width}x{height}, a side is under {MIN_SIDE_PX} px")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; broken EXIF counts as upright."""
+    try:
+        value = image.getexif().get(ORIENTATION_TAG, 1)
+    except PILLOW_ERRORS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I") or image.mode == "F":
+        # 16-bit grey. Pillow's convert would clip at 255 instead of scaling.
+        grey = np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255).round().astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if image.mode == "P":
+        image = image.convert("RGBA")  # a palette may hold transparency, which convert("RGB") warns about
+    return np.array(image.convert("RGB"))

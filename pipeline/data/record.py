@@ -1,0 +1,67 @@
+"""One sample of a shard: what stands in `<key>.json` beside `<key>.jpg`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What is known of a photo beside its pixels; None is NULL. Words are those of `vocabulary`, in lower case."""
+
+    gps: tuple[float, float] | None = None
+    """Latitude and longitude in degrees."""
+    weather: tuple[str, ...] | None = None
+    daytime: str | None = None
+    scene: str | None = None
+    city: str | None = None
+    description: str | None = None
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Metadata:
+        """The inverse of `asdict` after a trip through JSON, where tuples became lists."""
+        gps, weather = values["gps"], values["weather"]
+        return cls(
+            gps=None if gps is None else (float(gps[0]), float(gps[1])),
+            weather=None if weather is None else tuple(weather),
+            daytime=values["daytime"],
+            scene=values["scene"],
+            city=values["city"],
+            description=values["description"],
+        )
+
+
+@dataclass(frozen=True)
+class Record:
+    """A sample's description. The photo's own bytes lie beside it, untouched."""
+
+    key: str
+    label: int | None
+    """1 roadwork, 0 none, None unknown."""
+    split: str
+    source: str
+    """Where the photo came from, relative to the source that was read."""
+    sha256: str
+    """Of the photo's bytes."""
+    width: int
+    """In pixels, after EXIF orientation."""
+    height: int
+    group: int
+    """Near-duplicates (one video, one place) share a group; a group lies in one split."""
+    gps_cluster: int
+    sample_weight: float
+    metadata: Metadata = field(default_factory=Metadata)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Record:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError: The values are not those of a record.
+        """
+        return cls(**{**values, "metadata": Metadata.from_json(values["metadata"])})

@@ -1,0 +1,261 @@
+"""Component 11: the complete model, which joins the frozen backbone with the trained head."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from pipeline.data.vocabulary import LABEL_NAMES
+from pipeline.errors import UserError
+from pipeline.losses import LossConfig, Targets, combine, count_targets, loss_terms
+from pipeline.model.attention import GatedLayer
+from pipeline.model.backbone import FrozenBackbone
+from pipeline.model.baselines import build_baseline
+from pipeline.model.config import ModelConfig
+from pipeline.model.encoder import Encoded, TwoStageEncoder
+from pipeline.model.fusion import GatedFusion
+from pipeline.model.heads import BinaryHead, SegmentationHead, WeatherHead
+from pipeline.model.metadata import METADATA_WIDTH, MetadataEncoder
+from pipeline.model.output import RoadworkOutput
+from pipeline.model.projection import InputProjection
+from pipeline.model.pyramid import Pyramid
+
+
+class RoadworkConfig(PreTrainedConfig):
+    """`ModelConfig` in the form that transformers saves beside the weights."""
+
+    model_type = "roadwork"
+
+    def __init__(self, backbone_dim: int = 0, decision_bias: float = 0.0, **kwargs: Any):
+        """Take the fields of `ModelConfig` as keywords.
+
+        Args:
+            backbone_dim: Width D of the backbone's tokens; the head's sizes follow from it.
+            decision_bias: Subtracted from the log-odds, so that a probability of 0.5 is the best cut; `export` sets it.
+            **kwargs: `ModelConfig` fields and whatever transformers keeps in a configuration.
+        """
+        names = ModelConfig.__dataclass_fields__
+        sizes = ModelConfig(**{name: kwargs.pop(name) for name in names if name in kwargs})
+        for name, value in asdict(sizes).items():
+            setattr(self, name, value)
+        self.backbone_dim = backbone_dim
+        self.decision_bias = decision_bias
+        kwargs["id2label"] = dict(LABEL_NAMES)
+        super().__init__(**kwargs)
+
+    @property
+    def sizes(self) -> ModelConfig:
+        """The typed form."""
+        return ModelConfig(**{name: getattr(self, name) for name in ModelConfig.__dataclass_fields__})
+
+    @property
+    def num_views(self) -> int:
+        """Views that the data side must build."""
+        return self.sizes.num_views
+
+
+class RoadworkHead(nn.Module):
+    """Components 4 to 9: from the kept views' tokens to the three answers."""
+
+    def __init__(self, config: ModelConfig, dim: int):
+        super().__init__()
+        width = config.width
+        self.projection = InputProjection(dim, width)
+        self.pyramid = Pyramid(width, config.pool_grid)
+        self.layers = nn.ModuleList(GatedLayer(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(width)
+        self.view_vector = nn.Linear(2 * width, width)
+        self.fusion = GatedFusion(width, config.fusion_heads)
+        self.metadata = MetadataEncoder(config)
+        self.join = nn.Sequential(
+            nn.Linear(width + METADATA_WIDTH, width), nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(width, width)
+        )
+        self.binary = BinaryHead(width, config.dropout)
+        self.weather = WeatherHead(width, config.dropout)
+        self.segmentation = SegmentationHead(width, config.mask_side, config.pool_grid)
+
+    def forward(self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool) -> RoadworkOutput:
+        """Answer for B photos from their kept views; see `RoadworkOutput` for the shapes."""
+        views = self.projection(encoded.cls, encoded.cells, encoded.boxes)  # [B, K, 1 + g*g, H]
+        views = self.pyramid(views) * encoded.gates[..., None, None]
+        batch, kept, per_view, _ = views.shape
+        token_mask = encoded.mask[..., None].expand(-1, -1, per_view).flatten(1)
+        tokens, router_logits = views.flatten(1, 2), []
+        for layer in self.layers:
+            tokens, logits = layer(tokens, token_mask)
+            router_logits.append(logits)
+        views = self.norm(tokens).unflatten(1, (kept, per_view))
+        # CLS and the strongest cell: a view's vector must not lose a small object in a mean.
+        vectors = self.view_vector(torch.cat([views[:, :, 0], views[:, :, 1:].amax(dim=2)], dim=-1))
+        fused, importance = self.fusion(vectors, encoded.mask)
+        known = self.metadata(metadata, batch, null_metadata)
+        return RoadworkOutput(
+            logits=self.binary(fused + self.join(torch.cat([fused, known], dim=-1))),
+            weather_logits=self.weather(fused),
+            mask_logits=self.segmentation(views[:, :, 1:], encoded.boxes, encoded.mask),
+            view_logits=self.binary(vectors),
+            view_scores=encoded.scores,
+            view_importance=importance,
+            router_logits=tuple(router_logits),
+            view_indices=encoded.indices,
+            view_mask=encoded.mask,
+            token_mask=token_mask,
+        )
+
+
+class RoadworkModel(PreTrainedModel):
+    """Twelve views of a photo to *roadwork* or *none*, with weather, segmentation and the views' importance.
+
+    The backbone hangs beside the module tree, not in it: it is neither trained, nor saved, nor seen by an optimizer.
+    """
+
+    config_class = RoadworkConfig
+    main_input_name = "views"
+
+    def __init__(self, config: RoadworkConfig):
+        """Build the head alone; `build` and `from_pretrained` attach the backbone."""
+        super().__init__(config)
+        sizes = config.sizes
+        self.encoder = TwoStageEncoder(sizes, config.backbone_dim)
+        if sizes.head == "roadwork":
+            self.head: nn.Module = RoadworkHead(sizes, config.backbone_dim)
+        else:
+            self.head = build_baseline(sizes, config.backbone_dim)
+        self.loss_config = LossConfig()
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Every part has initialised itself; transformers' general scheme must not undo that."""
+
+    @classmethod
+    def build(cls, config: ModelConfig, device: torch.device | str = "cpu") -> RoadworkModel:
+        """A model with a fresh head on a loaded backbone.
+
+        Raises:
+            UserError: The backbone's weights are not to be had.
+        """
+        backbone = FrozenBackbone(config.backbone)
+        model = cls(RoadworkConfig(**asdict(config), backbone_dim=backbone.hidden_size))
+        return model.attach(backbone).to(device)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> RoadworkModel:  # type: ignore[override]
+        """Restore a saved head and the frozen backbone that its configuration names.
+
+        Raises:
+            UserError: The folder holds no such model, or the backbone's weights are not to be had.
+        """
+        try:
+            model, report = super().from_pretrained(folder, output_loading_info=True, **kwargs)
+        except OSError as error:
+            raise UserError(f"no model in {folder}: {str(error).splitlines()[0]}") from error
+        incomplete = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
+        if incomplete:
+            raise UserError(f"the weights in {folder} do not fit its config.json, for one {incomplete[0]}; export again")
+        return model.attach(FrozenBackbone(model.config.backbone, model.device))
+
+    def attach(self, backbone: FrozenBackbone) -> RoadworkModel:
+        """Give the model its backbone; returns the model."""
+        if backbone.hidden_size != self.config.backbone_dim:
+            raise UserError(
+                f"the backbone {backbone.name!r} has width {backbone.hidden_size}, but this head was trained on "
+                f"{self.config.backbone_dim}; choose the backbone it was trained on"
+            )
+        self.encoder.backbone = backbone
+        return self
+
+    @property
+    def backbone(self) -> FrozenBackbone:
+        """The attached backbone."""
+        backbone = self.encoder.backbone
+        assert backbone is not None, "use RoadworkModel.build or from_pretrained, which attach one"
+        return backbone
+
+    def to(self, *args: Any, **kwargs: Any) -> RoadworkModel:  # type: ignore[override]
+        """Move the head, and the backbone to the same device; a change of dtype is the head's alone."""
+        super().to(*args, **kwargs)
+        if self.encoder.backbone is not None and self.encoder.backbone.device != self.device:
+            self.encoder.backbone.to(self.device)
+        return self
+
+    def encode(
+        self, views: torch.Tensor, boxes: torch.Tensor, view_mask: torch.Tensor, keep_all: bool = False
+    ) -> Encoded:
+        """Run the pruner and the backbone, see `TwoStageEncoder`; several `answer`s may share the result."""
+        encoded: Encoded = self.encoder(views, boxes, view_mask, keep_all)
+        return encoded
+
+    def answer(
+        self,
+        encoded: Encoded,
+        null_metadata: bool = False,
+        *,
+        gps: torch.Tensor | None = None,
+        weather: torch.Tensor | None = None,
+        daytime: torch.Tensor | None = None,
+        scene: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
+    ) -> RoadworkOutput:
+        """Run the head on encoded views; a field that is not given is NULL, see `MetadataEncoder` for their shapes."""
+        fields = {"gps": gps, "weather": weather, "daytime": daytime, "scene": scene, "text": text}
+        fields = {name: None if value is None else value.to(self.device) for name, value in fields.items()}
+        output: RoadworkOutput = self.head(encoded, fields, null_metadata)
+        return output
+
+    def forward(
+        self,
+        views: torch.Tensor,
+        boxes: torch.Tensor,
+        view_mask: torch.Tensor,
+        *,
+        null_metadata: bool = False,
+        keep_all: bool = False,
+        labels: torch.Tensor | None = None,
+        mask_targets: torch.Tensor | None = None,
+        target_counts: torch.Tensor | None = None,
+        **metadata: torch.Tensor | None,
+    ) -> RoadworkOutput:
+        """Answer for a batch of photos.
+
+        Args:
+            views: uint8 [B, V, 3, S, S], see `pipeline.data.dataset.prepare`.
+            boxes: [B, V, 4].
+            view_mask: bool [B, V].
+            null_metadata: Treat all metadata as NULL.
+            keep_all: Prune nothing, whatever the configuration says.
+            labels: int64 [B], -1 where unknown; asks for the loss.
+            mask_targets: [B, 6, m, m], NaN where unknown.
+            target_counts: float [terms], what each term's sum is divided by, see `count_targets`; by default the
+                counts of this batch.
+            **metadata: gps, weather, daytime, scene, text; weather is a target too.
+        """
+        output = self.answer(self.encode(views, boxes, view_mask, keep_all), null_metadata, **metadata)
+        if labels is None:
+            return output
+        targets = self._targets(labels, metadata.get("weather"), mask_targets)
+        counts = count_targets(targets) if target_counts is None else target_counts
+        output.loss_terms = loss_terms(output, targets, self.loss_config, self.config.experts_per_token)
+        output.loss = combine(output.loss_terms, counts.to(self.device), self.loss_config)
+        return output
+
+    def _targets(
+        self, labels: torch.Tensor, weather: torch.Tensor | None, mask_targets: torch.Tensor | None
+    ) -> Targets:
+        sizes, batch = self.config.sizes, len(labels)
+        if weather is None:
+            weather = torch.full((batch, 8), torch.nan)
+        if mask_targets is None:
+            mask_targets = torch.full((batch, 6, sizes.mask_side, sizes.mask_side), torch.nan)
+        return Targets(labels.to(self.device), weather.to(self.device), mask_targets.to(self.device))
+
+    def probability(self, logits: torch.Tensor, decision_bias: float | None = None) -> torch.Tensor:
+        """Probability of roadwork: [B, 2] to [B]; 0.5 is the best cut once `export` has set the configuration's bias."""
+        bias = self.config.decision_bias if decision_bias is None else decision_bias
+        return (logits[..., 1].float() - logits[..., 0].float() - bias).sigmoid()
+
+

@@ -1,0 +1,135 @@
+"""A run's folder: configuration, provenance, metrics, and whether there is something to go on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from pipeline.config import Config, read_config, to_yaml
+from pipeline.data.index import Index
+from pipeline.errors import UserError
+from pipeline.files import write_json, write_text
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "scikit-learn", "webdataset")
+# What may differ between the parts of one run: none of these changes what is computed.
+FREE_KEYS = {"train": {"run", "log_every", "wandb", "micro_batch_size"}, "data": {"shards", "workers"}}
+
+
+class RunFolder:
+    """Rank 0 writes here; the other ranks read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.model = path / "model"
+        self.summary = path / "summary.json"
+        self.metrics = path / "metrics.jsonl"
+
+    def open(self, config: Config, index: Index, world_size: int) -> bool:
+        """Create the folder, or check that it holds a run of the same configuration and data.
+
+        Returns:
+            Whether that run is finished.
+
+        Raises:
+            UserError: It holds something else.
+        """
+        known = self.path / "config.yaml"
+        if not known.exists():
+            if self.path.exists() and any(self.path.glob("*.safetensors")):
+                raise UserError(f"{self.path} holds model files, not a run; choose another --train.run")
+            write_text(known, to_yaml(config))
+            write_json(self.path / "provenance.json", provenance(config, index, world_size))
+            return False
+        changed = differences(asdict(read_config(known)), asdict(config))
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with {changed[0]}; give the same value to go on with it, or another "
+                "--train.run to start anew"
+            )
+        before = json.loads((self.path / "provenance.json").read_text())
+        if before["data"]["source_sha256"] != index.source_sha256:
+            raise UserError(f"{self.path} holds a run on other shards; choose another --train.run")
+        return self.summary.is_file() and "steps" in json.loads(self.summary.read_text())
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drop lines of steps after `step`, which a resumed run will take again."""
+        if self.metrics.exists():
+            lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
+            write_text(self.metrics, "".join(line + "\n" for line in lines))
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Append one JSON line to `metrics.jsonl`."""
+        with self.metrics.open("a") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError):  # a line cut off by a kill
+        return float("inf")
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys that matter and differ, as `train.epochs=3 (now 5)`."""
+    changed = []
+    for room in now:
+        for key, value in now[room].items():
+            free = room == "checkpoint" or key in FREE_KEYS.get(room, set())
+            if not free and before[room][key] != value:
+                changed.append(f"{room}.{key}={before[room][key]} (now {value})")
+    return changed
+
+
+def provenance(config: Config, index: Index, world_size: int) -> dict[str, Any]:
+    """Versions, revision, data, seeds, command and hardware; no environment variables, which may hold secrets."""
+    return {
+        "command": [Path(sys.executable).name, *sys.argv],
+        "seed": config.train.seed,
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "data": {
+            "shards": config.data.shards,
+            "source_sha256": index.source_sha256,
+            "arguments": index.arguments,
+            "samples": {name: len(split.samples) for name, split in index.splits.items()},
+        },
+        "hardware": hardware(world_size),
+    }
+
+
+def hardware(world_size: int) -> dict[str, Any]:
+    """The machine that a figure was measured on."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "processes": world_size,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+    }
+
+
+def git_revision() -> str | None:
+    """The project's commit, with `+` when the tree has changes; None outside a checkout."""
+    root = Path(__file__).parents[1]
+    try:
+        revision = _git(root, "rev-parse", "HEAD")
+        return revision + ("+" if _git(root, "status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", root, *words], check=True, capture_output=True, text=True).stdout.strip()

@@ -1,0 +1,54 @@
+"""Predictions for every sample of a split, each exactly once, shared among the ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.sampler import share_of
+from pipeline.metrics import best_threshold, binary_metrics
+from pipeline.model.roadwork import RoadworkModel
+
+
+class Validation:
+    """Validates a model on the rows of this rank and gathers the answers of all."""
+
+    def __init__(self, dataset: ShardDataset, batch_size: int, workers: int, rank: int, world_size: int):
+        labels = dataset.split.labels
+        rows = [row for row in range(len(dataset)) if labels[row] >= 0]
+        mine = [rows[i] for i in share_of(len(rows), rank, world_size)]
+        self.world_size = world_size
+        self.loader = DataLoader(
+            torch.utils.data.Subset(dataset, mine), batch_size, num_workers=workers, collate_fn=collate
+        )
+
+    def __call__(self, model: RoadworkModel) -> dict[str, Any]:
+        """MCC and its companions with all metadata NULL, at the best threshold. Collective."""
+        model.eval()
+        labels, probabilities, loss, count = [], [], 0.0, 0
+        with torch.no_grad():
+            for batch in self.loader:
+                output = model(
+                    **model_inputs(batch),
+                    null_metadata=True,
+                    labels=batch["labels"],
+                    mask_targets=batch["mask_targets"],
+                )
+                labels.append(batch["labels"].numpy())
+                probabilities.append(model.probability(output.logits, decision_bias=0.0).cpu().numpy())
+                loss += float(output.loss_terms["roadwork"].sum())
+                count += len(batch["labels"])
+        model.train()
+        parts: list[Any] = [None] * self.world_size
+        mine = (np.concatenate(labels or [np.empty(0)]), np.concatenate(probabilities or [np.empty(0)]), loss, count)
+        dist.all_gather_object(parts, mine)
+        all_labels = np.concatenate([part[0] for part in parts]).astype(int)
+        all_probabilities = np.concatenate([part[1] for part in parts])
+        threshold = best_threshold(all_labels, all_probabilities)
+        metrics = binary_metrics(all_labels, all_probabilities, threshold)
+        return {"loss": sum(part[2] for part in parts) / sum(part[3] for part in parts), **metrics}
