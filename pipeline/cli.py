@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import json
 import re
 import sys
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 
 from pipeline.errors import UserError, run
+from pipeline.progress import silence_libraries
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of a dataclass field
 
 Command = Callable[..., Path | None]
 
@@ -22,7 +28,7 @@ class Parser(ArgumentParser):
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, **kwargs)
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise a `UserError`: a dataclass's own if one is behind it, else the parser's, made readable."""
         cause: BaseException | None = ex
         while cause is not None:
@@ -40,11 +46,11 @@ def explain(message: str, known: list[str]) -> str:
         message: What jsonargparse says, on one line.
         known: The names there are.
     """
-    invalid = re.search(r"[Kk]ey \"([^\"]+)\": (.*)", message)
-    if invalid and "Expected" in message:
-        wanted = invalid.group(2).replace("<class '", "").replace("'>", "").replace("typing.Literal", "one of ")
-        return f"{invalid.group(1)}: {wanted.lower()[0]}{wanted[1:]}"
-    unknown = re.search(r"(?:[Uu]nrecognized arguments: -*|[Kk]ey '|[Kk]ey \"|[Oo]ption ')([\w.\-]+)", message)
+    invalid = re.match(r'Parser key "([^"]+)": (.*)', message)
+    if invalid:
+        reason = re.sub(r"<class '([\w.]+)'>", r"\1", invalid.group(2)).replace("typing.Literal", "one of ")
+        return f"{invalid.group(1)}: {reason[0].lower()}{reason[1:]}"
+    unknown = re.match(r"(?:unrecognized arguments: -*|Group '.*' does not accept option ')([\w.\-]+)", message)
     if unknown is None:
         return message
     key = unknown.group(1).replace("-", "_")
@@ -82,8 +88,32 @@ def commands(functions: dict[str, Command], prog: str, description: str) -> int:
 def _call(function: Command, arguments: list[str], prog: str) -> Path | None:
     parser = Parser(prog=prog, description=_summary(function))
     parser.add_function_arguments(function, as_positional=False)
-    values: Any = parser.instantiate_classes(parser.parse_args([_underscored(word) for word in arguments]))
-    return function(**values.as_dict())
+    values = parser.parse_args(gather_lists(function, [_underscored(word) for word in arguments]))
+    silence_libraries()
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the summary's path
+        return function(**values.as_dict())
+
+
+def gather_lists(function: Command, arguments: list[str]) -> list[str]:
+    """Let a flag of a `list` parameter take any number of words (`--input a.jpg b.jpg`) and be repeated.
+
+    jsonargparse wants one JSON list in one word, and lets a repeated flag replace what came before.
+    """
+    hints = typing.get_type_hints(function)
+    lists = {f"--{name}" for name, hint in hints.items() if typing.get_origin(hint) is list}
+    others: list[str] = []
+    given: dict[str, list[str]] = {}
+    target = others
+    for word in arguments:
+        flag, equals, value = word.partition("=")
+        if flag in lists:
+            target = given.setdefault(flag, [])
+            target += [value] if equals else []
+            continue
+        if word.startswith("--"):
+            target = others
+        target.append(word)
+    return others + [f"{flag}={json.dumps(words)}" for flag, words in given.items()]
 
 
 def _underscored(word: str) -> str:

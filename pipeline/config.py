@@ -116,14 +116,15 @@ def parse_config(arguments: list[str], prog: str) -> tuple[Config, bool]:
     Raises:
         UserError: An unknown key, a value outside its range, or a file that cannot be read.
     """
-    parser = Parser(prog=prog, description="Train a roadwork classifier.")
+    usage = f"{prog} [--config RECIPE.yaml] [--epochs N] [--dry-run] [--room.key VALUE ...]"
+    parser = Parser(usage=usage, description="Train a roadwork classifier.")
     parser.add_argument("--config", action="config", help="A recipe: YAML that states what differs from the defaults.")
     parser.add_argument("--dry-run", action="store_true", help="Print the plan, take two steps, write nothing.")
     parser.epilog = "Short forms: " + ", ".join(f"{short} for {long}" for short, long in ALIASES.items())
     for room in fields(Config):
-        parser.add_class_arguments(room.default_factory, room.name)  # type: ignore[arg-type]
+        parser.add_class_arguments(room.default_factory, room.name)
     values: Any = parser.parse_args(config_first(arguments))
-    values = parser.instantiate_classes(values)
+    values = parser.instantiate(values)
     return Config(**{room.name: values[room.name] for room in fields(Config)}), bool(values.dry_run)
 
 

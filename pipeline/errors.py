@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_AUDIT = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, running again resumes
+
+RANK_ZERO_FIRST_S = 3.0
 
 # A worker's own exit status does not survive `accelerate launch`, so it is written to this file too.
 STATE_FILE_VARIABLE = "ROADWORK_STATE_FILE"
@@ -32,29 +35,48 @@ class Stopped(Exception):
     """The work stopped on request and can be resumed by the same command; the message says how."""
 
 
+class AuditFailed(Exception):
+    """A check ended and found something; the message says what, `summary` is the path of the whole list."""
+
+    def __init__(self, message: str, summary: Path):
+        super().__init__(message)
+        self.summary = summary
+
+
 def run(main: Callable[[], Path | None]) -> int:
     """Run a command's main function and turn its end into an exit status.
 
-    A `UserError` becomes one line on stderr and status 2, a stop request status 75. Anything else is a bug and keeps
-    its traceback. When `main` returns the path of its summary, the path is printed as the last line of stdout.
+    A `UserError` becomes one line on stderr and status 2, a failed audit status 3, a stop request status 75.
+    Anything else is a bug and keeps its traceback. When `main` has a summary, its path is printed as the last
+    line of stdout.
     """
-    rank_zero = os.environ.get("RANK", "0") == "0"
-    status, message = EXIT_OK, None
+    status, message, summary = EXIT_OK, None, None
     try:
         summary = main()
-        if summary is not None and rank_zero:
-            print(summary, flush=True)
+    except AuditFailed as error:
+        status, message, summary = EXIT_AUDIT, f"found: {error}", error.summary
     except UserError as error:
         status, message = EXIT_USER, f"error: {error}"
     except (Stopped, KeyboardInterrupt) as stop:
-        status, message = EXIT_STOPPED, f"stopped: {stop or 'interrupted; the same command goes on from here'}"
-    if message is not None and rank_zero:
+        reason = str(stop) or "interrupted; the same command goes on from here"
+        status, message = EXIT_STOPPED, f"stopped: {reason}"
+    except FloatingPointError as error:
+        status, message = EXIT_FAILED, f"failed: {error}"
+    if os.environ.get("RANK", "0") != "0":
+        if status == EXIT_OK:
+            return status
+        # The first rank to leave has the others killed. Rank 0 usually has the same to say and is left to say it;
+        # a rank that still lives after that failed alone, and speaks.
+        time.sleep(RANK_ZERO_FIRST_S)
+    if message is not None:
         print(message, file=sys.stderr, flush=True)
-    _write_state(status, message, rank_zero)
+    if summary is not None:
+        print(summary, flush=True)
+    _write_state(status, message)
     return status
 
 
-def _write_state(status: int, message: str | None, rank_zero: bool) -> None:
+def _write_state(status: int, message: str | None) -> None:
     path = os.environ.get(STATE_FILE_VARIABLE)
-    if path and rank_zero:
+    if path:
         Path(path).write_text(json.dumps({"exit_status": status, "message": message}) + "\n")

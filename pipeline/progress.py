@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -17,6 +19,16 @@ PLAIN_INTERVAL_S = 10.0
 def say(text: str) -> None:
     """Print one line for the user on stderr; stdout carries only a command's summary path."""
     print(text, file=sys.stderr, flush=True)
+
+
+def silence_libraries() -> None:
+    """Keep libraries' own bars and notes out of the log, where they are loaded at all."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if "transformers" in sys.modules:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
 
 def format_seconds(seconds: float) -> str:

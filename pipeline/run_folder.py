@@ -84,8 +84,8 @@ def _step_of(line: str) -> float:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Keys that matter and differ, as `train.epochs=3 (now 5)`."""
     changed = []
-    for room in now:
-        for key, value in now[room].items():
+    for room, values in now.items():
+        for key, value in values.items():
             free = room == "checkpoint" or key in FREE_KEYS.get(room, set())
             if not free and before[room][key] != value:
                 changed.append(f"{room}.{key}={before[room][key]} (now {value})")

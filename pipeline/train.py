@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 if __name__ == "__main__":  # started as a file: the project's root takes the place of this folder on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -22,7 +24,7 @@ from pipeline.errors import run
 from pipeline.files import write_summary
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.plan import describe_model, describe_schedule, plan_batches, plan_schedule, sampling_weights
-from pipeline.progress import say
+from pipeline.progress import say, silence_libraries
 from pipeline.run_folder import RunFolder
 from pipeline.tracking import start_tracking
 from pipeline.trainer import Batch, Trainer
@@ -34,7 +36,9 @@ DRY_RUN_STEPS = 2
 def main() -> Path | None:
     """Read the command line and train; returns the path of the summary, None after a dry run."""
     config, dry_run = parse_config(sys.argv[1:], "pipeline/train.py")
-    return train(config, dry_run)
+    silence_libraries()
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the summary's path
+        return train(config, dry_run)
 
 
 def train(config: Config, dry_run: bool) -> Path | None:
@@ -99,11 +103,13 @@ def training_data(
     if index is None:
         if rank == 0:
             say(f"no shards at {config.data.shards} yet: planning with a stand-in of noise, as if it were all the data")
-        stand_in = StandIn(2 * config.train.batch_size, *sizes(config))
-        dataset, weights = stand_in, torch.ones(len(stand_in)).numpy()
+        samples = 2 * config.train.batch_size
+        dataset: Dataset[Batch] = StandIn(samples, *sizes(config))
+        weights = np.ones(samples)
     else:
         split = index.split("train")
-        dataset, weights = ShardDataset(Path(config.data.shards), split, *sizes(config)), sampling_weights(config, split)
+        dataset = ShardDataset(Path(config.data.shards), split, *sizes(config))
+        weights = sampling_weights(config, split)
     sampler = PositionSampler(
         weights,
         plan_schedule(config, len(weights)).samples_per_epoch,

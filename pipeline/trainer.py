@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline.config import Config
 from pipeline.data.dataset import collate, model_inputs
 from pipeline.data.sampler import PositionSampler
-from pipeline.distributed import Checkpoints, StopSignal
+from pipeline.distributed import Checkpoints, StopSignal, create_optimizer_state
 from pipeline.errors import Stopped
 from pipeline.files import replace_folder
 from pipeline.losses import TERMS, Targets, count_targets
@@ -76,12 +76,14 @@ class Trainer:
         )  # fmt: skip
         model.train()
         self.engine, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+        create_optimizer_state(self.engine)
         self.average = WeightAverage(model, config.train.ema_decay)
         self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, self.rank) if folder else None
         self.stop = StopSignal()
         self.step = 0
         self.best: dict[str, Any] | None = None
         self.validations_since_best = 0
+        self.validated_step = 0
         self.wall_s = 0.0
 
     @property
@@ -93,6 +95,8 @@ class Trainer:
         """Train from where the run stands to its end, or to `max_steps` of it; returns the summary."""
         last = min(self.schedule.steps, max_steps or self.schedule.steps)
         self._resume()
+        if self._validation_due():  # stopped between a step and its validation
+            self._validate()
         self.sampler.start = self.samples_seen
         batches = iter(self.loader)
         started = saved = logged = time.monotonic()
@@ -107,7 +111,7 @@ class Trainer:
             if self.step % self.config.train.log_every == 0 or self.step == last:
                 self._log(window, now - logged)
                 window, logged = Window(), now
-            if self.step in self.schedule.validation_steps and not stop:
+            if self._validation_due() and not stop:
                 self._validate()
                 logged = time.monotonic()  # a validation is not part of the training rate
                 due = True
@@ -115,7 +119,9 @@ class Trainer:
                 self._save()
                 saved = time.monotonic()
             if stop:
-                raise Stopped(f"saved at step {self.step} of {self.schedule.steps}; the same command goes on from there")
+                raise Stopped(
+                    f"saved at step {self.step} of {self.schedule.steps}; the same command goes on from there"
+                )
         return self._finish()
 
     def _take_step(self, batches: list[Batch]) -> torch.Tensor:
@@ -184,9 +190,12 @@ class Trainer:
                 f"{rate:.1f} images/s  {format_seconds(left_s)} left"
             )
 
+    def _validation_due(self) -> bool:
+        due = self.step in self.schedule.validation_steps and self.step > self.validated_step
+        return due and self.validation is not None
+
     def _validate(self) -> None:
-        if self.validation is None:
-            return
+        assert self.validation is not None
         with self.average.applied_to(self.model):
             scores = self.validation(self.model)
             better = self.best is None or (scores["mcc"], -scores["loss"]) > (self.best["mcc"], -self.best["loss"])
@@ -196,6 +205,7 @@ class Trainer:
             self.best, self.validations_since_best = {"step": self.step, **scores}, 0
         else:
             self.validations_since_best += 1
+        self.validated_step = self.step
         self._write({"kind": "val", "step": self.step, **scores})
         if self.rank == 0:
             say(
@@ -212,7 +222,8 @@ class Trainer:
         if state is None:
             return
         self.step, self.best = state["step"], state["best"]
-        self.validations_since_best, self.wall_s = state["validations_since_best"], state["wall_s"]
+        self.validations_since_best, self.validated_step = state["validations_since_best"], state["validated_step"]
+        self.wall_s = state["wall_s"]
         if self.rank == 0 and self.folder:
             self.folder.truncate_metrics(self.step)
             say(f"resuming at step {self.step} of {self.schedule.steps}")
@@ -223,6 +234,7 @@ class Trainer:
         state = {
             "best": self.best,
             "validations_since_best": self.validations_since_best,
+            "validated_step": self.validated_step,
             "samples_seen": self.samples_seen,
             "wall_s": self.wall_s,
         }
@@ -249,6 +261,7 @@ class Trainer:
         return {
             "steps": self.step,
             "epochs": round(self.samples_seen / self.schedule.samples_per_epoch, 3),
+            "validated_step": self.validated_step,
             "samples_seen": self.samples_seen,
             "wall_s": round(self.wall_s, 1),
             "images_per_s": round(self.samples_seen / max(self.wall_s, 1e-9), 2),

@@ -159,7 +159,7 @@ def _check_names(path: Path, split: Split) -> None:
             raise UserError(f"{path} names the shard {shard.name!r}, which is no plain file name; shard again")
     for sample in split.samples:
         inside = 0 <= sample.shard < len(split.shards) and all(
-            0 <= offset and 0 <= size and offset + size <= split.shards[sample.shard].bytes
+            offset >= 0 and size >= 0 and offset + size <= split.shards[sample.shard].bytes
             for offset, size in sample.members.values()
         )
         if not inside or not SAFE_KEY.fullmatch(sample.key):

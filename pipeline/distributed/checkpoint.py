@@ -136,11 +136,9 @@ def gather_tensors(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, torc
     return weights, moments
 
 
-def set_tensors(
-    engine: Any, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], step: int
-) -> None:
+def set_tensors(engine: Any, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], step: int) -> None:
     """The inverse of `gather_tensors`, for any world size."""
-    create_optimizer_state(engine.optimizer, step)
+    create_optimizer_state(engine, step)
     parameters = dict(engine.module.named_parameters())
     for name, parameter in parameters.items():
         safe_set_full_fp32_param(parameter, weights[name].to(parameter.device))
@@ -149,15 +147,16 @@ def set_tensors(
     copy_into(parameters, weights)
 
 
-def create_optimizer_state(zero: Any, step: int) -> None:
+def create_optimizer_state(engine: Any, step: int = 0) -> None:
     """Give the base optimizer the state that it otherwise creates at its first step, and link it to the parameters.
 
-    DeepSpeed links a parameter to its moments once, after the first step; before it there is nothing to set.
+    DeepSpeed links the moments to the parameters inside the first step, before those of the second and later
+    parameter groups exist; and before the first step there is nothing to set. So every engine starts here.
     """
-    base = zero.optimizer
-    for group in base.param_groups:
+    zero = engine.optimizer
+    for group in zero.optimizer.param_groups:
         for partition in group["params"]:
-            base.state[partition] = {
+            zero.optimizer.state[partition] = {
                 "step": torch.tensor(float(step), device=partition.device),
                 **{kind: torch.zeros_like(partition) for kind in MOMENTS},
             }

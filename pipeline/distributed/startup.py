@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,9 +19,7 @@ T = TypeVar("T")
 DEFAULT_DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
 
 
-def start(
-    *, batch_size: int, accumulation: int, grad_clip: float, precision: str, log_with: list[str]
-) -> Accelerator:
+def start(*, batch_size: int, accumulation: int, grad_clip: float, precision: str, log_with: list[str]) -> Accelerator:
     """Join the process group and return an `Accelerator` with DeepSpeed under it.
 
     The ZeRO settings come from the file that the accelerate configuration names; batch size, accumulation, clipping
@@ -37,7 +33,6 @@ def start(
         log_with: Accelerate trackers to start.
     """
     _without_launcher()
-    _quieten()
     settings = read_ds_config(Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", DEFAULT_DS_CONFIG)))
     settings |= {
         "train_micro_batch_size_per_gpu": batch_size,
@@ -77,7 +72,7 @@ def on_rank_zero(action: Callable[[], T]) -> T:
 
 
 def resolve_precision(wanted: str) -> str:
-    """"auto" is bf16 on a GPU that computes in it and fp32 elsewhere; bf16 without hardware is refused."""
+    """ "auto" is bf16 on a GPU that computes in it and fp32 elsewhere; bf16 without hardware is refused."""
     supported = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if wanted == "auto":
         return "bf16" if supported else "fp32"
@@ -96,12 +91,6 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             "another file as deepspeed_config_file in the accelerate configuration"
         ) from error
     return settings
-
-
-def _quieten() -> None:
-    """Keep libraries' notes to themselves: the log is for the run's own lines, stdout for the summary's path."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
 def _without_launcher() -> None:

@@ -13,8 +13,8 @@ from pipeline.model.moe import SparseExperts
 class GatedAttention(nn.Module):
     """Bidirectional attention whose output passes an elementwise sigmoid gate before the output projection.
 
-    The gate is computed from the layer's normed input (Gated Attention, arXiv 2505.06708, position G1; the same place
-    as in `Qwen3NextAttention` of transformers). Queries and keys are RMS-normed per head.
+    The gate is computed from the layer's normed input (Gated Attention, arXiv 2505.06708, position G1; the
+    same place as in `Qwen3NextAttention` of transformers). Queries and keys are RMS-normed per head.
     """
 
     def __init__(self, width: int, heads: int):
@@ -28,22 +28,24 @@ class GatedAttention(nn.Module):
         self.q_norm = nn.RMSNorm(width // heads)
         self.k_norm = nn.RMSNorm(width // heads)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Attend.
 
         Args:
             x: [B, T, H], already normed.
-            mask: bool [B, T], False for tokens nobody may attend to.
+            mask: bool [B, T], False for tokens nobody may attend to; None when there are none, which alone lets SDPA
+                choose its flash kernel.
 
         Returns:
             [B, T, H].
         """
         query, key, value = (
-            proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        # With nothing masked no mask is passed: only then may SDPA choose its flash kernel.
-        attend = None if bool(mask.all()) else mask[:, None, None, :]
-        attended = F.scaled_dot_product_attention(self.q_norm(query), self.k_norm(key), value, attn_mask=attend)
+        attend = None if mask is None else mask[:, None, None, :]
+        query, key = self.q_norm(query), self.k_norm(key)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attend)
         gated = attended.transpose(1, 2).flatten(2) * self.gate_proj(x).sigmoid()
         output: torch.Tensor = self.o_proj(gated)
         return output
@@ -59,7 +61,7 @@ class GatedLayer(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.width)
         self.mlp = SparseExperts(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the layer on [B, T, H]; returns the new x and the router's logits [B, T, E]."""
         x = x + self.attention(self.attention_norm(x), mask)
         update, router_logits = self.mlp(self.mlp_norm(x))

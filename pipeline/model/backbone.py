@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModel, DINOv3ViTConfig
+from transformers import AutoModel, DINOv3ViTConfig, PreTrainedModel
 
 from pipeline.errors import UserError
 
@@ -17,7 +17,7 @@ MAX_VIEWS_PER_PASS = 192  # bounds the activations of one forward pass
 
 
 def vith16plus_config() -> DINOv3ViTConfig:
-    """Configuration of `facebook/dinov3-vith16plus-pretrain-lvd1689m`: 840.6 M parameters (DINOv3, arXiv 2508.10104)."""
+    """`facebook/dinov3-vith16plus-pretrain-lvd1689m` (arXiv 2508.10104): 840.6 M parameters."""
     return DINOv3ViTConfig(
         hidden_size=1280,
         num_hidden_layers=32,
@@ -30,11 +30,33 @@ def vith16plus_config() -> DINOv3ViTConfig:
     )
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Precision the backbone computes in: bf16 on CUDA, fp32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _load_dinov3(name: str) -> PreTrainedModel:
+    way_out = "with --model.backbone (a folder, a hub id or scenes-tiny)"
+    source = str(SCENES_TINY) if name == "scenes-tiny" else name
+    try:
+        model = AutoModel.from_pretrained(source, attn_implementation="sdpa")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot load the backbone {name!r}: it is neither a local folder with weights nor reachable on "
+            "the hub; for gated weights accept the licence on their page and run `hf auth login`, or choose "
+            f"others {way_out}"
+        ) from error
+    kind = model.config.model_type
+    if kind != "dinov3_vit":
+        raise UserError(f"the backbone {name!r} is of type {kind}, not dinov3_vit; choose another {way_out}")
+    return model
+
+
 class FrozenBackbone:
     """A DINOv3 ViT that is never trained, never saved and never in train mode.
 
-    Deliberately no `nn.Module`: a parent's `.train()` must not reach it (its RoPE rescales coordinates at random in
-    train mode), and neither optimizers, DeepSpeed nor `state_dict` may find its parameters.
+    Deliberately no `nn.Module`: a parent's `.train()` must not reach it (its RoPE rescales coordinates at
+    random in train mode), and neither optimizers, DeepSpeed nor `state_dict` may find its parameters.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
@@ -45,18 +67,10 @@ class FrozenBackbone:
             device: Where it runs; bf16 on CUDA, fp32 elsewhere.
 
         Raises:
-            UserError: The weights are not to be had; the sentence says how to get them.
+            UserError: The weights are not to be had, or are no DINOv3 ViT; the sentence says what to do.
         """
         self.name = name
-        source = str(SCENES_TINY) if name == "scenes-tiny" else name
-        try:
-            model = AutoModel.from_pretrained(source, attn_implementation="sdpa")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot load the backbone {name!r}: the weights are neither a local folder nor reachable on the hub; "
-                f"for gated weights accept the licence at https://huggingface.co/{name} and run `hf auth login`, or "
-                "choose others with --model.backbone (a folder, a hub id or scenes-tiny)"
-            ) from error
+        model = _load_dinov3(name)
         self.config = model.config
         self.model = model.eval().requires_grad_(False)
         self.to(device)
@@ -74,8 +88,11 @@ class FrozenBackbone:
     def to(self, device: torch.device | str) -> FrozenBackbone:
         """Move the weights; a CUDA device computes in bf16."""
         self.device = torch.device(device)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.model.to(self.device, dtype)
+        dtype = compute_dtype(self.device)
+        for parameter in self.model.parameters():
+            parameter.data = parameter.data.to(self.device, dtype)
+        # Buffers keep their precision: RoPE frequencies in bf16 would misplace patches by up to 0.4 %.
+        self.model.to(self.device)
         self._mean = torch.tensor(IMAGENET_MEAN, device=self.device).view(1, 3, 1, 1)
         self._std = torch.tensor(IMAGENET_STD, device=self.device).view(1, 3, 1, 1)
         return self
@@ -96,7 +113,9 @@ class FrozenBackbone:
 
     def _forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = (views.to(self.device).float() / 255 - self._mean) / self._std
-        tokens = self.model(pixel_values=pixels).last_hidden_state
+        # Without the caller's autocast, so that training sees the very tokens that the feature cache holds.
+        with torch.autocast(self.device.type, enabled=False):
+            tokens = self.model(pixel_values=pixels).last_hidden_state
         grid = views.shape[-1] // self.config.patch_size
         prefix = 1 + self.config.num_register_tokens  # order: CLS, registers, patches
         return tokens[:, 0], tokens[:, prefix:].unflatten(1, (grid, grid))
@@ -134,11 +153,13 @@ def pool_regions(patches: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     down = interval_overlap(boxes[..., 1], boxes[..., 3], height)
     weights = down[..., :, None] * across[..., None, :]
     weights = weights / weights.sum((-2, -1), keepdim=True)
-    return torch.einsum("bvhw,bhwd->bvd", weights.to(patches.dtype), patches)
+    # In the boxes' precision: weights rounded to bf16 would not sum to 1.
+    means = torch.einsum("bvhw,bhwd->bvd", weights, patches.to(weights.dtype))
+    return means.to(patches.dtype)
 
 
 def interval_overlap(low: torch.Tensor, high: torch.Tensor, cells: int) -> torch.Tensor:
-    """Length of [low, high] inside each of `cells` equal parts of [0, 1]: [..., cells], in units of one part."""
+    """Length of [low, high] inside each of `cells` equal parts of [0, 1], in parts: [..., cells]."""
     edges = torch.arange(cells, device=low.device)
     inside = torch.minimum(high[..., None] * cells, edges + 1) - torch.maximum(low[..., None] * cells, edges)
     return inside.clamp(min=0)

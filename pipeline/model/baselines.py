@@ -50,9 +50,7 @@ class MeanPool(nn.Module):
         """Logits [B, 2]; metadata is not read."""
         present = encoded.mask[..., None].to(encoded.cls.dtype)
         mean = (describe_views(encoded) * present).sum(dim=1) / present.sum(dim=1)
-        return RoadworkOutput(
-            logits=self.classify(mean), view_indices=encoded.indices, view_mask=encoded.mask
-        )
+        return RoadworkOutput(logits=self.classify(mean), view_indices=encoded.indices, view_mask=encoded.mask)
 
 
 class AttentionMIL(nn.Module):

@@ -59,7 +59,7 @@ class ModelConfig:
         self.metadata = tuple(self.metadata)
         require(
             self.view_side >= 16 and self.view_side % 16 == 0,
-            "model.view_side", self.view_side, f"a multiple of the patch size 16, such as {nearest_side(self.view_side)}",
+            "model.view_side", self.view_side, f"a multiple of the patch side 16, like {nearest_side(self.view_side)}",
         )  # fmt: skip
         require(self.head in HEADS, "model.head", self.head, f"one of {', '.join(HEADS)}")
         require(self.pruning in PRUNING, "model.pruning", self.pruning, f"one of {', '.join(PRUNING)}")

@@ -51,9 +51,7 @@ class TwoStageEncoder(nn.Module):
         """Of the head's weights; the baselines' encoder has none and hands on what the backbone computes in."""
         return next((p.dtype for p in self.parameters()), torch.float32)
 
-    def forward(
-        self, views: torch.Tensor, boxes: torch.Tensor, view_mask: torch.Tensor, keep_all: bool
-    ) -> Encoded:
+    def forward(self, views: torch.Tensor, boxes: torch.Tensor, view_mask: torch.Tensor, keep_all: bool) -> Encoded:
         """Encode.
 
         Args:

@@ -32,7 +32,8 @@ class GatedFusion(nn.Module):
             The fused vector [B, H] and the gates [B, K], zero where masked.
         """
         gates = self.gate(views).squeeze(-1).sigmoid() * mask
-        crossed = views + self.cross(views, views, views, key_padding_mask=~mask, need_weights=False)[0]
-        refined = crossed + self.refine(crossed, crossed, crossed, key_padding_mask=~mask, need_weights=False)[0]
+        absent = ~mask
+        crossed = views + self.cross(views, views, views, absent, need_weights=False)[0]
+        refined = crossed + self.refine(crossed, crossed, crossed, absent, need_weights=False)[0]
         fused = (gates[..., None] * refined).sum(dim=1) / (gates.sum(dim=1, keepdim=True) + EPS)
         return fused, gates

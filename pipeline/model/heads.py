@@ -39,7 +39,7 @@ class WeatherHead(ClassifierHead):
 
 
 class SegmentationHead(nn.Module):
-    """Six classes on a grid over the whole photo, from the cells of the kept views, stitched by their boxes."""
+    """Six classes on a grid over the whole photo, from the kept views' cells, stitched by their boxes."""
 
     def __init__(self, width: int, side: int, grid: int):
         super().__init__()
@@ -52,13 +52,12 @@ class SegmentationHead(nn.Module):
         Args:
             cells: [B, K, g*g, H].
             boxes: [B, K, 4] as x0, y0, x1, y1 in [0, 1].
-            mask: bool [B, K].
+            mask: bool [B, K]. The global view is always there, so that no place is left uncovered.
 
         Returns:
-            Logits [B, 6, side, side]: at each place the mean over the cells that cover it, weighted by overlap area,
-            finer views counting more in proportion to their magnification.
+            Logits [B, 6, side, side]: at each place the mean over the cells that cover it, weighted by
+            overlap area over the area of their view, so that finer views count more.
         """
-        batch, views = mask.shape
         logits = self.classify(cells).unflatten(2, (self.grid, self.grid))
         step = torch.arange(self.grid + 1, device=boxes.device) / self.grid
         x = boxes[..., :1] + (boxes[..., 2:3] - boxes[..., :1]) * step
@@ -66,7 +65,8 @@ class SegmentationHead(nn.Module):
         across = overlap(x[..., :-1], x[..., 1:], self.side).to(cells.dtype)
         down = overlap(y[..., :-1], y[..., 1:], self.side).to(cells.dtype)
         area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-        weight = (mask / area.clamp(min=1e-6)).to(cells.dtype)
+        weight = (mask / area).to(cells.dtype)
         total = torch.einsum("bkrcn,bkry,bkcx,bk->bnyx", logits, down, across, weight)
         cover = torch.einsum("bky,bkx,bk->byx", down.sum(2), across.sum(2), weight)
-        return total / cover.clamp(min=1e-6)[:, None]
+        stitched: torch.Tensor = total / cover[:, None]
+        return stitched

@@ -27,9 +27,7 @@ def encode_gps(gps: torch.Tensor) -> torch.Tensor:
         [B, 3 * 2 * 18], without a seam at the date line or the poles.
     """
     latitude, longitude = gps.double().deg2rad().unbind(-1)
-    point = torch.stack(
-        [latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()], dim=-1
-    )
+    point = torch.stack([latitude.cos() * longitude.cos(), latitude.cos() * longitude.sin(), latitude.sin()], dim=-1)
     exponent = torch.linspace(0, 1, WAVELENGTHS, dtype=torch.float64, device=gps.device)
     wavelength_km = LONGEST_KM * (SHORTEST_KM / LONGEST_KM) ** exponent
     angles = point[..., None] * (2 * math.pi * EARTH_RADIUS_KM / wavelength_km)
@@ -37,7 +35,7 @@ def encode_gps(gps: torch.Tensor) -> torch.Tensor:
 
 
 class MetadataEncoder(nn.Module):
-    """Five fields to 704 numbers; a field that is NULL, dropped out or not enabled gives its learned NULL row."""
+    """Five fields to 704 numbers; one that is NULL, dropped out or disabled gives its learned NULL row."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -58,14 +56,16 @@ class MetadataEncoder(nn.Module):
                 if name in self.enabled
             }
         )
-        self.null_rows = nn.ParameterDict({name: nn.Parameter(torch.zeros(w)) for name, w in FIELD_WIDTHS.items()})
+        self.null_rows = nn.ParameterDict(
+            {name: nn.Parameter(torch.zeros(width)) for name, width in FIELD_WIDTHS.items()}
+        )
 
     def forward(self, fields: dict[str, torch.Tensor | None], batch: int, null_metadata: bool) -> torch.Tensor:
         """Encode a batch.
 
         Args:
-            fields: gps [B, 2], weather [B, 8] and text [B, n] with NaN rows for NULL; daytime and scene int64 [B] with
-                0 for NULL; a missing field is NULL for all.
+            fields: gps [B, 2], weather [B, 8] and text [B, n] with NaN rows for NULL; daytime and scene int64
+                [B] with 0 for NULL; a missing field is NULL for all.
             batch: B.
             null_metadata: Treat everything as NULL.
 

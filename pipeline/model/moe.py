@@ -16,10 +16,9 @@ INIT_STD = 0.02
 
 
 class SparseExperts(nn.Module):
-    """`Qwen3MoeSparseMoeBlock` (fp32 softmax router, top k of E, renormalised, SwiGLU experts), with router logits.
+    """`Qwen3MoeSparseMoeBlock`: fp32 softmax router, top k of E renormalised, SwiGLU experts.
 
-    The logits are taken by a hook on the router rather than from the block, so that they are the same when DeepSpeed
-    replaces the block by one whose experts are sharded.
+    The block keeps its router's logits to itself; a hook on the router takes them, for the router losses.
     """
 
     def __init__(self, config: ModelConfig):
@@ -34,7 +33,7 @@ class SparseExperts(nn.Module):
         )
         settings._experts_implementation = "eager"
         self.block = Qwen3MoeSparseMoeBlock(settings)
-        # transformers leaves these empty or zero outside its own from_pretrained; a zero router ties all experts.
+        # transformers leaves these empty, and the router zero, which would tie all experts.
         for parameter in self.block.parameters():
             nn.init.normal_(parameter, std=INIT_STD)
         self._logits: torch.Tensor | None = None
@@ -44,21 +43,18 @@ class SparseExperts(nn.Module):
         self._logits = output[0]
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Send every token [B, T, H] to its experts; returns the update [B, T, H] and router logits [B, T, E]."""
+        """Send every token [B, T, H] to its experts; gives the update [B, T, H] and the logits [B, T, E]."""
         update = self.block(x)
         logits, self._logits = self._logits, None
         assert logits is not None
-        if self.training:
-            # An expert that no token chose still owes DeepSpeed a gradient, of zeros, on every rank.
-            update = update + sum(p.sum() for p in self.block.experts.parameters()) * 0.0
         return update, logits.unflatten(0, x.shape[:2])
 
 
 def balance_loss(router_logits: torch.Tensor, token_mask: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Load balancing loss E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4), for each image by itself.
+    """Load balancing loss E * sum_e f_e P_e of each image (Switch Transformer, arXiv 2101.03961, eq. 4).
 
-    f_e is the share of an image's assignments that expert e receives and P_e its mean router probability. Taken per
-    image, the mean over images does not depend on how they are split into micro-batches and ranks.
+    f_e is the share of an image's assignments that expert e receives and P_e its mean router probability.
+    Taken per image, the mean over images does not depend on how they are split into micro-batches and ranks.
 
     Args:
         router_logits: [B, T, E].
@@ -68,10 +64,10 @@ def balance_loss(router_logits: torch.Tensor, token_mask: torch.Tensor, top_k: i
     Returns:
         [B]; 1 when perfectly even.
     """
-    probabilities = router_logits.float().softmax(dim=-1)
+    probabilities = at_least_float32(router_logits).softmax(dim=-1)
     chosen = probabilities.topk(top_k, dim=-1).indices
     experts = router_logits.shape[-1]
-    weight = token_mask.float()[..., None]
+    weight = token_mask.to(probabilities.dtype)[..., None]
     tokens = weight.sum(dim=1).clamp(min=1)
     share = (F.one_hot(chosen, experts).sum(dim=-2) * weight).sum(dim=1) / (tokens * top_k)
     mean = (probabilities * weight).sum(dim=1) / tokens
@@ -79,7 +75,12 @@ def balance_loss(router_logits: torch.Tensor, token_mask: torch.Tensor, top_k: i
 
 
 def z_loss(router_logits: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
-    """Router z-loss, the mean squared log-sum-exp of an image's logits (ST-MoE, arXiv 2202.08906, eq. 5): [B]."""
-    weight = token_mask.float()
-    squared = router_logits.float().logsumexp(dim=-1) ** 2
+    """Router z-loss (ST-MoE, arXiv 2202.08906, eq. 5): mean squared log-sum-exp of an image's logits, [B]."""
+    squared = at_least_float32(router_logits).logsumexp(dim=-1) ** 2
+    weight = token_mask.to(squared.dtype)
     return (squared * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+
+
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """At least float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -40,4 +40,6 @@ class RoadworkOutput(ModelOutput):
     @property
     def kept_all(self) -> bool:
         """No view was pruned, so the fusion's importance can teach the pruner."""
-        return self.view_scores is not None and self.view_indices.shape == self.view_scores.shape
+        if self.view_scores is None or self.view_indices is None:
+            return False
+        return self.view_indices.shape == self.view_scores.shape

@@ -11,8 +11,8 @@ BOX_FREQUENCIES = 8
 
 
 def sinusoids(values: torch.Tensor, frequencies: int = BOX_FREQUENCIES) -> torch.Tensor:
-    """Sine and cosine of `values` at octaves from half a period per unit: [..., n] to [..., n * 2 * frequencies]."""
-    scale = math.pi * 2.0 ** torch.arange(frequencies, device=values.device)
+    """Sine and cosine at octaves, from half a period per unit on: [..., n] to [..., n * 2 * frequencies]."""
+    scale = math.pi * 2.0 ** torch.arange(frequencies, dtype=values.dtype, device=values.device)
     angles = values[..., None] * scale
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
@@ -38,7 +38,8 @@ class InputProjection(nn.Module):
         Returns:
             Tokens [B, K, 1 + g*g, H], CLS first.
         """
-        centre_and_size = torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], dim=-1)
+        low, high = boxes[..., :2], boxes[..., 2:]
+        centre_and_size = torch.cat([(low + high) / 2, high - low], dim=-1)
         place = self.box(sinusoids(centre_and_size).to(cls.dtype))
         tokens = torch.cat([self.cls(cls)[:, :, None], self.cells(cells)], dim=2)
         projected: torch.Tensor = self.norm(tokens) + place[:, :, None]

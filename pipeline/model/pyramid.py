@@ -8,13 +8,13 @@ from torch import nn
 
 
 class Pyramid(nn.Module):
-    """g x g at H, g/2 x g/2 at H/2 and 1 at H/4; upsampled, concatenated, and added to the cells under an RMSNorm."""
+    """g x g at H, g/2 x g/2 at H/2, 1 at H/4: upsampled, concatenated, added to the cells, RMS-normed."""
 
     def __init__(self, width: int, grid: int):
         super().__init__()
         self.grid = grid
-        self.half = nn.Linear(width, width // 2)
-        self.whole = nn.Linear(width, width // 4)
+        self.to_half = nn.Linear(width, width // 2)
+        self.to_quarter = nn.Linear(width, width // 4)
         self.fuse = nn.Linear(width + width // 2 + width // 4, width)
         self.norm = nn.RMSNorm(width)
 
@@ -30,8 +30,9 @@ class Pyramid(nn.Module):
         batch, views, _, width = tokens.shape
         cls, cells = tokens[:, :, :1], tokens[:, :, 1:]
         level = cells.reshape(batch * views, self.grid, self.grid, width).permute(0, 3, 1, 2)
-        half = self.half(F.avg_pool2d(level, 2).permute(0, 2, 3, 1))
-        half = half.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2).reshape(batch, views, -1, width // 2)
-        whole = self.whole(cells.mean(dim=2, keepdim=True)).expand(-1, -1, cells.shape[2], -1)
+        half = self.to_half(F.avg_pool2d(level, 2).permute(0, 2, 3, 1))
+        half = half.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+        half = half.reshape(batch, views, -1, width // 2)
+        whole = self.to_quarter(cells.mean(dim=2, keepdim=True)).expand(-1, -1, cells.shape[2], -1)
         fused = self.norm(self.fuse(torch.cat([cells, half, whole], dim=-1)) + cells)
         return torch.cat([cls, fused], dim=2)

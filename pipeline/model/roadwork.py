@@ -79,15 +79,18 @@ class RoadworkHead(nn.Module):
         self.weather = WeatherHead(width, config.dropout)
         self.segmentation = SegmentationHead(width, config.mask_side, config.pool_grid)
 
-    def forward(self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool) -> RoadworkOutput:
+    def forward(
+        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool
+    ) -> RoadworkOutput:
         """Answer for B photos from their kept views; see `RoadworkOutput` for the shapes."""
         views = self.projection(encoded.cls, encoded.cells, encoded.boxes)  # [B, K, 1 + g*g, H]
         views = self.pyramid(views) * encoded.gates[..., None, None]
         batch, kept, per_view, _ = views.shape
         token_mask = encoded.mask[..., None].expand(-1, -1, per_view).flatten(1)
         tokens, router_logits = views.flatten(1, 2), []
+        attend = None if bool(token_mask.all()) else token_mask
         for layer in self.layers:
-            tokens, logits = layer(tokens, token_mask)
+            tokens, logits = layer(tokens, attend)
             router_logits.append(logits)
         views = self.norm(tokens).unflatten(1, (kept, per_view))
         # CLS and the strongest cell: a view's vector must not lose a small object in a mean.
@@ -151,13 +154,17 @@ class RoadworkModel(PreTrainedModel):
             UserError: The folder holds no such model, or the backbone's weights are not to be had.
         """
         try:
-            model, report = super().from_pretrained(folder, output_loading_info=True, **kwargs)
+            loaded: Any = super().from_pretrained(folder, output_loading_info=True, **kwargs)
         except OSError as error:
             raise UserError(f"no model in {folder}: {str(error).splitlines()[0]}") from error
+        model, report = loaded
         incomplete = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
         if incomplete:
-            raise UserError(f"the weights in {folder} do not fit its config.json, for one {incomplete[0]}; export again")
-        return model.attach(FrozenBackbone(model.config.backbone, model.device))
+            raise UserError(
+                f"the weights in {folder} do not fit its config.json, for one {incomplete[0]}; export again"
+            )
+        restored: RoadworkModel = model.attach(FrozenBackbone(model.config.backbone, model.device))
+        return restored
 
     def attach(self, backbone: FrozenBackbone) -> RoadworkModel:
         """Give the model its backbone; returns the model."""
@@ -254,8 +261,6 @@ class RoadworkModel(PreTrainedModel):
         return Targets(labels.to(self.device), weather.to(self.device), mask_targets.to(self.device))
 
     def probability(self, logits: torch.Tensor, decision_bias: float | None = None) -> torch.Tensor:
-        """Probability of roadwork: [B, 2] to [B]; 0.5 is the best cut once `export` has set the configuration's bias."""
+        """Probability of roadwork: [B, 2] to [B]; 0.5 is the best cut once `export` has set the bias."""
         bias = self.config.decision_bias if decision_bias is None else decision_bias
         return (logits[..., 1].float() - logits[..., 0].float() - bias).sigmoid()
-
-

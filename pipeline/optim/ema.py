@@ -14,8 +14,8 @@ MAX_DECAY = 0.9999
 def decay_at(step: int, max_decay: float = MAX_DECAY) -> float:
     """Decay of update `step` (from 0): min(max_decay, (1 + t) / (10 + t)).
 
-    A constant 0.9999 would still hold 60 % of the random initial weights after 5,000 steps; with the warm-up the
-    average spans about the last tenth of the run, whatever its length.
+    A constant 0.9999 would still hold 60 % of the random initial weights after 5,000 steps; with the warm-up
+    the average spans about the last tenth of the run, whatever its length.
     """
     return min(max_decay, (1 + step) / (10 + step))
 
@@ -25,9 +25,7 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, max_decay: float = MAX_DECAY):
         self.max_decay = max_decay
-        self.tensors = {
-            name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad
-        }
+        self.tensors = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

@@ -16,9 +16,10 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
         config: Gives the peak, the warm-up's share and the last rate's share.
 
     Returns:
-        The rate; exactly `lr` at the end of the warm-up and `lr * final_lr_ratio` at the last step.
+        The rate; exactly `lr` at the step after the warm-up and, unless that is the last one, exactly
+        `lr * final_lr_ratio` at the last.
     """
-    warmup = round(config.warmup_share * total_steps)
+    warmup = int(config.warmup_share * total_steps)  # rounded down: even the shortest run reaches its peak
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total_steps - 1 - warmup)

@@ -1,0 +1,183 @@
+"""The first pass over a source: every input is read once and becomes a photo with its facts, or a reject."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from data_prep.inspection import Facts, Reject, inspect
+from data_prep.metadata import BadLabel, Parsed, parse
+from data_prep.parallel import Workers
+from data_prep.sources import Content, Location, Source
+from pipeline.errors import UserError
+from pipeline.progress import track
+
+GPS_FIELDS = frozenset({"gps", "latitude", "longitude"})
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An accepted input: where its bytes are and all that is known of it."""
+
+    number: int
+    """Position among the source's inputs."""
+    name: str
+    location: Location
+    mask: Location | None
+    facts: Facts
+    parsed: Parsed
+
+
+@dataclass
+class Intake:
+    """Everything that the source gave. Photos stay on the disk; about a kilobyte is held for each."""
+
+    photos: list[Photo] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    unknown_words: dict[str, Counter[str]] = field(default_factory=dict)
+    gps_problems: Counter[str] = field(default_factory=Counter)
+    sha256: str = ""
+    """Fingerprint of the inputs: names, metadata and bytes, in order."""
+
+    @property
+    def inputs(self) -> int:
+        """Inputs seen: each was accepted or rejected."""
+        return len(self.photos) + len(self.rejects)
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Kind of reason to number of rejects, the most frequent first."""
+        return dict(Counter(reject.kind for reject in self.rejects).most_common())
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An input whose metadata was read and whose photo was not."""
+
+    name: str
+    fields: dict[str, Any]
+    location: Location
+    mask: Location | None
+    parsed: Parsed
+
+
+@dataclass(frozen=True)
+class Failed:
+    """An input that was rejected before its photo was read."""
+
+    name: str
+    fields: dict[str, Any]
+    reject: Reject
+
+
+class Spool:
+    """Keeps the photos of a source that streams, since the second pass reads them in another order."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._stream = path.open("wb", buffering=0)  # other processes read what was just written
+
+    def keep(self, content: Content) -> Location:
+        """Where the content can be read again."""
+        if isinstance(content, Location):
+            return content
+        offset = self._stream.tell()
+        self._stream.write(content)
+        return Location(str(self.path), offset, len(content))
+
+    def close(self) -> None:
+        """End writing; locations stay readable until the file is removed."""
+        self._stream.close()
+
+
+def take_in(source: Source, spool: Path, workers: Workers, max_rejects: float | None = None) -> Intake:
+    """Read every input of a source.
+
+    Args:
+        source: Where inputs come from.
+        spool: File for the photos of a source that streams; it belongs to the caller.
+        workers: Decode in parallel.
+        max_rejects: More rejects end the work: a share of the inputs below 1, a number from 1 on.
+
+    Raises:
+        UserError: No input is usable, no label can be read, or there are more rejects than allowed.
+    """
+    intake, digest = Intake(), hashlib.sha256()
+    limit = float("inf")
+    if max_rejects is not None:
+        limit = max_rejects if max_rejects >= 1 else max_rejects * source.total
+    kept = Spool(spool)
+    try:
+        results = workers.map(_look, _candidates(source, kept))
+        for number, (item, result) in enumerate(track(results, source.total, "checking")):
+            digest.update(_identity(item, result))
+            if isinstance(item, Candidate) and isinstance(result, Facts):
+                _accept(intake, number, item, result)
+            elif isinstance(result, Reject):
+                intake.rejects.append(result)
+                if len(intake.rejects) > limit:
+                    raise UserError(f"more rejects than --max_rejects {max_rejects:g} allows: {_why(intake)}")
+    finally:
+        kept.close()
+    intake.sha256 = digest.hexdigest()
+    _check_usable(intake)
+    return intake
+
+
+def _candidates(source: Source, spool: Spool) -> Iterator[Candidate | Failed]:
+    """Read the metadata of each input, and put streamed photos where a worker can read them."""
+    for item in source:
+        if item.photo is None:
+            yield Failed(item.name, item.fields, Reject(item.name, item.problem, "source"))
+            continue
+        try:
+            parsed = parse(item.fields)
+        except BadLabel as error:
+            yield Failed(item.name, item.fields, Reject(item.name, str(error), "metadata"))
+            continue
+        mask = None if item.mask is None else spool.keep(item.mask)
+        yield Candidate(item.name, item.fields, spool.keep(item.photo), mask, parsed)
+
+
+def _look(item: Candidate | Failed) -> Facts | Reject:
+    return item.reject if isinstance(item, Failed) else inspect(item.name, item.location, item.mask)
+
+
+def _accept(intake: Intake, number: int, item: Candidate, facts: Facts) -> None:
+    parsed = item.parsed
+    if not GPS_FIELDS & item.fields.keys():
+        # Where a table has a GPS column, an empty cell means unknown; otherwise the camera is asked.
+        parsed = replace(parsed, metadata=replace(parsed.metadata, gps=facts.gps))
+    for name, word in parsed.unknown:
+        intake.unknown_words.setdefault(name, Counter())[word] += 1
+    if parsed.gps_problem is not None:
+        intake.gps_problems[parsed.gps_problem] += 1
+    intake.photos.append(Photo(number, item.name, item.location, item.mask, facts, parsed))
+
+
+def _identity(item: Candidate | Failed, result: Facts | Reject) -> bytes:
+    """What an input contributes to the fingerprint of the source."""
+    found = [result.sha256, result.mask_sha256] if isinstance(result, Facts) else [result.reason]
+    return json.dumps([item.name, item.fields, found], default=str, sort_keys=True).encode()
+
+
+def _check_usable(intake: Intake) -> None:
+    unread = [reject for reject in intake.rejects if reject.stage == "metadata"]
+    if unread and all(photo.parsed.label is None for photo in intake.photos):
+        raise UserError(
+            f"no label can be read from the column 'label': {unread[0].reason} ({unread[0].path}), "
+            "and neither is any other; write 0, 1, false, true, None or Roadwork"
+        )
+    if not intake.photos:
+        raise UserError(f"nothing to write: {_why(intake)}")
+
+
+def _why(intake: Intake) -> str:
+    counts = ", ".join(f"{count} {kind}" for kind, count in list(intake.rejected.items())[:3])
+    first = intake.rejects[0]
+    return f"{len(intake.rejects)} of {intake.inputs} inputs were rejected: {counts} (first {first.path!r})"

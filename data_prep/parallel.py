@@ -1,0 +1,58 @@
+"""Work spread over processes: results in the order of the items, and only a few items in memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from types import TracebackType
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+ITEMS_AHEAD = 4  # per worker: enough that none waits for the parent
+
+
+class Workers:
+    """A pool of processes; one worker means this process, without a pool."""
+
+    def __init__(self, count: int, preload: tuple[str, ...] = ()):
+        """Start nothing yet.
+
+        Args:
+            count: Processes; 0 takes every core that this process may use.
+            preload: Modules that are slow to import; the processes share one import, and its memory.
+        """
+        self.count, self.preload = count or len(os.sched_getaffinity(0)), preload
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        if self.count > 1:
+            # Forked from a fresh server, because a fork of this process could inherit a lock that a thread of
+            # the progress bar or of numpy holds, and hang.
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["__main__", *self.preload])
+            self._pool = ProcessPoolExecutor(self.count, mp_context=context)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[tuple[Item, Result]]:
+        """Yield each item with `function(item)`, in order. Both must be picklable, `function` by its name."""
+        if self._pool is None:
+            for item in items:
+                yield item, function(item)
+            return
+        running: deque[tuple[Item, Future[Result]]] = deque()
+        for item in items:
+            running.append((item, self._pool.submit(function, item)))
+            if len(running) >= ITEMS_AHEAD * self.count:
+                first, future = running.popleft()
+                yield first, future.result()
+        for item, future in running:
+            yield item, future.result()

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# The one door: sets up what is missing, then runs the command that the first word names.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv=$root/.venv
+
+usage() {
+  cat <<'TEXT'
+usage: ./launch.sh COMMAND [options]        `./launch.sh COMMAND --help` explains one
+
+  setup      install the pinned dependencies into .venv (every other command does it when needed)
+  demo       photos -> shards -> train -> evaluate -> export -> predict, in minutes on two cores (--quick: 2 minutes)
+  test       ruff, mypy and pytest; further words go to pytest
+  doctor     check machine, installation, configurations and data, and say what would happen
+  prep       scenes | shard | verify: make data sets and shards
+  train      train a recipe: ./launch.sh train demo [--config_file ACCELERATE.yaml] [--epochs N] [--dry-run] [--room.key VALUE]
+  evaluate   score a run on splits it never saw, and write its report
+  export     write the best weights as a Hugging Face folder
+  predict    probabilities for files, folders and globs
+
+exit status: 0 done, 2 a mistake in what was asked for, 3 an audit found something, 75 stopped and resumable, 1 anything else
+TEXT
+}
+
+say() { echo "$*" >&2; }
+
+find_python() {
+  for candidate in python3 python3.12 python3.11; do
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  say "error: Python 3.11 or 3.12 is needed and none was found on PATH; install one, for instance with your package manager or pyenv"
+  exit 2
+}
+
+# A line every five seconds instead of pip's hundreds, which are in the log.
+show_pip() {
+  local line packages=0 last=$SECONDS
+  while IFS= read -r line; do
+    [[ $line == Collecting* ]] && packages=$((packages + 1))
+    if [[ $line == Installing* ]]; then
+      say "setup: $packages packages found, unpacking"
+    elif ((SECONDS - last >= 5)); then
+      last=$SECONDS
+      say "setup: $packages packages found, ${line:0:80}"
+    fi
+  done
+}
+
+setup() {
+  local wanted
+  wanted=$(cat "$root/constraints.txt" "$root/pyproject.toml" | sha256sum)
+  if [[ -f $venv/.installed && $(<"$venv/.installed") == "$wanted" ]]; then return; fi
+  local python
+  python=$(find_python)
+  say "setup: installing pinned dependencies into $venv (once; about a minute on a fast line)"
+  [[ -x $venv/bin/python ]] || "$python" -m venv "$venv"
+  local log=$venv/install.log
+  if ! "$venv/bin/python" -m pip install --disable-pip-version-check -c "$root/constraints.txt" -e "$root[dev]" 2>&1 |
+    tee "$log" | show_pip; then
+    grep -v '^WARNING' "$log" | tail -n 15 >&2
+    say "error: the installation failed; the whole log is $log"
+    exit 1
+  fi
+  echo "$wanted" >"$venv/.installed"
+  say "setup: done"
+}
+
+module() { "$venv/bin/python" -m "$@"; }
+
+step() {
+  say ""
+  say "== $1: ./launch.sh ${*:2}"
+}
+
+demo() {
+  local images=2400 run=runs/demo epochs=()
+  case ${1:-} in
+    "") ;;
+    --quick) images=320 run=runs/demo-quick epochs=(--epochs 2) ;;
+    *)
+      say "usage: ./launch.sh demo [--quick]"
+      say "Makes procedural street scenes, shards them, trains the complete model and a baseline on the embedded backbone,"
+      say "evaluates on cities it never saw, exports and predicts. Run it again to resume. --quick shows the road, not the quality."
+      [[ $1 == --help || $1 == -h ]] && return 0 || return 2
+      ;;
+  esac
+  local here=(--shards "$run/shards")
+  step "photos" prep scenes --out "$run/scenes" --images "$images" --seed 1
+  module data_prep scenes --out "$run/scenes" --images "$images" --seed 1 >/dev/null
+  step "shards" prep shard --source "$run/scenes" --out "$run/shards"
+  module data_prep shard --source "$run/scenes" --out "$run/shards" >/dev/null
+  step "baseline" train demo_baseline
+  module pipeline.launcher demo_baseline "${here[@]}" --run "$run/baseline" "${epochs[@]}" >/dev/null
+  module pipeline.evaluate --run "$run/baseline" >/dev/null
+  step "model" train demo
+  module pipeline.launcher demo "${here[@]}" --run "$run" "${epochs[@]}" >/dev/null
+  step "evaluation" evaluate --run "$run" --baseline "$run/baseline"
+  module pipeline.evaluate --run "$run" --baseline "$run/baseline" >/dev/null
+  step "export" export --run "$run"
+  module pipeline.export --run "$run" >/dev/null
+  step "prediction" predict --model "$run/model" --input "$run/scenes/images/*0.jpg" --output "$run/predictions.csv"
+  module pipeline.predict --model "$run/model" --input "$run/scenes/images/*0.jpg" --output "$run/predicted.csv" >/dev/null
+  say ""
+  module pipeline.report.headline --run "$run"
+}
+
+run_tests() {
+  cd "$root"
+  "$venv/bin/ruff" check .
+  "$venv/bin/ruff" format --check .
+  "$venv/bin/mypy"
+  "$venv/bin/python" -m pytest -m "not gpu" "$@"
+}
+
+main() {
+  local command=${1:-}
+  shift || true
+  case $command in
+    "" | -h | --help | help) usage ;;
+    setup) setup ;;
+    demo) setup; demo "$@" ;;
+    train) setup; module pipeline.launcher "$@" ;;
+    test) setup; run_tests "$@" ;;
+    prep) setup; module data_prep "$@" ;;
+    doctor | evaluate | export | predict) setup; module "pipeline.$command" "$@" ;;
+    *)
+      say "error: unknown command '$command'; ./launch.sh --help lists them"
+      exit 2
+      ;;
+  esac
+}
+
+main "$@"

@@ -1,0 +1,225 @@
+"""Measure a trained run on photos it has not learnt from: `python -m pipeline.evaluate --run RUN`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader
+
+from pipeline.cli import command
+from pipeline.config import read_config
+from pipeline.data.dataset import METADATA_KEYS, VIEW_KEYS, ShardDataset, collate
+from pipeline.data.index import Index, read_index
+from pipeline.errors import UserError, require
+from pipeline.files import write_summary, write_text
+from pipeline.inference import kept_views, load_model, pick_device, probability_of
+from pipeline.metrics import best_threshold, binary_metrics, bootstrap_intervals, has_both
+from pipeline.model.roadwork import RoadworkModel
+from pipeline.progress import say, track
+from pipeline.report import write_report
+
+BOOTSTRAP_SEED, BOOTSTRAP_ROUNDS = 0, 1000
+SMALLEST_CLUSTER = 20  # labelled photos; an MCC of fewer is noise
+
+
+def evaluate(
+    run: Path,
+    *,
+    shards: Path | None = None,
+    splits: list[str] = ["val", "test"],  # noqa: B006  (a list is what gives the flag several words)
+    batch_size: int = 16,
+    workers: int = 2,
+    device: str = "auto",
+) -> Path:
+    """Measure a run's best weights, with and without metadata, and write its predictions and report.
+
+    The cut is chosen on `val` with all metadata NULL, and applied everywhere. Results go into the run's
+    summary.json, beside what training wrote there; predictions.csv and report.html are written anew.
+
+    Args:
+        run: Run folder.
+        shards: Folder of shards; by default the one that the run was trained on.
+        splits: Splits to measure. Without `val`, the cut is the one of an earlier evaluation or of training.
+        batch_size: Photos in one forward pass.
+        workers: Processes that read, decode and cut views; 0 does it in this one.
+        device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
+
+    Returns:
+        The path of summary.json.
+    """
+    require(bool(splits), "--splits", splits, "one or more of train, val, test")
+    require(batch_size >= 1, "--batch_size", batch_size, "1 or more")
+    require(workers >= 0, "--workers", workers, "0 or more")
+    if not run.is_dir():
+        raise UserError(f"no run at {run}; name the folder that training wrote")
+    start, model = time.monotonic(), load_model(run / "model", pick_device(device))
+    folder = shards or Path(read_config(run / "config.yaml").data.shards)
+    index = read_index(folder)
+    datasets = {name: open_split(folder, index, name, model) for name in splits}
+    path = run / "summary.json"
+    summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    earlier = None if "val" in splits else known_threshold(run, summary)
+    predictions = pd.concat(
+        [predict_split(model, name, dataset, batch_size, workers) for name, dataset in datasets.items()],
+        ignore_index=True,
+    )
+    threshold = choose_threshold(predictions) if earlier is None else earlier
+    predictions["prediction"] = (predictions["probability_null"] > threshold).astype(int)
+    wall_s = time.monotonic() - start
+    for name in splits:
+        rows = predictions[predictions["split"] == name].dropna(subset=["label"])
+        summary[name] = {**score_split(rows, threshold), "clusters": score_clusters(rows, threshold, index)}
+        _tell(name, summary[name])
+    summary["evaluation"] = {
+        "data": index.arguments.get("source_kind", folder.name),
+        "shards": str(folder),
+        "source_sha256": index.source_sha256,
+        "threshold": threshold,
+        "threshold_from": "the validation split" + ("" if earlier is None else ", earlier"),
+        "smallest_cluster": SMALLEST_CLUSTER,
+        "bootstrap_rounds": BOOTSTRAP_ROUNDS,
+        "wall_s": round(wall_s, 1),
+        "images_per_s": round(len(predictions) / wall_s, 2),
+    }
+    write_text(run / "predictions.csv", predictions.to_csv(index=False))
+    written = write_summary(run, summary)
+    say(f"report: {write_report(run, predictions, lambda split, row: datasets[split].photo(row))}")
+    return written
+
+
+def open_split(folder: Path, index: Index, name: str, model: RoadworkModel) -> ShardDataset:
+    """A split's samples; a `UserError` where none is labelled, before any time is spent on it."""
+    split = index.split(name)
+    if not (split.labels >= 0).any():
+        raise UserError(f"the split {name!r} of {folder} has no labelled photo, so there is nothing to measure on it")
+    config = model.config
+    return ShardDataset(folder, split, config.view_side, config.num_views, config.mask_side)
+
+
+def known_threshold(run: Path, summary: dict[str, Any]) -> float:
+    """The cut of an earlier evaluation, or of the best validation in training.
+
+    Raises:
+        UserError: The run knows none.
+    """
+    if "evaluation" in summary:
+        return float(summary["evaluation"]["threshold"])
+    if summary.get("best"):
+        return float(summary["best"]["val"]["threshold"])
+    raise UserError(f"{run} has no threshold yet; evaluate it with `val` among the --splits, on which it is chosen")
+
+
+def choose_threshold(predictions: pd.DataFrame) -> float:
+    """The cut with the best MCC on validation, metadata NULL: the regime of the headline and of live use."""
+    rows = predictions[predictions["split"] == "val"].dropna(subset=["label"])
+    return best_threshold(rows["label"].to_numpy(np.int64), rows["probability_null"].to_numpy())
+
+
+def predict_split(
+    model: RoadworkModel, name: str, dataset: ShardDataset, batch_size: int, workers: int
+) -> pd.DataFrame:
+    """Both regimes' probabilities for every sample of a split, labelled or not.
+
+    Returns:
+        The columns of predictions.csv but `prediction`, in the order of the shards; `label` is NA where
+        unknown.
+    """
+    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate)
+    found = list(track(answers(model, loader), len(dataset), f"evaluating {name}"))
+    samples = dataset.split.samples
+    return pd.DataFrame(
+        {
+            "split": name,
+            "key": [sample.key for sample in samples],
+            "source": [dataset.record(row).source for row in range(len(samples))],
+            "label": pd.array([sample.label for sample in samples], dtype="Int64"),
+            "probability_null": [answer[0] for answer in found],
+            "probability": [answer[1] for answer in found],
+            "group": [sample.group for sample in samples],
+            "cluster": [sample.cluster for sample in samples],
+            "kept_views": [";".join(answer[2]) for answer in found],
+        }
+    )
+
+
+@torch.inference_mode()
+def answers(
+    model: RoadworkModel, loader: DataLoader[dict[str, torch.Tensor]]
+) -> Iterator[tuple[float, float, list[str]]]:
+    """Per photo the probability with metadata NULL, that with metadata, and the kept views.
+
+    One pass of the backbone serves both. The probabilities are those before the decision bias, so that an
+    exported model gets the same evaluation.
+    """
+    for batch in loader:
+        encoded = model.encode(**{key: batch[key] for key in VIEW_KEYS})
+        blind = model.answer(encoded, null_metadata=True)
+        informed = model.answer(encoded, **{key: batch[key] for key in METADATA_KEYS})
+        probabilities = [probability_of(model, output, 0.0) for output in (blind, informed)]
+        yield from zip(*probabilities, kept_views(blind), strict=True)
+
+
+def score_split(rows: pd.DataFrame, threshold: float) -> dict[str, Any]:
+    """The summary of one split: everything with metadata NULL, and beside it the MCC with metadata.
+
+    Args:
+        rows: Labelled predictions, at least one.
+        threshold: The cut.
+    """
+    labels, groups = rows["label"].to_numpy(np.int64), rows["group"].to_numpy()
+    blind, informed = rows["probability_null"].to_numpy(), rows["probability"].to_numpy()
+    scores = binary_metrics(labels, blind, threshold)
+    intervals, with_metadata = (
+        bootstrap_intervals(labels, probabilities, groups, threshold, seed=BOOTSTRAP_SEED, rounds=BOOTSTRAP_ROUNDS)
+        for probabilities in (blind, informed)
+    )
+    return {
+        **scores,
+        "mcc": binary_metrics(labels, informed, threshold)["mcc"],
+        "mcc_null_metadata": scores["mcc"],
+        "ci95": {**intervals, "mcc": with_metadata["mcc"], "mcc_null_metadata": intervals["mcc"]},
+    }
+
+
+def score_clusters(rows: pd.DataFrame, threshold: float, index: Index) -> list[dict[str, Any]]:
+    """MCC and accuracy of each GPS cluster that is large enough, metadata NULL, worst first.
+
+    Clusters with one class have no MCC and come last.
+    """
+    found = []
+    for number, part in rows.groupby("cluster"):
+        if len(part) < SMALLEST_CLUSTER:
+            continue
+        labels = part["label"].to_numpy(np.int64)
+        scores = binary_metrics(labels, part["probability_null"].to_numpy(), threshold)
+        found.append(
+            {
+                "cluster": int(str(number)),
+                "centre": index.clusters[int(str(number))].centre,
+                "n": len(part),
+                "roadwork": int(labels.sum()),
+                "mcc": scores["mcc"] if has_both(labels) else None,
+                "accuracy": scores["accuracy"],
+            }
+        )
+    return sorted(found, key=lambda place: (place["mcc"] is None, place["mcc"] or 0.0, place["accuracy"]))
+
+
+def _tell(name: str, scores: dict[str, Any]) -> None:
+    bounds = scores["ci95"]["mcc_null_metadata"]
+    interval = f", 95 % interval {bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
+    say(
+        f"{name}: MCC {scores['mcc_null_metadata']:.3f}{interval} (metadata NULL, n={scores['n']}); "
+        f"{scores['mcc']:.3f} with metadata"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(evaluate))

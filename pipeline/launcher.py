@@ -1,0 +1,134 @@
+"""Start training on the hardware at hand, and give its outcome an exit status: `./launch.sh train RECIPE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, STATE_FILE_VARIABLE, UserError
+from pipeline.progress import say
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "pipeline" / "recipes"
+ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
+# Workers get this long to reach a step boundary and save after a request to stop.
+SHUTDOWN_S = 120
+# What `pipeline.errors.run` says last. Around it the launcher speaks about its workers' end.
+OUTCOMES = ("error: ", "stopped: ", "failed: ")
+CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `accelerate launch pipeline/train.py` for a recipe; returns the exit status that `launch.sh` promises."""
+    parser = argparse.ArgumentParser(prog="./launch.sh train", add_help=False, allow_abbrev=False)
+    parser.add_argument("recipe", nargs="?", help="A name in pipeline/recipes, or a YAML file.")
+    parser.add_argument(
+        "--config_file", type=Path, help="An accelerate configuration; by default the hardware decides."
+    )
+    parser.add_argument("--num_processes", type=int, help="Processes; by default the accelerate configuration decides.")
+    parser.add_argument("-h", "--help", action="store_true", help="Show this and every configuration key.")
+    own, rest = parser.parse_known_args(arguments)
+    train = str(ROOT / "pipeline" / "train.py")
+    if own.help:
+        print(parser.format_help())
+        return subprocess.run([sys.executable, train, "--help"], check=False).returncode
+    try:
+        launch = launch_words(own.config_file, own.num_processes)
+        command = [*launch, train, "--config", str(find_recipe(own.recipe)), *rest]
+    except UserError as error:
+        say(f"error: {error}")
+        return EXIT_USER
+    return supervise(command)
+
+
+def find_recipe(name: str | None) -> Path:
+    """A recipe by name or path."""
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if name is None:
+        raise UserError(f"train needs a recipe: one of {', '.join(known)}, or a YAML file")
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"there is no recipe {name!r}; there are {', '.join(known)}, or name a YAML file")
+    return path
+
+
+def launch_words(config_file: Path | None, num_processes: int | None) -> list[str]:
+    """`accelerate launch` for the GPUs of this machine, or else for two processes on its CPU."""
+    if config_file is not None and not config_file.is_file():
+        raise UserError(f"there is no accelerate configuration {config_file}; see accelerate_configs/")
+    if config_file is None and torch.cuda.is_available():
+        config_file, num_processes = ACCELERATE_CONFIGS / "gpu.yaml", num_processes or torch.cuda.device_count()
+    elif config_file is None:
+        cores = len(os.sched_getaffinity(0))
+        config_file = ACCELERATE_CONFIGS / ("cpu_2.yaml" if cores > 1 else "cpu_1.yaml")
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config_file)]
+    return words + (["--num_processes", str(num_processes)] if num_processes else [])
+
+
+def supervise(command: list[str]) -> int:
+    """Run a launch to its end; a request to stop is handed on once, a second Ctrl-C kills.
+
+    A worker's exit status does not survive the launcher, which returns 1 and prints a traceback of its own. Workers
+    leave their status in a file; where that explains the end, the launcher's words are dropped.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        state_file = Path(folder) / "state.json"
+        environment = {
+            "OMP_NUM_THREADS": "1",  # one thread per process: as many processes as cores
+            **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),
+            **os.environ,
+            STATE_FILE_VARIABLE: str(state_file),
+            "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
+            "PET_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
+        }
+        # In a session of its own, so that a terminal's Ctrl-C comes here alone and is not taken for two requests.
+        aside: list[str] = []
+        with subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        ) as process:
+            _hand_on_signals(process)
+            assert process.stderr is not None
+            for line in process.stderr:
+                if not line.startswith(OUTCOMES) and (aside or CHATTER.search(line)):
+                    aside.append(line)
+                else:
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+        status = process.returncode
+        if state_file.exists():
+            status = int(json.loads(state_file.read_text())["exit_status"])
+    if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
+        sys.stderr.writelines(aside)
+        return EXIT_FAILED
+    return status
+
+
+def _hand_on_signals(process: subprocess.Popen[str]) -> None:
+    asked = False
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            os.killpg(process.pid, signal.SIGKILL)
+        elif not asked:
+            asked = True
+            say("stopping at the next step boundary, with a checkpoint; Ctrl-C again kills")
+            process.send_signal(signal.SIGTERM)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, hand_on)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

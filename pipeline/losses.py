@@ -1,0 +1,245 @@
+"""Component 12: the loss, term by term and sample by sample.
+
+Every term is a value per sample, zero where the sample has no target for it. The sums are divided by how many
+samples have the target, counted over all ranks and micro-batches of an optimizer step, so that neither
+accumulation nor world size changes the gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.errors import require
+from pipeline.model.moe import at_least_float32, balance_loss, z_loss
+from pipeline.model.output import RoadworkOutput
+
+TERMS = ("roadwork", "consistency", "weather", "segmentation", "balance", "router_z", "distillation")
+DICE_SMOOTHING = 1.0  # in cells; a class that is nowhere in the photo has a loss and a gradient too
+
+
+@dataclass
+class LossConfig:
+    """Weight of each term, and the shape of the focal loss."""
+
+    roadwork: float = 0.40
+    """Weight of the focal loss on roadwork or none."""
+    consistency: float = 0.25
+    """Weight of the disagreement among the kept views' own predictions."""
+    weather: float = 0.15
+    """Weight of the cross entropy on the weather."""
+    segmentation: float = 0.20
+    """Weight of Dice + binary cross entropy on the six object classes."""
+    balance: float = 0.01
+    """Weight of the load balancing of the experts."""
+    router_z: float = 0.001
+    """Weight of the z-loss, which keeps the router's logits small."""
+    distillation: float = 0.05
+    """Weight of the pruner's divergence from the importance that fusion gives the views."""
+    focal_alpha: float = 0.25
+    """Focal weight of the class roadwork; none has 1 - focal_alpha."""
+    focal_gamma: float = 2.0
+    """Focal exponent: how much less a sample counts the surer the model is of it; 0 turns it off."""
+    label_smoothing: float = 0.1
+    """Share of a label that is spread evenly over both classes."""
+
+    def __post_init__(self) -> None:
+        for term in TERMS:
+            require(getattr(self, term) >= 0, f"loss.{term}", getattr(self, term), "0 or more")
+        require(0 < self.focal_alpha < 1, "loss.focal_alpha", self.focal_alpha, "in (0, 1)")
+        require(self.focal_gamma >= 0, "loss.focal_gamma", self.focal_gamma, "0 or more")
+        require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "in [0, 1)")
+
+
+@dataclass
+class Targets:
+    """What a batch should be answered with."""
+
+    labels: torch.Tensor
+    """int64 [B]: 1 roadwork, 0 none, -1 unknown."""
+    weather: torch.Tensor
+    """float [B, 8], multi-hot; a row of NaN where unknown."""
+    masks: torch.Tensor
+    """float [B, 6, m, m], the share of each cell's area that each class covers; all NaN where unknown."""
+
+    @property
+    def has_label(self) -> torch.Tensor:
+        """bool [B]."""
+        return self.labels >= 0
+
+    @property
+    def has_weather(self) -> torch.Tensor:
+        """bool [B]; a row without any word says nothing either. NaN compares as False."""
+        return self.weather.sum(dim=-1) > 0
+
+    @property
+    def has_mask(self) -> torch.Tensor:
+        """bool [B]."""
+        return ~self.masks.flatten(1).isnan().any(dim=1)
+
+
+def count_targets(targets: Targets) -> torch.Tensor:
+    """How many samples of a batch contribute to each term: float32 [len(TERMS)], in the order of `TERMS`.
+
+    Terms that need no target count every sample. So does distillation, although it is zero in batches whose
+    views were pruned: the count has to be known before the forward pass.
+    """
+    everyone = torch.ones_like(targets.labels, dtype=torch.bool)
+    present = {
+        "roadwork": targets.has_label,
+        "weather": targets.has_weather,
+        "segmentation": targets.has_mask,
+    }
+    return torch.stack([present.get(term, everyone).sum() for term in TERMS]).float()
+
+
+def loss_terms(
+    output: RoadworkOutput, targets: Targets, config: LossConfig, experts_per_token: int
+) -> dict[str, torch.Tensor]:
+    """Every term that the model's output allows.
+
+    Args:
+        output: The model's answer; a term whose part is None is left out.
+        targets: The batch's targets.
+        config: The shape of the focal loss.
+        experts_per_token: The router's k, for the load balancing.
+
+    Returns:
+        Per term a value per sample, [B], unweighted; in float32, or float64 where the output is float64.
+    """
+    assert output.logits is not None
+    terms = {"roadwork": focal_loss(output.logits, targets.labels, config)}
+    if output.view_logits is not None and output.view_mask is not None:
+        terms["consistency"] = view_disagreement(output.view_logits, output.view_mask)
+    if output.weather_logits is not None:
+        terms["weather"] = weather_loss(output.weather_logits, targets)
+    if output.mask_logits is not None:
+        terms["segmentation"] = segmentation_loss(output.mask_logits, targets)
+    if output.router_logits is not None and output.token_mask is not None:
+        mask = output.token_mask
+        balance = [balance_loss(logits, mask, experts_per_token) for logits in output.router_logits]
+        terms["balance"] = torch.stack(balance).mean(dim=0)
+        terms["router_z"] = torch.stack([z_loss(logits, mask) for logits in output.router_logits]).mean(dim=0)
+    if output.view_scores is not None and output.view_importance is not None and output.view_mask is not None:
+        terms["distillation"] = (
+            importance_divergence(output.view_scores, output.view_importance, output.view_mask)
+            if output.kept_all
+            else torch.zeros_like(terms["roadwork"])
+        )
+    return terms
+
+
+def combine(terms: dict[str, torch.Tensor], counts: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    """The loss: the weighted sum over terms of sum / count.
+
+    Args:
+        terms: From `loss_terms`.
+        counts: From `count_targets`, summed over the ranks and micro-batches of the optimizer step. Gradients
+            have to be summed over these too; where they are averaged, the caller multiplies by the number
+            averaged over.
+        config: The weights.
+
+    Returns:
+        A scalar.
+    """
+    counts = counts.clamp(min=1)
+    parts = [getattr(config, term) * terms[term].sum() / counts[TERMS.index(term)] for term in terms]
+    return torch.stack(parts).sum()
+
+
+def focal_loss(logits: torch.Tensor, labels: torch.Tensor, config: LossConfig) -> torch.Tensor:
+    """Focal loss with smoothed labels: -sum_c q_c alpha_c (1 - p_c)^gamma log p_c, over a softmax of two.
+
+    q is the one-hot label times (1 - smoothing), plus smoothing / 2; alpha is `focal_alpha` for roadwork and
+    1 - `focal_alpha` for none. Without smoothing it is RetinaNet's (Lin et al. 2017, arXiv 1708.02002, eq. 5)
+    with the difference of the two logits as its single logit. RetinaNet divides by the number of positives,
+    we by all labelled.
+
+    Args:
+        logits: [B, 2].
+        labels: int64 [B], -1 where unknown.
+        config: alpha, gamma and smoothing.
+
+    Returns:
+        [B].
+    """
+    log_p = at_least_float32(logits).log_softmax(dim=-1)
+    label = labels.clamp(min=0).to(log_p.dtype)
+    q_roadwork = label * (1 - config.label_smoothing) + config.label_smoothing / 2
+    alpha = config.focal_alpha
+    weights = torch.stack([(1 - q_roadwork) * (1 - alpha), q_roadwork * alpha], dim=-1)
+    # 1 - p_c is the other class's p; as a power of exp(log p) its gradient is finite for every gamma.
+    modulation = (config.focal_gamma * log_p.flip(-1)).exp()
+    return -(weights * modulation * log_p).sum(dim=-1) * (labels >= 0)
+
+
+def view_disagreement(view_logits: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
+    """Jensen-Shannon divergence of the views' predictions: their mean KL divergence from the mean prediction.
+
+    Args:
+        view_logits: [B, K, 2].
+        view_mask: bool [B, K], at least one True in every row.
+
+    Returns:
+        [B] in nats: 0 where all agree or there is one view, at most log 2.
+    """
+    log_p = at_least_float32(view_logits).log_softmax(dim=-1)
+    share = view_mask.to(log_p.dtype)
+    share = share / share.sum(dim=1, keepdim=True)
+    # In logarithms throughout: the log of an underflown probability would be infinite.
+    log_mean = (log_p + share.log()[..., None]).logsumexp(dim=1, keepdim=True)
+    divergence = (log_p.exp() * (log_p - log_mean)).sum(dim=-1)
+    return (share * divergence).sum(dim=1)
+
+
+def weather_loss(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Cross entropy to the weather's words, which share the probability evenly: [B, 8] to [B]."""
+    log_p = at_least_float32(logits).log_softmax(dim=-1)
+    # Zeroed before anything is computed from it, because 0 * NaN would be NaN.
+    words = targets.weather.masked_fill(~targets.has_weather[:, None], 0.0).to(log_p.dtype)
+    return -(F.normalize(words, p=1.0, dim=-1) * log_p).sum(dim=-1)
+
+
+def segmentation_loss(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """Soft Dice loss + binary cross entropy, per image and class, averaged over the classes.
+
+    Dice is 1 - (2 sum pt + s) / (sum p^2 + sum t^2 + s) (V-Net, arXiv 1606.04797). The squares matter: a cell
+    may be covered in part, and with plain sums the best answer to t = 0.5 would be p = 1.
+
+    Args:
+        logits: [B, 6, m, m].
+        targets: Give `masks` of the same shape.
+
+    Returns:
+        [B].
+    """
+    logits = at_least_float32(logits).flatten(2)
+    present = targets.has_mask
+    cover = targets.masks.masked_fill(~present[:, None, None, None], 0.0).to(logits.dtype).flatten(2)
+    p = logits.sigmoid()
+    overlap = 2 * (p * cover).sum(dim=-1) + DICE_SMOOTHING
+    dice = 1 - overlap / (p.square().sum(dim=-1) + cover.square().sum(dim=-1) + DICE_SMOOTHING)
+    entropy = F.binary_cross_entropy_with_logits(logits, cover, reduction="none").mean(dim=-1)
+    return (dice + entropy).mean(dim=1) * present
+
+
+def importance_divergence(scores: torch.Tensor, importance: torch.Tensor, view_mask: torch.Tensor) -> torch.Tensor:
+    """KL divergence of the pruner's softmax over the existing views from the fusion's importance.
+
+    The importance is taken as given: it gets no gradient.
+
+    Args:
+        scores: [B, V].
+        importance: [B, V], 0 or more, zero for views that do not exist.
+        view_mask: bool [B, V].
+
+    Returns:
+        [B] in nats.
+    """
+    absent = ~view_mask
+    log_q = at_least_float32(scores).masked_fill(absent, -torch.inf).log_softmax(dim=-1)
+    log_q = log_q.masked_fill(absent, 0.0)  # their importance is 0, and 0 * inf would be NaN
+    target = F.normalize(importance.detach().to(log_q.dtype), p=1.0, dim=-1)
+    return (torch.xlogy(target, target) - target * log_q).sum(dim=-1)

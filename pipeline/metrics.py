@@ -1,0 +1,221 @@
+"""Scores of a binary classifier, the cut that is best on validation data, and how far to trust both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+BINS = 15  # as in Guo et al. 2017, arXiv 1706.04599
+TIE = 1e-12  # MCCs closer than this differ by rounding only
+DEFAULT_THRESHOLD = 0.5
+INTERVAL_NAMES = ("mcc", "accuracy", "f1", "auroc", "average_precision")
+
+
+def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, Any]:
+    """Every headline number of one set of predictions.
+
+    A photo counts as roadwork where its probability is above `threshold`; exactly at it, as none.
+
+    Args:
+        labels: 0 or 1, [N], N >= 1.
+        probabilities: Of roadwork, [N].
+        threshold: The cut.
+
+    Returns:
+        mcc, auroc, average_precision, accuracy, f1, ece, n, threshold and confusion {tn, fp, fn, tp}. Where
+        one class is absent, mcc is 0, auroc and average_precision are None, since JSON has no NaN.
+    """
+    tn, fp, fn, tp = confusion_counts(labels, probabilities, threshold).sum(axis=0)
+    both = has_both(labels)
+    return {
+        "mcc": float(mcc_of(tn, fp, fn, tp)),
+        "auroc": float(roc_auc_score(labels, probabilities)) if both else None,
+        "average_precision": float(average_precision_score(labels, probabilities)) if both else None,
+        "accuracy": float(accuracy_of(tn, fp, fn, tp)),
+        "f1": float(f1_of(tn, fp, fn, tp)),
+        "ece": calibration_error(labels, probabilities),
+        "n": len(labels),
+        "threshold": float(threshold),
+        "confusion": {"tn": int(tn), "fp": int(fp), "fn": int(fn), "tp": int(tp)},
+    }
+
+
+def has_both(labels: np.ndarray) -> bool:
+    """Whether both classes occur."""
+    return bool(np.any(labels == 1) and np.any(labels == 0))
+
+
+def confusion_counts(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> np.ndarray:
+    """One-hot int64 [N, 4] that says for each prediction whether it is a tn, fp, fn or tp."""
+    outcome = 2 * (np.asarray(labels) == 1) + (np.asarray(probabilities, dtype=np.float64) > threshold)
+    return np.eye(4, dtype=np.int64)[outcome]
+
+
+def mcc_of(tn: np.ndarray, fp: np.ndarray, fn: np.ndarray, tp: np.ndarray) -> np.ndarray:
+    """Matthews correlation from counts of any shape; 0 where a row or column of the matrix is empty."""
+    tn, fp, fn, tp = (np.asarray(count, dtype=np.float64) for count in (tn, fp, fn, tp))
+    below = np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return np.divide(tp * tn - fp * fn, below, out=np.zeros_like(below), where=below > 0)
+
+
+def accuracy_of(tn: np.ndarray, fp: np.ndarray, fn: np.ndarray, tp: np.ndarray) -> np.ndarray:
+    """Share of right predictions."""
+    return np.asarray((tn + tp) / (tn + fp + fn + tp))
+
+
+def f1_of(tn: np.ndarray, fp: np.ndarray, fn: np.ndarray, tp: np.ndarray) -> np.ndarray:
+    """F1 of roadwork; 0 where roadwork is neither present nor predicted."""
+    return np.asarray(2 * tp / np.maximum(2 * tp + fp + fn, 1))
+
+
+def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """The cut with the highest MCC, in O(N log N).
+
+    Only the gaps between neighbouring distinct probabilities matter. Neighbouring gaps that tie form a
+    plateau; the cut is the middle of the widest, the place least sensitive to which photos were at hand.
+
+    Args:
+        labels: 0 or 1, [N].
+        probabilities: [N].
+
+    Returns:
+        The cut; 0.5 where nothing can be learnt because one class is absent or all probabilities are equal.
+    """
+    values, position = np.unique(np.asarray(probabilities, dtype=np.float64), return_inverse=True)
+    if len(values) < 2 or not has_both(labels):
+        return DEFAULT_THRESHOLD
+    ones = np.bincount(position, weights=labels == 1)
+    zeros = np.bincount(position, weights=labels == 0)
+    fn, tn = np.cumsum(ones)[:-1], np.cumsum(zeros)[:-1]  # at gap i, the values up to i are called none
+    scores = mcc_of(tn, zeros.sum() - tn, fn, ones.sum() - fn)
+    best = np.concatenate(([False], scores >= scores.max() - TIE, [False])).astype(np.int8)
+    starts, ends = np.flatnonzero(np.diff(best) == 1), np.flatnonzero(np.diff(best) == -1)
+    widest = np.argmax(values[ends] - values[starts])
+    return float((values[starts[widest]] + values[ends[widest]]) / 2)
+
+
+def reliability(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, float]]:
+    """What the reliability diagram draws: the non-empty ones of 15 equal bins of the probability of roadwork.
+
+    Returns:
+        Per bin low, high, n, the mean probability and the share of roadwork, in ascending order.
+    """
+    number = np.minimum((np.asarray(probabilities) * BINS).astype(np.int64), BINS - 1)
+    n = np.bincount(number, minlength=BINS)
+    probability = np.bincount(number, weights=probabilities, minlength=BINS)
+    roadwork = np.bincount(number, weights=labels, minlength=BINS)
+    return [
+        {
+            "low": b / BINS,
+            "high": (b + 1) / BINS,
+            "n": int(n[b]),
+            "probability": float(probability[b] / n[b]),
+            "roadwork": float(roadwork[b] / n[b]),
+        }
+        for b in np.flatnonzero(n).tolist()
+    ]
+
+
+def calibration_error(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Expected calibration error of the probability of roadwork (Guo et al. 2017, eq. 3, for one class).
+
+    The mean over photos of |mean probability - share of roadwork| in the photo's bin.
+    """
+    bins = reliability(labels, probabilities)
+    return sum(b["n"] * abs(b["probability"] - b["roadwork"]) for b in bins) / len(labels)
+
+
+def bootstrap_intervals(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    groups: np.ndarray,
+    threshold: float,
+    *,
+    seed: int,
+    rounds: int = 1000,
+    level: float = 0.95,
+) -> dict[str, tuple[float, float] | None]:
+    """Percentile intervals by the cluster bootstrap: whole groups are drawn with replacement.
+
+    Frames of one video are near-duplicates; drawing photos one by one would count each of them as news and
+    give intervals that are too narrow. The threshold stays fixed: it was chosen on other data.
+
+    Args:
+        labels: 0 or 1, [N].
+        probabilities: [N].
+        groups: Any labels of the groups, [N].
+        threshold: The cut.
+        seed: Of the draws; the same for two sets of predictions gives the same draws.
+        rounds: Draws.
+        level: Probability mass inside an interval.
+
+    Returns:
+        (low, high) for mcc, accuracy, f1, auroc and average_precision. Draws that lack a class do not count
+        for mcc, auroc and average_precision. None where no draw counts, or with one group, which says nothing
+        of others.
+    """
+    drawn: dict[str, list[float]] = {name: [] for name in INTERVAL_NAMES}
+    outcomes = confusion_counts(labels, probabilities, threshold)
+    _, group_of = np.unique(groups, return_inverse=True)
+    if group_of.max() == 0:
+        return dict.fromkeys(drawn)
+    ranking = Ranking(labels, probabilities)
+    for times in _draws(int(group_of.max()) + 1, seed, rounds):
+        weights = times[group_of]
+        counts = weights @ outcomes
+        drawn["accuracy"].append(float(accuracy_of(*counts)))
+        drawn["f1"].append(float(f1_of(*counts)))
+        tn, fp, fn, tp = counts
+        if tn + fp > 0 and fn + tp > 0:
+            drawn["mcc"].append(float(mcc_of(*counts)))
+            drawn["auroc"].append(ranking.auroc(weights))
+            drawn["average_precision"].append(ranking.average_precision(weights))
+    tail = 100 * (1 - level) / 2
+    return {name: _interval(values, tail) for name, values in drawn.items()}
+
+
+def _draws(groups: int, seed: int, rounds: int) -> Iterator[np.ndarray]:
+    """How often each group is drawn, int64 [groups], once per round."""
+    rng = np.random.default_rng(seed)
+    for _ in range(rounds):
+        yield np.bincount(rng.integers(groups, size=groups), minlength=groups)
+
+
+def _interval(values: list[float], tail: float) -> tuple[float, float] | None:
+    if not values:
+        return None
+    low, high = np.percentile(values, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+class Ranking:
+    """AUROC and average precision under many weightings of the same photos: sorting once makes each O(N)."""
+
+    def __init__(self, labels: np.ndarray, probabilities: np.ndarray):
+        descending = np.argsort(-np.asarray(probabilities, dtype=np.float64), kind="stable")
+        ordered = np.asarray(probabilities, dtype=np.float64)[descending]
+        self._descending = descending
+        self._positive = np.asarray(labels)[descending] == 1
+        self._last_of_tie = np.flatnonzero(np.append(np.diff(ordered) != 0, True))
+
+    def _cumulative(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Weight of the positives and of all photos from each distinct probability up, in falling order."""
+        ordered = np.asarray(weights, dtype=np.float64)[self._descending]
+        positives = np.cumsum(ordered * self._positive)[self._last_of_tie]
+        return positives, np.cumsum(ordered)[self._last_of_tie]
+
+    def auroc(self, weights: np.ndarray) -> float:
+        """Area under the ROC curve by the trapezoid rule; both classes must have weight."""
+        positives, everything = self._cumulative(weights)
+        negatives = everything - positives
+        mean_height = (positives + np.append(0.0, positives[:-1])) / 2
+        return float(mean_height @ np.diff(negatives, prepend=0.0) / (positives[-1] * negatives[-1]))
+
+    def average_precision(self, weights: np.ndarray) -> float:
+        """Sum over distinct probabilities of precision times step of recall; positives must have weight."""
+        positives, everything = self._cumulative(weights)
+        precision = np.divide(positives, everything, out=np.zeros_like(positives), where=everything > 0)
+        return float(precision @ np.diff(positives, prepend=0.0) / positives[-1])

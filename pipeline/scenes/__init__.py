@@ -1,0 +1,8 @@
+"""Procedural street scenes: photos, masks and metadata that a seed and an index determine."""
+
+from pipeline.scenes.cities import CITIES, PRETRAIN_CITIES
+from pipeline.scenes.kinds import KINDS, Kind
+from pipeline.scenes.plan import SceneConfig
+from pipeline.scenes.render import Scene, SceneObject, render
+
+__all__ = ["CITIES", "KINDS", "PRETRAIN_CITIES", "Kind", "Scene", "SceneConfig", "SceneObject", "render"]

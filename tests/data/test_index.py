@@ -1,0 +1,59 @@
+import json
+
+import pytest
+
+from pipeline.data.index import read_index
+from pipeline.errors import UserError
+from tests.small_run import make_shards
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_shards(tmp_path / "shards", {"train": [0, 1], "val": [1]})
+    return tmp_path / "shards"
+
+
+def change(folder, edit):
+    values = json.loads((folder / "index.json").read_text())
+    edit(values)
+    (folder / "index.json").write_text(json.dumps(values))
+
+
+def test_an_index_reads_back_what_was_written(folder):
+    index = read_index(folder)
+    assert json.loads(json.dumps(index.to_json())) == json.loads((folder / "index.json").read_text())
+    assert index.split("train").labels.tolist() == [0, 1]
+    assert index.split("train").weights.tolist() == [1.0, 1.0]
+
+
+def test_an_empty_split_is_a_users_mistake(folder):
+    with pytest.raises(UserError, match="there are train, val"):
+        read_index(folder).split("test")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda v: v["splits"]["train"]["shards"][0].update(name="../../etc/passwd.tar"),
+        lambda v: v["splits"]["train"]["shards"][0].update(name="/tmp/x.tar"),
+        lambda v: v["splits"]["train"]["samples"][0].update(key="../x"),
+        lambda v: v["splits"]["train"]["samples"][0].update(shard=7),
+        lambda v: v["splits"]["train"]["samples"][0]["members"].update(jpg=[10**12, 5]),
+        lambda v: v["splits"]["train"]["samples"][0]["members"].update(jpg=[-5, 5]),
+        lambda v: v.update(format_version=99),
+        lambda v: v["splits"]["train"]["samples"][0].pop("label"),
+        lambda v: v.pop("clusters"),
+    ],
+)
+def test_an_index_that_leads_astray_is_refused(folder, edit):
+    change(folder, edit)
+    with pytest.raises(UserError, match="shard again"):
+        read_index(folder)
+
+
+def test_a_folder_without_an_index_says_how_to_make_one(tmp_path):
+    with pytest.raises(UserError, match="prep shard"):
+        read_index(tmp_path)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(UserError, match="not JSON"):
+        read_index(tmp_path)

@@ -1,0 +1,160 @@
+"""Whole runs of the real launcher: two gloo processes, DeepSpeed ZeRO-2, on a few noisy photos."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
+from pipeline.distributed.checkpoint import find_damage
+from pipeline.model.roadwork import RoadworkModel
+from tests.small_run import make_backbone, make_shards, random_labels, small_config
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.dist
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Shards, a backbone and a recipe of six steps."""
+    folder = tmp_path_factory.mktemp("world")
+    make_shards(folder / "shards", {"train": random_labels(24, 0), "val": random_labels(9, 1)})
+    recipe = Config(
+        train=TrainConfig(epochs=2, batch_size=8, micro_batch_size=2, log_every=1, wandb=False, patience=0),
+        data=DataConfig(shards=str(folder / "shards"), epoch_share=1.0, workers=0),
+        model=small_config(make_backbone(folder / "backbone"), dropout=0.0, metadata_all_dropout=0.0,
+                           metadata_field_dropout=0.0, pruning="off"),
+        optim=OptimConfig(lr=3e-3),
+        checkpoint=CheckpointConfig(every_steps=1, every_minutes=0),
+    )  # fmt: skip
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    return folder
+
+
+def launch(world: Path, run: Path, *words: str, processes: int = 2) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "pipeline.launcher", str(world / "recipe.yaml"),
+        "--config_file", str(ROOT / "accelerate_configs" / f"cpu_{processes}.yaml"), "--run", str(run), *words,
+    ]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == status, err
+    return out, err
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world):
+    """A run of two processes from beginning to end."""
+    run = world / "uninterrupted"
+    out, _ = finish(launch(world, run))
+    assert out.splitlines()[-1] == str((run / "summary.json").resolve())
+    return run
+
+
+def test_two_processes_train_validate_and_leave_a_run_folder(uninterrupted):
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert (summary["steps"], summary["samples_seen"], summary["epochs"]) == (STEPS, 48, 2.0)
+    assert summary["best"]["val"]["n"] == 9
+    curve = losses(uninterrupted)
+    assert curve[-2] < curve[0]
+    provenance = json.loads((uninterrupted / "provenance.json").read_text())
+    assert provenance["hardware"]["processes"] == 2
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert not RoadworkModel.from_pretrained(uninterrupted / "model").training
+    assert [path.name for path in sorted((uninterrupted / "checkpoints").iterdir())] == [
+        f"step-{step:08d}" for step in (STEPS - 1, STEPS)
+    ]
+
+
+def test_a_finished_run_returns_at_once_and_other_settings_are_refused(world, uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    out, _ = finish(launch(world, uninterrupted, processes=1))
+    assert out.splitlines()[-1] == str((uninterrupted / "summary.json").resolve())
+    _, err = finish(launch(world, uninterrupted, "--epochs", "3"), status=2)
+    assert "error: " in err
+    assert "train.epochs=2 (now 3)" in err
+    assert "Traceback" not in err
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_stopped_run_goes_on_to_bitwise_the_same_losses(world, uninterrupted):
+    run = world / "stopped"
+    process = launch(world, run)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = finish(process, status=75)
+    assert "Traceback" not in err
+    assert not (run / "summary.json").exists()
+    taken = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+    assert 2 <= taken < STEPS
+    _, err = finish(launch(world, run))
+    assert f"resuming at step {taken} of {STEPS}" in err
+    assert losses(run) == losses(uninterrupted)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, uninterrupted))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_killed_run_falls_back_to_the_checkpoint_that_is_whole(world, uninterrupted):
+    run = world / "killed"
+    process = launch(world, run)
+    while len(list((run / "checkpoints").glob("step-*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    kill_family(process.pid)
+    process.communicate()
+    newest = max((run / "checkpoints").glob("step-*"))
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))
+    assert find_damage(newest) == "weights.safetensors has changed"
+    _, err = finish(launch(world, run))
+    assert f"checkpoint {newest} is damaged" in err
+    assert losses(run) == losses(uninterrupted)
+
+
+def kill_family(pid: int) -> None:
+    """kill -9 of a process and all below it."""
+    for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def test_one_process_and_accumulation_take_the_same_steps(world, uninterrupted):
+    """Neither world size nor micro-batches change the loss: 1 x 8 against 2 x 2 x 2."""
+    run = world / "alone"
+    finish(launch(world, run, "--train.micro_batch_size", "8", processes=1))
+    assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-5)
+
+
+def test_a_dry_run_plans_takes_two_steps_and_writes_nothing(world):
+    out, err = finish(launch(world, world / "dry", "--dry-run", processes=1))
+    for word in ("batch ", "steps ", "lr ", "parameters ", "memory ", "dry run: 2 steps"):
+        assert word in err
+    assert out == ""
+    assert not (world / "dry").exists()
+
+
+def test_weights_and_biases_logs_offline_into_the_run_folder(world):
+    run = world / "tracked"
+    _, err = finish(launch(world, run, "--train.wandb", "true", "--epochs", "1", processes=1))
+    assert "logging offline" in err
+    assert list(run.glob("wandb/offline-run-*"))

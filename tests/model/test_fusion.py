@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from pipeline.model.fusion import GatedFusion
+from tests.model.reference import multihead_attention, sigmoid, silu
+
+
+@pytest.fixture
+def fusion():
+    torch.manual_seed(0)
+    module = GatedFusion(width=32, heads=4)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+VIEWS = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(1))
+MASK = torch.arange(6) < torch.tensor([[6], [4], [1]])
+
+
+def test_fusion_equals_its_equations(fusion):
+    fusion.double()
+    fused, gates = fusion(VIEWS.double(), MASK)
+    first, last = fusion.gate[0], fusion.gate[2]
+    assert (first.in_features, first.out_features, last.out_features) == (32, 8, 1)
+    for image in range(3):
+        x, keep = VIEWS[image].double(), MASK[image]
+        g = sigmoid(silu(x @ first.weight.T + first.bias) @ last.weight.T + last.bias).squeeze(-1) * keep
+        c = x + multihead_attention(fusion.cross, x, keep)
+        r = c + multihead_attention(fusion.refine, c, keep)
+        torch.testing.assert_close(gates[image], g)
+        torch.testing.assert_close(fused[image], (g[:, None] * r).sum(dim=0) / (g.sum() + 1e-6))
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_views_that_do_not_exist_are_irrelevant(fusion, inference):
+    """Also on the fast path that PyTorch takes in inference alone."""
+    fusion.train(not inference)
+    with torch.inference_mode(inference):
+        before = fusion(VIEWS, MASK)
+        after = fusion(torch.where(MASK[..., None], VIEWS, 50 * VIEWS - 3), MASK)
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inference_equals_training(fusion):
+    training = fusion.train()(VIEWS, MASK)
+    with torch.inference_mode():
+        inference = fusion.eval()(VIEWS, MASK)
+    for a, b in zip(training, inference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gates_are_importance_between_zero_and_one_and_zero_where_masked(fusion):
+    _, gates = fusion(VIEWS, MASK)
+    assert ((gates > 0) == MASK).all()
+    assert (gates < 1).all()
+
+
+def test_the_order_of_views_is_irrelevant(fusion):
+    order = torch.tensor([2, 5, 0, 3, 1, 4])
+    fused, gates = fusion(VIEWS, MASK)
+    permuted, permuted_gates = fusion(VIEWS[:, order], MASK[:, order])
+    torch.testing.assert_close(permuted, fused)
+    torch.testing.assert_close(permuted_gates, gates[:, order])
+
+
+def test_a_photo_without_importance_anywhere_stays_finite(fusion):
+    fusion.gate[2].bias.data.fill_(-200.0)
+    fused, _ = fusion(VIEWS, MASK)
+    fused.sum().backward()
+    assert fused.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in fusion.parameters())

@@ -1,0 +1,88 @@
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import ALIASES, Config, parse_config, read_config, to_yaml
+from pipeline.distributed.startup import read_ds_config
+from pipeline.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "pipeline" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_states_only_what_differs(path):
+    config = asdict(read_config(path))
+    defaults = asdict(Config())
+    for room, values in yaml.safe_load(path.read_text()).items():
+        for key, value in values.items():
+            assert config[room][key] == value
+            assert value != defaults[room][key] or (room, key) in {("train", "epochs"), ("train", "batch_size"),
+                ("train", "micro_batch_size"), ("data", "shards"), ("model", "backbone")}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_accelerate_configuration_names_a_deepspeed_file(path):
+    settings = yaml.safe_load(path.read_text())
+    assert settings["distributed_type"] == "DEEPSPEED"
+    assert not settings["use_cpu"]  # Accelerate would turn DeepSpeed off
+    read_ds_config(ROOT / settings["deepspeed_config"]["deepspeed_config_file"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_deepspeed_file_leaves_nothing_to_be_guessed(path):
+    settings = read_ds_config(path)
+    assert "auto" not in str(settings)
+    assert settings["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero"))
+
+
+def test_overrides_win_wherever_the_recipe_stands():
+    recipe = ["--config", str(ROOT / "pipeline" / "recipes" / "demo.yaml")]
+    for words in (["--epochs", "3", *recipe], [*recipe, "--epochs", "3"], ["--epochs=3", *recipe]):
+        config, dry_run = parse_config(words, "train")
+        assert (config.train.epochs, config.model.backbone, dry_run) == (3, "scenes-tiny", False)
+
+
+def test_the_last_override_wins():
+    assert parse_config(["--train.epochs", "3", "--epochs", "4"], "train")[0].train.epochs == 4
+
+
+def test_a_resolved_configuration_reads_back_the_same(tmp_path):
+    config, _ = parse_config(["--model.metadata", "[gps]", "--train.seed", "7", "--dry-run"], "train")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert read_config(tmp_path / "config.yaml") == config
+
+
+def test_every_short_form_stands_for_a_key():
+    rooms = {room.name: room.default_factory for room in fields(Config)}
+    for long in ALIASES.values():
+        room, key = long.removeprefix("--").split(".")
+        assert key in {entry.name for entry in fields(rooms[room])}
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--train.epoch", "3"], "did you mean 'train.epochs'"),
+        (["--optim.learning_rate", "1"], "unknown option 'optim.learning_rate'"),
+        (["--train.epochs", "0"], "train.epochs is 0, but must be 1 or more"),
+        (["--train.epochs", "many"], r"train.epochs: expected a int"),
+        (["--model.view_side", "518"], "model.view_side is 518.* like 512"),
+        (["--model.metadata", "[gps, name]"], r"model.metadata is \['name'\]"),
+        (["--data.sampling", "best"], "data.sampling is 'best', but must be one of weighted, uniform"),
+        (["--config", "absent.yaml"], "does not exist"),
+    ],
+)
+def test_a_mistake_is_one_sentence_that_names_the_key(words, sentence):
+    with pytest.raises(UserError, match=sentence) as caught:
+        parse_config(words, "train")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_key_in_a_file_gets_the_nearest_known_one(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("train:\n  epocs: 3\n")
+    with pytest.raises(UserError, match=r"did you mean 'train\.epochs'"):
+        read_config(path)

@@ -1,0 +1,202 @@
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn import metrics as sk
+
+from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.index import read_index
+from pipeline.errors import UserError
+from pipeline.evaluate import evaluate, score_clusters, score_split
+from pipeline.inference import kept_views, pick_device
+from pipeline.model.backbone import FrozenBackbone
+from pipeline.model.roadwork import RoadworkModel
+from tests.small_run import make_backbone, make_model, make_run, make_shards, random_labels
+
+N = {"val": 40, "test": 61}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run as training leaves it."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    labels = {"train": [0, 1], "val": random_labels(40, 0), "test": [*random_labels(60, 1), None]}
+    make_shards(folder / "shards", labels)
+    return make_run(folder / "run", make_model(make_backbone(folder / "backbone")), folder / "shards")
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    """The same run, evaluated; with the number of views that the backbone saw."""
+    run = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(trained, run)
+    seen, call = [], FrozenBackbone.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenBackbone, "__call__", lambda self, views: (seen.append(len(views)), call(self, views))[1])
+        path = evaluate(run, workers=0, batch_size=7)
+    assert path == (run / "summary.json").resolve()
+    return run, json.loads(path.read_text()), pd.read_csv(run / "predictions.csv"), sum(seen)
+
+
+def test_training_keys_stay_in_the_summary(evaluated):
+    summary = evaluated[1]
+    assert summary["steps"] == 8
+    assert summary["best"]["val"]["threshold"] == 0.3
+    assert summary["evaluation"]["data"] == "noise <of> photos"
+
+
+def test_every_sample_has_one_row_and_unlabelled_ones_are_not_scored(evaluated):
+    _, summary, rows, _ = evaluated
+    assert rows["key"].tolist() == [f"{name}_{i}" for name, n in N.items() for i in range(n)]
+    assert rows["label"].isna().sum() == 1
+    assert rows["source"].iloc[3] == "photos/3.jpg"
+    assert (summary["val"]["n"], summary["test"]["n"]) == (40, 60)
+
+
+def test_metrics_are_those_of_scikit_learn_on_the_written_rows(evaluated):
+    _, summary, rows, _ = evaluated
+    known = rows[(rows["split"] == "test") & rows["label"].notna()]
+    labels, threshold = known["label"].astype(int), summary["val"]["threshold"]
+    called, informed = known["probability_null"] > threshold, known["probability"] > threshold
+    test = summary["test"]
+    assert test["threshold"] == threshold
+    assert test["mcc_null_metadata"] == pytest.approx(sk.matthews_corrcoef(labels, called))
+    assert test["mcc"] == pytest.approx(sk.matthews_corrcoef(labels, informed))
+    assert test["auroc"] == pytest.approx(sk.roc_auc_score(labels, known["probability_null"]))
+    assert test["accuracy"] == pytest.approx((labels == called).mean())
+    assert (known["prediction"] == called).all()
+    assert set(test["ci95"]) == {"mcc", "mcc_null_metadata", "auroc", "average_precision", "accuracy", "f1"}
+    low, high = test["ci95"]["mcc_null_metadata"]
+    assert low < test["mcc_null_metadata"] < high
+    assert test["ci95"]["mcc"] != test["ci95"]["mcc_null_metadata"]
+
+
+def test_the_threshold_is_the_best_of_validation_without_metadata(evaluated):
+    _, summary, rows, _ = evaluated
+    val = rows[rows["split"] == "val"]
+    values = np.unique(val["probability_null"])
+    cuts = (values[1:] + values[:-1]) / 2
+    highest = max(sk.matthews_corrcoef(val["label"], val["probability_null"] > cut) for cut in cuts)
+    assert summary["val"]["mcc_null_metadata"] == pytest.approx(highest)
+
+
+def test_probabilities_and_kept_views_are_the_models_own(evaluated, trained):
+    rows = evaluated[2]
+    model = RoadworkModel.from_pretrained(trained / "model").eval()
+    shards = trained.parent / "shards"
+    dataset = ShardDataset(shards, read_index(shards).split("test"), 32, 12, 4)
+    batch = collate([dataset[row] for row in range(5)])
+    with torch.no_grad():
+        blind = model(**model_inputs(batch), null_metadata=True)
+        informed = model(**model_inputs(batch))
+    written = rows[rows["split"] == "test"].head(5)
+    np.testing.assert_allclose(written["probability_null"], model.probability(blind.logits), atol=1e-5)
+    np.testing.assert_allclose(written["probability"], model.probability(informed.logits), atol=1e-5)
+    assert not np.allclose(written["probability"], written["probability_null"], atol=1e-3)
+    assert written["kept_views"].tolist() == [";".join(names) for names in kept_views(blind)]
+
+
+def test_both_regimes_share_one_pass_of_the_backbone(evaluated):
+    assert evaluated[3] == 4 * sum(N.values())  # four views are kept
+
+
+def test_evaluating_again_changes_no_result(evaluated):
+    run, summary, _, _ = evaluated
+    rows, page = (run / "predictions.csv").read_bytes(), (run / "report.html").read_bytes()
+    again = json.loads(evaluate(run, workers=1, batch_size=7).read_text())
+    for timing in ("wall_s", "images_per_s"):
+        again["evaluation"][timing] = summary["evaluation"][timing]
+    assert again == summary
+    assert (run / "predictions.csv").read_bytes() == rows
+    assert (run / "report.html").read_bytes() == page
+
+
+def test_a_split_alone_takes_the_threshold_that_the_run_knows(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    summary = json.loads(evaluate(run, splits=["test"], workers=0).read_text())
+    assert summary["test"]["threshold"] == 0.3
+    assert "val" not in summary
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match="no threshold"):
+        evaluate(run, splits=["test"], workers=0)
+
+
+def test_a_baseline_is_evaluated_too(trained, tmp_path):
+    backbone = str(trained.parent / "backbone")
+    shards = trained.parent / "shards"
+    run = make_run(tmp_path / "run", make_model(backbone, head="single_view"), shards)
+    summary = json.loads(evaluate(run, workers=0).read_text())
+    assert summary["test"]["mcc"] == summary["test"]["mcc_null_metadata"]
+    assert set(pd.read_csv(run / "predictions.csv")["kept_views"]) == {"global"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (shutil.rmtree, "no run at"),
+        (lambda run: shutil.rmtree(run / "model"), "no model in"),
+        (lambda run: (run / "config.yaml").unlink(), "no configuration at"),
+    ],
+)
+def test_an_incomplete_run_is_refused(trained, tmp_path, change, message):
+    run = shutil.copytree(trained, tmp_path / "run")
+    change(run)
+    with pytest.raises(UserError, match=message):
+        evaluate(run, workers=0)
+
+
+def test_a_split_without_labels_is_refused_before_anything_is_written(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    make_shards(tmp_path / "shards", {"val": [0, 1], "test": [None, None]})
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(UserError, match=r"'test'.* no labelled photo"):
+        evaluate(run, shards=tmp_path / "shards", workers=0)
+    with pytest.raises(UserError, match="no samples in split 'train'"):
+        evaluate(run, shards=tmp_path / "shards", splits=["val", "train"], workers=0)
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_an_absent_device_is_refused():
+    for name in ("cuda:99", "toaster"):
+        with pytest.raises(UserError, match="--device"):
+            pick_device(name)
+
+
+def frame(labels, probabilities, clusters):
+    return pd.DataFrame(
+        {
+            "label": pd.array(labels, dtype="Int64"),
+            "probability_null": probabilities,
+            "probability": probabilities,
+            "group": range(len(labels)),
+            "cluster": clusters,
+        }
+    )
+
+
+def test_clusters_are_listed_worst_first_and_only_when_large_enough(trained):
+    index = read_index(trained.parent / "shards")
+    labels = [0, 1] * 10 + [0, 1] * 10 + [1] * 5
+    good, bad = [0.1, 0.9] * 10, [0.1, 0.9] * 6 + [0.9, 0.1] * 4
+    rows = frame(labels, good + bad + [0.9] * 5, [0] * 20 + [1] * 20 + [2] * 5)
+    places = score_clusters(rows, 0.5, index)
+    assert [(place["cluster"], place["n"]) for place in places] == [(1, 20), (0, 20)]
+    assert [place["mcc"] for place in places] == pytest.approx([0.2, 1.0])
+    assert places[0]["centre"] == (55.7, 13.2)
+
+
+def test_a_cluster_of_one_class_has_no_mcc_and_comes_last(trained):
+    index = read_index(trained.parent / "shards")
+    rows = frame([1] * 20 + [0, 1] * 10, [0.4] * 20 + [0.1, 0.9] * 10, [0] * 20 + [1] * 20)
+    places = score_clusters(rows, 0.5, index)
+    assert [place["mcc"] for place in places] == [1.0, None]
+
+
+def test_a_split_of_one_class_is_json_without_nan():
+    scores = score_split(frame([1] * 6, np.linspace(0.2, 0.9, 6), [0] * 6), 0.5)
+    text = json.loads(json.dumps(scores, allow_nan=False))
+    assert text["auroc"] is None
+    assert text["ci95"]["mcc"] is None

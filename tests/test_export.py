@@ -1,0 +1,170 @@
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pipeline.export
+from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.index import read_index
+from pipeline.errors import UserError
+from pipeline.evaluate import evaluate
+from pipeline.export import export
+from pipeline.model.roadwork import RoadworkModel
+from pipeline.predict import predict
+from tests.small_run import make_backbone, make_model, make_run, make_shards, noisy_photo, random_labels
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """An evaluated run."""
+    folder = tmp_path_factory.mktemp("export")
+    make_shards(folder / "shards", {"val": random_labels(30, 0), "test": random_labels(30, 1)})
+    run = make_run(folder / "run", make_model(make_backbone(folder / "backbone")), folder / "shards")
+    evaluate(run, workers=0)
+    return run
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "run")
+
+
+def logits_of(folder, run):
+    """A saved model's answers to some photos of the run's test split."""
+    shards = Path(json.loads((run / "summary.json").read_text())["evaluation"]["shards"])
+    dataset = ShardDataset(shards, read_index(shards).split("test"), 32, 12, 4)
+    model = RoadworkModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(**model_inputs(collate([dataset[row] for row in range(4)]))).logits
+
+
+def test_the_exported_folder_gives_bitwise_the_same_logits(run, tmp_path):
+    before = logits_of(run / "model", run)
+    summary = json.loads(export(run, out=tmp_path / "new" / "folder").read_text())
+    assert torch.equal(logits_of(tmp_path / "new" / "folder", run), before)
+    assert summary["largest_logit_difference"] == 0
+    assert RoadworkModel.from_pretrained(run / "model").config.decision_bias == 0
+
+
+def test_one_half_is_the_right_cut_of_an_exported_model(run, tmp_path):
+    path = export(run)
+    assert path == (run / "model" / "summary.json").resolve()
+    threshold = json.loads((run / "summary.json").read_text())["evaluation"]["threshold"]
+    bias = RoadworkModel.from_pretrained(run / "model").config.decision_bias
+    assert bias == pytest.approx(math.log(threshold / (1 - threshold)))
+    (tmp_path / "photos").mkdir()
+    for number in range(30):
+        (tmp_path / "photos" / f"{number:02d}.jpg").write_bytes(noisy_photo(2000 + number))
+    predict(run / "model", [str(tmp_path / "photos")], tmp_path / "x.csv", workers=0)
+    evaluated = pd.read_csv(run / "predictions.csv").query("split == 'test'")
+    called = pd.read_csv(tmp_path / "x.csv", keep_default_na=False)["label"] == "Roadwork"
+    assert called.tolist() == (evaluated["prediction"] == 1).tolist()
+    assert 0 < called.sum() < 30
+
+
+def test_evaluating_an_exported_run_gives_the_same_result(run):
+    before = json.loads((run / "summary.json").read_text())
+    export(run)
+    after = json.loads(evaluate(run, workers=0).read_text())
+    assert after["test"] == before["test"]
+
+
+def test_half_stores_16_bits_and_loads_in_32(run):
+    before = logits_of(run / "model", run)
+    summary = json.loads(export(run, half=True).read_text())
+    stored = load_file(run / "model-half" / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    model = RoadworkModel.from_pretrained(run / "model-half")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    difference = (logits_of(run / "model-half", run) - before).abs().max()
+    assert 0 < difference < 0.05
+    assert 0 < summary["largest_logit_difference"] < 0.05
+    assert torch.equal(logits_of(run / "model", run), before)
+
+
+def test_files_that_others_put_into_the_folder_stay(run, tmp_path):
+    (tmp_path / "hub" / ".git").mkdir(parents=True)
+    (tmp_path / "hub" / "model_card.json").write_text("{}")
+    export(run, out=tmp_path / "hub")
+    names = {path.name for path in (tmp_path / "hub").iterdir()}
+    assert names == {
+        ".git",
+        "model_card.json",
+        "config.json",
+        "model.safetensors",
+        "README.md",
+        "summary.json",
+    }
+
+
+def test_a_failed_export_leaves_no_trace(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.export, "verify", lambda *_: 1 / 0)
+    before = (run / "model" / "config.json").read_bytes()
+    for out in (None, tmp_path / "new"):
+        with pytest.raises(ZeroDivisionError):
+            export(run, out=out)
+    assert (run / "model" / "config.json").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+    assert not list(run.glob(".*"))
+
+
+def test_weights_that_do_not_survive_the_trip_are_noticed(run, monkeypatch):
+    save = RoadworkModel.save_pretrained
+
+    def damage(self, folder, state_dict, **kwargs):
+        save(self, folder, state_dict={name: value + 1e-3 for name, value in state_dict.items()}, **kwargs)
+
+    monkeypatch.setattr(RoadworkModel, "save_pretrained", damage)
+    with pytest.raises(AssertionError, match="differs"):
+        export(run)
+
+
+def test_the_card_shows_results_data_and_licences(run):
+    export(run)
+    card, test = (
+        (run / "model" / "README.md").read_text(),
+        json.loads((run / "summary.json").read_text())["test"],
+    )
+    assert "On noise <of> photos:" in card
+    assert f"| test | 30 | {test['mcc_null_metadata']:.3f} |" in card
+    assert "loaded from the place named above" in card
+    assert "encodes 4 of 12 views" in card
+
+
+def test_the_cards_python_runs_as_written(run, tmp_path, monkeypatch):
+    export(run)
+    code = re.search(r"```python\n(.*?)```", (run / "model" / "README.md").read_text(), re.DOTALL).group(1)
+    (tmp_path / "photo.jpg").write_bytes(noisy_photo(5))
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code.replace("FOLDER", str(run / "model")), names)
+    predict(run / "model", ["photo.jpg"], tmp_path / "x.csv", workers=0)
+    written = pd.read_csv(tmp_path / "x.csv")["probability"][0]
+    assert names["probability"].tolist() == pytest.approx([written])
+
+
+def test_without_evaluation_the_threshold_is_that_of_training(run):
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({"best": summary["best"]}))
+    assert json.loads(export(run).read_text())["threshold"] == 0.3
+    assert "Not evaluated yet" in (run / "model" / "README.md").read_text()
+
+
+def test_wrong_input_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out"):
+        export(run, out=tmp_path / "file")
+    with pytest.raises(UserError, match="no run at"):
+        export(tmp_path / "nowhere")
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match="no threshold"):
+        export(run)
+    shutil.rmtree(run / "model")
+    with pytest.raises(UserError, match="no model in"):
+        export(run)

@@ -1,0 +1,157 @@
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.cli import command
+from pipeline.data.dataset import collate, prepare
+from pipeline.data.views import VIEW_NAMES
+from pipeline.errors import UserError
+from pipeline.model.roadwork import RoadworkModel
+from pipeline.predict import find_photos, predict
+from tests.small_run import make_backbone, make_model, noisy_photo
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("predict")
+    make_model(make_backbone(folder / "backbone")).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Five photos, of which one is truncated, one no image and one a grey PNG, beside a text file."""
+    folder = tmp_path / "photos"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "a.jpg").write_bytes(noisy_photo(0))
+    (folder / "b.JPG").write_bytes(noisy_photo(1)[:400])
+    (folder / "c[1].jpeg").write_bytes(noisy_photo(2, 64, 160))
+    (folder / "deep" / "d.jpg").write_bytes(b"no image")
+    Image.fromarray(np.tile(np.arange(80, dtype=np.uint8), (60, 1))).save(folder / "deep" / "e.png")
+    (folder / "notes.txt").write_text("no photo")
+    return folder
+
+
+def read_csv(path):
+    with path.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_every_photo_gets_one_row_in_order_and_broken_ones_an_error(model_folder, photos, tmp_path):
+    summary = predict(model_folder, [str(photos)], tmp_path / "out" / "x.csv", batch_size=2, workers=1)
+    rows = read_csv(tmp_path / "out" / "x.csv")
+    names = ["a.jpg", "b.JPG", "c[1].jpeg", "deep/d.jpg", "deep/e.png"]
+    assert [row["path"] for row in rows] == [str(photos / name) for name in names]
+    assert [bool(row["error"]) for row in rows] == [False, True, False, True, False]
+    assert all(row["probability"] == row["label"] == row["kept_views"] == "" for row in rows if row["error"])
+    values = json.loads(summary.read_text())
+    assert summary == (tmp_path / "out" / "x.summary.json").resolve()
+    assert (values["photos"], values["failed"]) == (5, 2)
+    assert sum(values["labels"].values()) == 3
+
+
+def test_answers_are_the_models_own_without_metadata(model_folder, photos, tmp_path):
+    predict(model_folder, [str(photos)], tmp_path / "x.csv", workers=0)
+    model = RoadworkModel.from_pretrained(model_folder).eval()
+    for row in (row for row in read_csv(tmp_path / "x.csv") if not row["error"]):
+        views = collate([prepare(Path(row["path"]).read_bytes(), 32, 12)])
+        with torch.no_grad():
+            output = model(**views, null_metadata=True)
+        log_odds = float(output.logits[0, 1] - output.logits[0, 0])
+        assert float(row["probability"]) == pytest.approx(1 / (1 + np.exp(-log_odds)), abs=1e-5)
+        assert row["label"] == ("Roadwork" if log_odds > 0 else "None")
+        expected = [VIEW_NAMES[i] for i in output.view_indices[0] if output.view_mask[0].all()]
+        assert row["kept_views"].split(";") == expected
+
+
+def test_views_that_do_not_exist_are_not_named(model_folder, tmp_path):
+    (tmp_path / "small.jpg").write_bytes(noisy_photo(0, 32, 32))
+    predict(model_folder, [str(tmp_path / "small.jpg")], tmp_path / "x.csv", workers=0)
+    assert read_csv(tmp_path / "x.csv")[0]["kept_views"] == "global"
+
+
+def test_jsonl_holds_the_same_as_csv(model_folder, photos, tmp_path):
+    predict(model_folder, [str(photos)], tmp_path / "x.csv", workers=0)
+    predict(model_folder, [str(photos)], tmp_path / "y.jsonl", workers=0)
+    lines = [json.loads(line) for line in (tmp_path / "y.jsonl").read_text().splitlines()]
+    for line, row in zip(lines, read_csv(tmp_path / "x.csv"), strict=True):
+        flat = {**line, "kept_views": ";".join(line["kept_views"] or [])}
+        assert {key: "" if value is None else str(value) for key, value in flat.items()} == row
+
+
+def test_one_half_counts_as_none(tmp_path):
+    model = make_model(make_backbone(tmp_path / "backbone"))
+    with torch.no_grad():
+        for parameter in model.head.binary.parameters():
+            parameter.zero_()
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "a.jpg").write_bytes(noisy_photo(0))
+    predict(tmp_path / "model", [str(tmp_path / "a.jpg")], tmp_path / "x.csv", workers=0)
+    row = read_csv(tmp_path / "x.csv")[0]
+    assert (row["probability"], row["label"]) == ("0.5", "None")
+
+
+def test_the_decision_bias_moves_the_probability(model_folder, photos, tmp_path):
+    model = RoadworkModel.from_pretrained(model_folder)
+    model.config.decision_bias = 100.0
+    model.save_pretrained(tmp_path / "biased")
+    predict(tmp_path / "biased", [str(photos / "a.jpg")], tmp_path / "x.csv", workers=0)
+    assert float(read_csv(tmp_path / "x.csv")[0]["probability"]) < 1e-6
+
+
+def test_files_folders_and_patterns_mix_and_name_each_photo_once(photos):
+    found = find_photos([str(photos / "deep" / "*.png"), str(photos / "c[1].jpeg"), str(photos)])
+    assert [path.name for path in found] == ["e.png", "c[1].jpeg", "a.jpg", "b.JPG", "d.jpg"]
+    everywhere = find_photos([str(photos / "**" / "*.jpg")])
+    assert [path.name for path in everywhere] == ["a.jpg", "d.jpg"]
+
+
+def test_a_file_that_is_named_is_tried_whatever_its_suffix(photos):
+    assert find_photos([str(photos / "notes.txt")]) == [photos / "notes.txt"]
+
+
+def test_wrong_input_is_one_sentence_and_leaves_nothing(model_folder, photos, tmp_path):
+    (photos / "empty").mkdir()
+    out = tmp_path / "out"
+    wrong = [
+        (model_folder, [str(photos / "empty")], "x.csv", "leads to no photo"),
+        (model_folder, [str(photos / "*.gif")], "x.csv", "leads to no photo"),
+        (model_folder, [], "x.csv", "--input"),
+        (model_folder, [str(photos)], "x.parquet", "--output"),
+        (tmp_path / "nowhere", [str(photos)], "x.csv", "no model in"),
+    ]
+    for model, inputs, name, message in wrong:
+        with pytest.raises(UserError, match=message):
+            predict(model, inputs, out / name, workers=0)
+    assert not out.exists()
+
+
+def test_an_interrupted_prediction_leaves_the_old_file(model_folder, photos, tmp_path, monkeypatch):
+    (tmp_path / "x.csv").write_text("old")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pipeline.predict.score", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        predict(model_folder, [str(photos)], tmp_path / "x.csv", workers=0)
+    assert (tmp_path / "x.csv").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "x.csv"]
+
+
+def test_the_command_line_takes_several_inputs(model_folder, photos, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "x.csv"
+    flags = ["--model", str(model_folder), "--input", str(photos / "a.jpg"), str(photos / "deep")]
+    more = [f"--input={photos / 'c[1].jpeg'}", "--output", str(output), "--workers", "0"]
+    monkeypatch.setattr(sys, "argv", ["predict", *flags, *more])
+    assert command(predict) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str((tmp_path / "x.summary.json").resolve())
+    assert [row["path"][-5:] for row in read_csv(output)] == ["a.jpg", "d.jpg", "e.png", ".jpeg"]
+    monkeypatch.setattr(sys, "argv", ["predict", "--model", str(tmp_path), "--input", "--output", str(output)])
+    assert command(predict) == 2
