@@ -71,39 +71,37 @@ setup() {
 
 module() { "$venv/bin/python" -m "$@"; }
 
+# One step of the demo: says the command, which anyone may type, and runs it.
 step() {
+  local title=$1
+  shift
   say ""
-  say "== $1: ./launch.sh ${*:2}"
+  say "== $title: ./launch.sh $*"
+  dispatch "$@" >/dev/null
 }
 
 demo() {
-  local images=2400 run=runs/demo epochs=()
+  local images=2400 run=runs/demo short=()
   case ${1:-} in
     "") ;;
-    --quick) images=320 run=runs/demo-quick epochs=(--epochs 2) ;;
-    *)
+    --quick) images=320 run=runs/demo-quick short=(--epochs 1) ;;
+    --help | -h | *)
       say "usage: ./launch.sh demo [--quick]"
-      say "Makes procedural street scenes, shards them, trains the complete model and a baseline on the embedded backbone,"
-      say "evaluates on cities it never saw, exports and predicts. Run it again to resume. --quick shows the road, not the quality."
+      say "Makes procedural street scenes, shards them, trains the complete model and a baseline on the embedded"
+      say "backbone, evaluates on cities it never saw, exports and predicts. Run it again to go on where it stopped."
+      say "--quick takes under two minutes and shows the road, not the quality."
       [[ $1 == --help || $1 == -h ]] && return 0 || return 2
       ;;
   esac
-  local here=(--shards "$run/shards")
+  local on=(--shards "$run/shards" "${short[@]}")
   step "photos" prep scenes --out "$run/scenes" --images "$images" --seed 1
-  module data_prep scenes --out "$run/scenes" --images "$images" --seed 1 >/dev/null
   step "shards" prep shard --source "$run/scenes" --out "$run/shards"
-  module data_prep shard --source "$run/scenes" --out "$run/shards" >/dev/null
-  step "baseline" train demo_baseline
-  module pipeline.launcher demo_baseline "${here[@]}" --run "$run/baseline" "${epochs[@]}" >/dev/null
-  module pipeline.evaluate --run "$run/baseline" >/dev/null
-  step "model" train demo
-  module pipeline.launcher demo "${here[@]}" --run "$run" "${epochs[@]}" >/dev/null
+  step "baseline" train demo_baseline --run "$run/baseline" "${on[@]}"
+  step "baseline's score" evaluate --run "$run/baseline"
+  step "model" train demo --run "$run" "${on[@]}"
   step "evaluation" evaluate --run "$run" --baseline "$run/baseline"
-  module pipeline.evaluate --run "$run" --baseline "$run/baseline" >/dev/null
   step "export" export --run "$run"
-  module pipeline.export --run "$run" >/dev/null
-  step "prediction" predict --model "$run/model" --input "$run/scenes/images/*0.jpg" --output "$run/predictions.csv"
-  module pipeline.predict --model "$run/model" --input "$run/scenes/images/*0.jpg" --output "$run/predicted.csv" >/dev/null
+  step "prediction" predict --model "$run/model" --input "$run/scenes/images/*0.jpg" --output "$run/answers.csv"
   say ""
   module pipeline.report.headline --run "$run"
 }
@@ -116,22 +114,24 @@ run_tests() {
   "$venv/bin/python" -m pytest -m "not gpu" "$@"
 }
 
-main() {
-  local command=${1:-}
-  shift || true
+dispatch() {
+  local command=$1
+  shift
   case $command in
-    "" | -h | --help | help) usage ;;
-    setup) setup ;;
-    demo) setup; demo "$@" ;;
-    train) setup; module pipeline.launcher "$@" ;;
-    test) setup; run_tests "$@" ;;
-    prep) setup; module data_prep "$@" ;;
-    doctor | evaluate | export | predict) setup; module "pipeline.$command" "$@" ;;
-    *)
-      say "error: unknown command '$command'; ./launch.sh --help lists them"
-      exit 2
-      ;;
+    setup) ;;
+    demo) demo "$@" ;;
+    test) run_tests "$@" ;;
+    prep) module data_prep "$@" ;;
+    train) module pipeline.launcher "$@" ;;
+    doctor | evaluate | export | predict) module "pipeline.$command" "$@" ;;
   esac
 }
 
-main "$@"
+case ${1:-} in
+  "" | -h | --help | help) usage ;;
+  setup | demo | test | prep | train | doctor | evaluate | export | predict) setup && dispatch "$@" ;;
+  *)
+    say "error: unknown command '$1'; ./launch.sh --help lists them"
+    exit 2
+    ;;
+esac

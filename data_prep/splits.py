@@ -24,8 +24,6 @@ CELLS_PER_RADIUS = 20
 POINTS_AT_ONCE = 1024
 ATTEMPTS = 64
 BLOCKS_TO_TRY = 20_000  # in all attempts together, beyond the first: thousands of blocks fill evenly anyway
-MOVES = 1000
-MOVE_GAIN = 1e-6  # of the squared error in photos; less is rounding
 
 
 @dataclass(frozen=True)
@@ -195,7 +193,7 @@ def fill_splits(blocks: np.ndarray, labels: np.ndarray, shares: np.ndarray, seed
 
 
 def _fill(counts: np.ndarray, wanted: np.ndarray, order: np.ndarray) -> tuple[float, np.ndarray]:
-    """Give each block, in order, where it reduces the squared error most; then make moves while any helps.
+    """Give each block, in order, to where it reduces the squared error most.
 
     Args:
         counts: Of each block, [blocks, labels].
@@ -210,18 +208,6 @@ def _fill(counts: np.ndarray, wanted: np.ndarray, order: np.ndarray) -> tuple[fl
         # |missing - counts|^2 less |missing|^2 is smallest where this product is largest.
         chosen[block] = np.argmax(missing @ counts[block])
         missing[chosen[block]] -= counts[block]
-    rows, squares = np.arange(len(counts)), (counts**2).sum(axis=1, keepdims=True)
-    for _ in range(MOVES):
-        # Moving block b from split s to split t changes half the squared error by b.m_s - b.m_t + b.b.
-        products = counts @ missing.T
-        change = products[rows, chosen][:, None] - products + squares
-        change[rows, chosen] = 0
-        block, target = np.unravel_index(np.argmin(change), change.shape)
-        if change[block, target] > -MOVE_GAIN:
-            break
-        missing[chosen[block]] += counts[block]
-        missing[target] -= counts[block]
-        chosen[block] = target
     return float((missing**2).sum()), chosen
 
 

@@ -33,6 +33,7 @@ def evaluate(
     run: Path,
     *,
     shards: Path | None = None,
+    baseline: Path | None = None,
     splits: list[str] = ["val", "test"],  # noqa: B006  (a list is what gives the flag several words)
     batch_size: int = 16,
     workers: int = 2,
@@ -46,6 +47,7 @@ def evaluate(
     Args:
         run: Run folder.
         shards: Folder of shards; by default the one that the run was trained on.
+        baseline: An evaluated run on the same shards, such as one of a baseline head, to be shown beside.
         splits: Splits to measure. Without `val`, the cut is the one of an earlier evaluation or of training.
         batch_size: Photos in one forward pass.
         workers: Processes that read, decode and cut views; 0 does it in this one.
@@ -89,6 +91,8 @@ def evaluate(
         "images_per_s": round(len(predictions) / wall_s, 2),
     }
     write_text(run / "predictions.csv", predictions.to_csv(index=False))
+    if baseline is not None:
+        summary["baseline"] = compare(baseline, index)
     written = write_summary(run, summary)
     say(f"report: {write_report(run, predictions, lambda split, row: datasets[split].photo(row))}")
     return written
@@ -101,6 +105,26 @@ def open_split(folder: Path, index: Index, name: str, model: RoadworkModel) -> S
         raise UserError(f"the split {name!r} of {folder} has no labelled photo, so there is nothing to measure on it")
     config = model.config
     return ShardDataset(folder, split, config.view_side, config.num_views, config.mask_side)
+
+
+def compare(baseline: Path, index: Index) -> dict[str, Any]:
+    """The headline of another run, for the summary of this one.
+
+    Raises:
+        UserError: It is not evaluated on the test split, or its shards are others.
+    """
+    path = baseline / "summary.json"
+    other = json.loads(path.read_text()) if path.is_file() else {}
+    if "test" not in other:
+        raise UserError(f"the baseline {baseline} has no evaluation on test; run `evaluate --run {baseline}` first")
+    if other["evaluation"]["source_sha256"] != index.source_sha256:
+        raise UserError(f"the baseline {baseline} was evaluated on other shards, so the two cannot be compared")
+    return {
+        "run": str(baseline),
+        "head": read_config(baseline / "config.yaml").model.head,
+        "mcc": other["test"]["mcc_null_metadata"],
+        "ci95": other["test"]["ci95"]["mcc_null_metadata"],
+    }
 
 
 def known_threshold(run: Path, summary: dict[str, Any]) -> float:

@@ -47,6 +47,13 @@ def jpeg(seed: int, width: int = 96, height: int = 64) -> bytes:
     return encode(pixels(seed, width, height), quality=90)
 
 
+def jpeg_at(seed: int, latitude: float, longitude: float) -> bytes:
+    """A JPEG file whose EXIF says where it was taken, in the northern and eastern hemispheres."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8825).update({1: "N", 2: (latitude, 0.0, 0.0), 3: "E", 4: (longitude, 0.0, 0.0)})
+    return encode(pixels(seed), exif=exif)
+
+
 def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
     """A CSV file whose columns are the keys of all rows."""
     columns = list(dict.fromkeys(name for row in rows for name in row))

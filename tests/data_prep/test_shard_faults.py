@@ -188,7 +188,7 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_repair
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert partial.is_dir()
+    (partial / "train-99999.tar").write_bytes(b"of a run with other arguments")
     assert not out.exists()
     shard(source, out, workers=1, shard_mb=0.05)
     assert not partial.exists()

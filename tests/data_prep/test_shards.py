@@ -19,6 +19,7 @@ from tests.data_prep.photos import (
     content,
     encode,
     jpeg,
+    jpeg_at,
     pixels,
     read,
     write_folder,
@@ -195,6 +196,20 @@ def test_a_streamed_source_gives_the_same_photos_and_leaves_no_copy(tmp_path):
     assert names == {"index.json", "summary.json", "rejects.jsonl"} | {
         tar.name for split in index.splits.values() for tar in split.shards
     }
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [(None, (50.5, 8.25)), ({"label": "1"}, (50.5, 8.25)), ({"gps": ""}, None), ({"gps": "[1.0, 2.0]"}, (1, 2))],
+)
+def test_exif_says_the_place_unless_a_table_has_a_column_for_it(tmp_path, row, expected):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(jpeg_at(0, 50.5, 8.25))
+    if row is not None:
+        write_table(tmp_path / "in" / "metadata.csv", [{"file_name": "a.jpg", **row}])
+    shard(tmp_path / "in", tmp_path / "out", workers=1)
+    [(record, _)] = read(tmp_path / "out", read_index(tmp_path / "out"))["train"]
+    assert record.metadata.gps == expected
 
 
 def test_a_bare_folder_of_real_photos_takes_gps_from_exif(street_photos, tmp_path):
