@@ -24,6 +24,7 @@ from pipeline.files import write_summary
 from pipeline.progress import track
 from pipeline.scenes import CITIES, SceneConfig, render
 
+KIND = "procedural scenes"  # follows the photos into the shards and every report on them
 JPEG_QUALITY = 90
 MAX_IMAGES = 1_000_000
 # The hub's own split: photos at random, so that frames of one video lie on both sides, for an audit to find.
@@ -94,6 +95,7 @@ def scenes(
     write_summary(
         partial_out,
         {
+            "kind": KIND,
             "arguments": arguments,
             "images": images,
             "roadwork": positives,

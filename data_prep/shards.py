@@ -123,7 +123,7 @@ def shard(
             say(f"{out} is finished already: the same photos, the same arguments")
             return write_summary(out, {**finished, "source_stamp": stamp})
         plan = make_plan(intake.photos, arguments)
-        index = _write_tars(partial, intake, plan, arguments, pool)
+        index = _write_tars(partial, intake, plan, {**asdict(arguments), "source_kind": kind_of(source)}, pool)
         (partial / SPOOL_NAME).unlink()
         _write_rejects(partial / "rejects.jsonl", intake)
         summary = {
@@ -137,6 +137,14 @@ def shard(
         publish(partial, out)
     _tell(summary, out)
     return out / SUMMARY_NAME
+
+
+def kind_of(source: Path) -> str:
+    """What the photos are, as the summary of the command that made them says; else just photographs."""
+    try:
+        return str(json.loads((source / SUMMARY_NAME).read_text())["kind"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "photographs"
 
 
 def make_plan(photos: list[Photo], arguments: Arguments) -> Plan:
@@ -204,16 +212,16 @@ def _record(photo: Photo, row: int, plan: Plan) -> Record:
     )
 
 
-def _write_tars(folder: Path, intake: Intake, plan: Plan, arguments: Arguments, pool: Workers) -> Index:
+def _write_tars(folder: Path, intake: Intake, plan: Plan, arguments: dict[str, Any], pool: Workers) -> Index:
     """Lay the samples out in tars, write these, and describe them."""
     tars: list[tuple[str, ShardPlan]] = []
     for number, name in enumerate(SPLITS):
         rows = np.flatnonzero(plan.assignment.splits == number)
         if name == "train":
             # Readers that go through the tars in order see a mixture; other splits keep the source's order.
-            rows = np.random.default_rng(arguments.seed).permutation(rows)
+            rows = np.random.default_rng(arguments["seed"]).permutation(rows)
         entries = [_entry(intake.photos[row], row, plan) for row in rows.tolist()]
-        for part, filled in enumerate(_fill(entries, arguments.shard_mb * 1e6)):
+        for part, filled in enumerate(_fill(entries, arguments["shard_mb"] * 1e6)):
             tars.append((name, ShardPlan(str(folder / f"{name}-{part:05d}.tar"), tuple(filled))))
     written: dict[str, list[tuple[ShardPlan, WrittenShard]]] = {name: [] for name in SPLITS}
     results = track(pool.map(write_shard, [tar for _, tar in tars]), len(tars), "writing", unit="tars")
@@ -222,7 +230,7 @@ def _write_tars(folder: Path, intake: Intake, plan: Plan, arguments: Arguments, 
     return Index(
         splits={name: _describe(tars_of) for name, tars_of in written.items()},
         clusters=_clusters(intake.photos, plan),
-        arguments=asdict(arguments),
+        arguments=arguments,
         source_sha256=intake.sha256,
         rejected=intake.rejected,
         unknown_words={field: dict(sorted(words.items())) for field, words in sorted(intake.unknown_words.items())},

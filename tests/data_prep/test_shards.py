@@ -23,6 +23,7 @@ from tests.data_prep.photos import (
     pixels,
     read,
     write_folder,
+    write_table,
 )
 from tests.data_prep.test_sources import write_natix
 
