@@ -2,7 +2,7 @@
 # The one door: sets up what is missing, then runs the command that the first word names.
 set -euo pipefail
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$(realpath "${BASH_SOURCE[0]}")")
 venv=$root/.venv
 
 usage() {

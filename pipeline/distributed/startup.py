@@ -16,7 +16,7 @@ from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from pipeline.errors import UserError
 
 T = TypeVar("T")
-DEFAULT_DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero2.json"
+ROOT = Path(__file__).parents[2]
 
 
 def start(*, batch_size: int, accumulation: int, grad_clip: float, precision: str, log_with: list[str]) -> Accelerator:
@@ -33,7 +33,9 @@ def start(*, batch_size: int, accumulation: int, grad_clip: float, precision: st
         log_with: Accelerate trackers to start.
     """
     _without_launcher()
-    settings = read_ds_config(Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", DEFAULT_DS_CONFIG)))
+    path = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero2.json"))
+    # A relative path is the project's own file, wherever the command was given, unless there is one in that place.
+    settings = read_ds_config(path if path.exists() else ROOT / path)
     settings |= {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": accumulation,

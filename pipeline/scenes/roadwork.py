@@ -8,23 +8,18 @@ from pipeline.scenes.brush import Brush, Paint, darker
 
 
 def cone(b: Brush, p: Paint, rng: np.random.Generator) -> None:
-    """A traffic cone: a slim trunk on a square foot, with two white collars."""
+    """A traffic cone: a slim trunk on a square foot, with three white collars."""
     middle = b.aspect / 2
     b.box(darker(p.orange, 0.6), (0.02, 0.9, b.aspect - 0.02, 1.0), 0.02)
 
-    def half_width(y: float) -> float:
-        return 0.05 + (0.3 - 0.05) * y / 0.92
-
     def trunk(top: float, bottom: float) -> list[tuple[float, float]]:
-        high, low = half_width(top), half_width(bottom)
+        high, low = 0.05 + 0.27 * top, 0.05 + 0.27 * bottom
         return [(middle - high, top), (middle + high, top), (middle + low, bottom), (middle - low, bottom)]
 
     b.polygon(p.orange, *trunk(0.0, 0.92))
-    shift = rng.uniform(-0.04, 0.04)
-    b.polygon(p.white, *trunk(0.26 + shift, 0.42 + shift))
-    b.polygon(p.white, *trunk(0.56 + shift, 0.72 + shift))
-    shade = [(middle + half_width(0), 0.0), (middle + half_width(0.92), 0.92), (middle + 0.18, 0.92)]
-    b.polygon(darker(p.orange), *shade)
+    shift = rng.uniform(-0.03, 0.03)
+    for y in (0.2, 0.44, 0.68):
+        b.polygon(p.white, *trunk(y + shift, y + shift + 0.13))
 
 
 def barrier(b: Brush, p: Paint, rng: np.random.Generator) -> None:
@@ -73,7 +68,9 @@ def worker(b: Brush, p: Paint, rng: np.random.Generator) -> None:
     b.line(vest, 0.075, (m - 0.13, 0.25), (m - 0.19, 0.42), (m - 0.1, 0.52 - lift))
     b.line(vest, 0.075, (m + 0.13, 0.25), (m + 0.19, 0.42), (m + 0.12, 0.52 - lift))
     b.box(vest, (m - 0.15, 0.2, m + 0.15, 0.56), 0.04)
-    b.box(p.white, (m - 0.15, 0.44, m + 0.15, 0.495))
+    b.box(p.white, (m - 0.15, 0.45, m + 0.15, 0.5))
+    b.box(p.white, (m - 0.13, 0.66, m - 0.015, 0.7))
+    b.box(p.white, (m + 0.015, 0.66, m + 0.13, 0.7))
     b.box(p.white, (m - 0.1, 0.2, m - 0.055, 0.45))
     b.box(p.white, (m + 0.055, 0.2, m + 0.1, 0.45))
     b.disc(p.skin, (m, 0.135), 0.065)
@@ -86,7 +83,7 @@ def worker(b: Brush, p: Paint, rng: np.random.Generator) -> None:
 
 
 def excavator(b: Brush, p: Paint, rng: np.random.Generator) -> None:
-    """An excavator: crawler tracks, cab, and a bent boom with a bucket."""
+    """An excavator: crawler tracks, hazard stripes on the counterweight, cab, and a bent boom with a bucket."""
     w = b.aspect
     body = p.yellow if rng.random() < 0.7 else p.orange
     b.box(p.dark, (0.02, 0.8, w * 0.62, 1.0), 0.09)
@@ -94,6 +91,7 @@ def excavator(b: Brush, p: Paint, rng: np.random.Generator) -> None:
         b.disc(p.grey, (0.12 + i * (w * 0.62 - 0.22) / 3, 0.9), 0.05)
     b.box(darker(body), (0.02, 0.56, w * 0.6, 0.8), 0.04)
     b.box(body, (0.02, 0.52, w * 0.32, 0.74), 0.04)
+    b.stripes((0.02, 0.6, w * 0.3, 0.76), (p.dark, body), 0.075, 0.8)
     b.box(body, (w * 0.3, 0.28, w * 0.56, 0.76), 0.03)
     b.box((150, 176, 190), (w * 0.35, 0.33, w * 0.53, 0.55), 0.02)
     elbow = (w * 0.78, rng.uniform(0.04, 0.16))
@@ -105,15 +103,14 @@ def excavator(b: Brush, p: Paint, rng: np.random.Generator) -> None:
 
 
 def dump_truck(b: Brush, p: Paint, rng: np.random.Generator) -> None:
-    """A dump truck: a cab, and a tipped or level body heaped with earth."""
+    """A dump truck: a cab, and a tipped or level body with hazard stripes, heaped with earth."""
     w = b.aspect
     body = p.yellow if rng.random() < 0.7 else p.orange
     tip = rng.uniform(0.0, 0.16)
     b.polygon((112, 88, 66), (w * 0.1, 0.3), (w * 0.28, 0.14 - tip / 2), (w * 0.56, 0.16 - tip), (w * 0.62, 0.3))
     b.polygon(body, (0.0, 0.26), (w * 0.66, 0.26 - tip), (w * 0.62, 0.68 - tip), (w * 0.1, 0.72))
-    for x in (0.2, 0.34, 0.48):
-        b.line(darker(body), 0.03, (w * x, 0.26 - tip * x), (w * x, 0.7 - tip * x))
     b.box(p.dark, (w * 0.06, 0.72, w * 0.97, 0.82))
+    b.stripes((w * 0.1, 0.56, w * 0.62, 0.72), (p.dark, body), 0.09, 0.8)
     b.box(body, (w * 0.69, 0.3, w * 0.97, 0.8), 0.05)
     b.box((142, 168, 184), (w * 0.79, 0.36, w * 0.96, 0.54), 0.02)
     for x in (0.18, 0.36, 0.83):
@@ -122,14 +119,14 @@ def dump_truck(b: Brush, p: Paint, rng: np.random.Generator) -> None:
 
 
 def roller(b: Brush, p: Paint, rng: np.random.Generator) -> None:
-    """A road roller: a large steel drum in front, a wheel behind, a roof on posts."""
+    """A road roller: a steel drum in front, a wheel behind, a roof on posts, hazard stripes on the side."""
     w = b.aspect
     body = p.yellow if rng.random() < 0.7 else p.orange
     b.box(darker(body, 0.85), (w * 0.3, 0.12, w * 0.76, 0.19), 0.02)
     for x in (0.34, 0.7):
         b.line(p.dark, 0.035, (w * x, 0.17), (w * x, 0.5))
     b.box(body, (w * 0.12, 0.46, w * 0.8, 0.72), 0.05)
-    b.line(p.dark, 0.06, (w * 0.66, 0.6), (w * 0.8, 0.7))
+    b.stripes((w * 0.14, 0.5, w * 0.78, 0.64), (p.dark, body), 0.08, 0.8)
     b.disc(p.dark, (w * 0.22, 0.77), 0.23)
     b.disc(p.grey, (w * 0.22, 0.77), 0.1)
     b.disc((168, 170, 172), (w * 0.79, 0.73), 0.27)
@@ -138,12 +135,12 @@ def roller(b: Brush, p: Paint, rng: np.random.Generator) -> None:
 
 
 def channelizer_drum(b: Brush, p: Paint, rng: np.random.Generator) -> None:
-    """A channelizing drum: a fat barrel with alternating white collars and a rubber ring as its foot."""
+    """A channelizing drum: a fat barrel with three white collars and a rubber ring as its foot."""
     w = b.aspect
     b.box(p.dark, (0.0, 0.91, w, 1.0), 0.04)
     b.polygon(p.orange, (0.08, 0.06), (w - 0.08, 0.06), (w - 0.03, 0.93), (0.03, 0.93))
-    for y in (0.2, 0.52):
-        b.box(p.white, (0.06, y, w - 0.06, y + 0.15))
+    for y in (0.16, 0.4, 0.64):
+        b.box(p.white, (0.06, y, w - 0.06, y + 0.12))
     b.box(darker(p.orange), (0.1, 0.02, w - 0.1, 0.09), 0.03)
     if rng.random() < 0.4:
         b.disc(p.yellow, (w / 2, 0.06), 0.06)
@@ -166,13 +163,13 @@ def arrow_board(b: Brush, p: Paint, rng: np.random.Generator) -> None:
 
 
 def compressor(b: Brush, p: Paint, rng: np.random.Generator) -> None:
-    """A towed compressor: a sloping yellow hood with a grille, one wheel and a drawbar."""
+    """A towed compressor: a sloping hood with a grille and hazard stripes, one wheel and a drawbar."""
     w = b.aspect
     hood = p.yellow if rng.random() < 0.6 else p.orange
     b.polygon(hood, (0.04, 0.3), (0.2, 0.06), (w * 0.62, 0.06), (w * 0.74, 0.3), (w * 0.74, 0.74), (0.04, 0.74))
     for i in range(4):
-        b.box(p.dark, (0.14 + 0.11 * i, 0.26, 0.2 + 0.11 * i, 0.6))
-    b.box(darker(hood), (0.04, 0.66, w * 0.74, 0.76))
+        b.box(p.dark, (0.16 + 0.12 * i, 0.2, 0.21 + 0.12 * i, 0.46))
+    b.stripes((0.04, 0.56, w * 0.74, 0.74), (p.dark, hood), 0.085, 0.8)
     b.line(p.dark, 0.06, (w * 0.7, 0.72), (w - 0.03, 0.86))
     b.line(p.dark, 0.05, (w - 0.05, 0.84), (w - 0.05, 1.0))
     b.disc(p.dark, (w * 0.36, 0.82), 0.18)
@@ -180,7 +177,7 @@ def compressor(b: Brush, p: Paint, rng: np.random.Generator) -> None:
 
 
 def light_tower(b: Brush, p: Paint, rng: np.random.Generator) -> None:
-    """A mast with four floodlights on a small orange or yellow generator."""
+    """A mast with four floodlights on a small generator with hazard stripes."""
     m = b.aspect / 2
     body = p.orange if rng.random() < 0.5 else p.yellow
     b.line(p.grey, 0.05, (m, 0.12), (m, 0.72))
@@ -190,7 +187,7 @@ def light_tower(b: Brush, p: Paint, rng: np.random.Generator) -> None:
             x = m + side * (m - 0.13)
             b.box(p.dark, (x - 0.12, y, x + 0.12, y + 0.15), 0.02)
             b.box((255, 250, 224), (x - 0.085, y + 0.03, x + 0.085, y + 0.12))
-    b.box(body, (0.03, 0.62, b.aspect - 0.03, 0.9), 0.03)
-    b.box(p.dark, (0.1, 0.68, b.aspect - 0.1, 0.74))
+    b.box(body, (0.03, 0.6, b.aspect - 0.03, 0.9), 0.03)
+    b.stripes((0.03, 0.7, b.aspect - 0.03, 0.84), (p.dark, body), 0.07, 0.8)
     b.disc(p.dark, (m - 0.13, 0.92), 0.08)
     b.disc(p.dark, (m + 0.13, 0.92), 0.08)
