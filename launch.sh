@@ -40,12 +40,13 @@ find_python() {
 show_pip() {
   local line packages=0 last=$SECONDS
   while IFS= read -r line; do
-    [[ $line == Collecting* ]] && packages=$((packages + 1))
-    if [[ $line == Installing* ]]; then
-      say "setup: $packages packages found, unpacking"
-    elif ((SECONDS - last >= 5)); then
+    case $line in
+      *Collecting\ *) packages=$((packages + 1)) ;;
+      Installing\ collected*) say "setup: $packages packages found, unpacking" ;;
+    esac
+    if ((SECONDS - last >= 5)) && [[ $line == *Collecting\ * ]]; then
       last=$SECONDS
-      say "setup: $packages packages found, ${line:0:80}"
+      say "setup: $packages packages found, now ${line#*Collecting }"
     fi
   done
 }

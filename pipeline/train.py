@@ -60,6 +60,8 @@ def train(config: Config, dry_run: bool) -> Path | None:
     if index is not None and not dry_run:
         folder = RunFolder(Path(config.train.run))
         if on_rank_zero(lambda: folder.open(config, index, world_size)):
+            if lead:
+                say(f"{folder.path} is finished already; for another run choose another --train.run")
             return folder.summary.resolve()
 
     dataset, sampler = training_data(config, index, batching.micro_batch_size, accelerator.process_index, world_size)

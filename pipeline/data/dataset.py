@@ -74,11 +74,12 @@ def mask_targets(data: bytes | None, side: int) -> torch.Tensor:
     """
     if data is None:
         return torch.full((len(MASK_CLASSES), side, side), torch.nan)
-    mask = torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("L")))
+    mask = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
     targets = torch.zeros(len(MASK_CLASSES), side, side)
-    for value in mask.unique().tolist():
-        if 1 <= value <= len(MASK_CLASSES):
-            targets[value - 1] = F.adaptive_avg_pool2d((mask == value)[None].float(), side)[0]
+    for class_, target in enumerate(targets):
+        covered = mask == class_ + 1
+        if covered.any():  # most classes are in few photos
+            target.copy_(F.adaptive_avg_pool2d(torch.from_numpy(covered)[None].float(), side)[0])
     return targets
 
 
