@@ -95,7 +95,7 @@ demo() {
       ;;
   esac
   local on=(--shards "$run/shards" "${short[@]}")
-  step "photos" prep scenes --out "$run/scenes" --images "$images" --seed 1
+  step "photos" prep scenes --out "$run/scenes" --images "$images" --difficulty 0.2 --seed 1
   step "shards" prep shard --source "$run/scenes" --out "$run/shards"
   step "baseline" train demo_baseline --run "$run/baseline" "${on[@]}"
   step "baseline's score" evaluate --run "$run/baseline"

@@ -113,11 +113,11 @@ class Trainer:
                 window, logged = Window(), now
             if self._validation_due() and not stop:
                 self._validate()
-                logged = time.monotonic()  # a validation is not part of the training rate
                 due = True
             if self.checkpoints and (due or stop):
                 self._save()
                 saved = time.monotonic()
+            logged += time.monotonic() - now  # validations and checkpoints are not part of the training rate
             if stop:
                 raise Stopped(
                     f"saved at step {self.step} of {self.schedule.steps}; the same command goes on from there"

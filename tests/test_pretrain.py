@@ -1,5 +1,6 @@
 """The embedded backbone: what is committed is what its command gives, and its targets say what lies under a patch."""
 
+import inspect
 import json
 import shlex
 
@@ -14,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files import sha256_of
 from pipeline.model.backbone import SCENES_TINY
 from pipeline.pretrain import BACKGROUND, IGNORE, Canvases, pretrain, sample_crops, targets
-from pipeline.scenes import CITIES, KINDS
+from pipeline.scenes import CITIES
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +32,8 @@ def test_the_committed_weights_are_those_of_the_provenance(provenance):
 
 def test_the_provenance_names_a_command_that_asks_for_nothing_but_the_defaults(provenance):
     assert shlex.split(provenance["command"]) == ["python", "-m", "pipeline.pretrain"]
-    defaults = dict(zip(pretrain.__annotations__, pretrain.__defaults__, strict=False))
-    assert provenance["arguments"] == {name: v for name, v in defaults.items() if name != "out"}
+    parameters = inspect.signature(pretrain).parameters
+    assert provenance["arguments"] == {name: p.default for name, p in parameters.items() if name != "out"}
 
 
 def test_pretraining_saw_no_city_of_the_data_sets(provenance):
@@ -43,7 +44,8 @@ def test_the_committed_backbone_is_a_dinov3_that_tells_roadwork_from_lookalikes(
     model = AutoModel.from_pretrained(SCENES_TINY)
     assert isinstance(model, DINOv3ViTModel)
     assert model.config.to_dict()["hidden_size"] == 96
-    assert provenance["held_out"]["roadwork_or_lookalike"] > 0.9
+    # of 31 kinds; an all-background answer scores 0 here, and 0.8 on roadwork or not
+    assert provenance["held_out_accuracy"]["object_patch"] > 0.7
 
 
 def test_a_patch_is_named_after_the_object_that_covers_most_of_it():
@@ -84,17 +86,16 @@ def test_impossible_arguments_are_refused(values, named, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_same_command_gives_the_same_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda mode: None)  # the other tests' business
+def test_the_same_command_gives_the_same_weights(tmp_path):
     threads = torch.get_num_threads()
     try:
         for name in ("first", "second"):
             pretrain(tmp_path / name, images=40, steps=6)
         pretrain(tmp_path / "other", images=40, steps=6, seed=3)
-    finally:
+    finally:  # the settings are the process's, not the test's
         torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
     first, second, other = (load_file(tmp_path / n / "model.safetensors") for n in ("first", "second", "other"))
     differing = [name for name in first if not torch.equal(first[name], second[name])]
-    assert not differing
+    assert not differing, f"these tensors differ: {differing}"
     assert any(not torch.equal(first[name], other[name]) for name in first)
-    assert len(KINDS) == BACKGROUND

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from pipeline.data.vocabulary import MASK_CLASSES, WEATHER
 from pipeline.model.backbone import interval_overlap as overlap
+
+PRIOR = 0.01  # share of cells in which a class is seen
 
 
 class ClassifierHead(nn.Module):
@@ -45,6 +49,9 @@ class SegmentationHead(nn.Module):
         super().__init__()
         self.side, self.grid = side, grid
         self.classify = nn.Linear(width, len(MASK_CLASSES))
+        # Objects cover few cells. Starting at their rarity, as RetinaNet does (arXiv 1708.02002, section 4.1), spares
+        # the trunk a first phase in which it only learns to say no.
+        nn.init.constant_(self.classify.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, cells: torch.Tensor, boxes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Stitch.

@@ -14,8 +14,6 @@ BASE_SIZE = (1024, 768)  # the size at which object sizes are stated
 FOCAL = 0.9  # focal length as a share of the photo's width: a field of view of 58 degrees
 CAMERA_M = 1.5  # height of the camera above the road
 ADVANCE_M = 0.35  # the camera's way from frame to frame
-FRAMES_OF_BLOCK = (1, 2, 3, 4)  # each run of ten photos is four videos of these lengths, in random order
-BLOCK = sum(FRAMES_OF_BLOCK)
 ENVIRONMENTS = ("Urban", "Suburban", "Rural", "Highway")
 WEATHER = ("Sunny", "Partly Cloudy", "Cloudy", "Wet", "Rainy", "Snowy", "Foggy", "Icy")
 LIGHT = ("Light", "Twilight", "Dark")
@@ -39,6 +37,8 @@ class SceneConfig:
     """Scenes of different seeds have nothing in common but their cities."""
     cities: tuple[str, ...] = CITIES
     """Names from `cities.COORDINATES`."""
+    video_lengths: tuple[int, ...] = (1, 1, 1, 2)
+    """Frames of the videos that one run of photos is made of, in random order; the runs repeat."""
     slots: tuple[int, int] | None = None
     """Fewest and most objects of a photo; by default `difficulty` decides."""
 
@@ -124,8 +124,8 @@ class ScenePlan:
 
 def plan_scene(config: SceneConfig, index: int) -> ScenePlan:
     """Plan photo `index`; a pure function of (config, index)."""
-    block, place = divmod(index, BLOCK)
-    lengths = np.random.default_rng([config.seed, ORDER, block]).permutation(FRAMES_OF_BLOCK)
+    block, place = divmod(index, sum(config.video_lengths))
+    lengths = np.random.default_rng([config.seed, ORDER, block]).permutation(config.video_lengths)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     number = int(np.searchsorted(starts, place, side="right")) - 1
     rng = np.random.default_rng([config.seed, VIDEO, block, number])
@@ -185,7 +185,7 @@ def _free_place(
     rng: np.random.Generator,
     taken: list[tuple[float, float, float, float]],
 ) -> tuple[float, float] | None:
-    """A place where the object is whole in every frame and covers no other; appended to `taken`. None if there is none."""
+    """A place where the object is whole in every frame and covers no other, appended to `taken`; or None."""
     width, height = plan.config.size
     tall = size / max(kind.aspect, 1.0)
     z = FOCAL * width * kind.height_m / tall

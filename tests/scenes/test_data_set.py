@@ -61,7 +61,7 @@ def contents(folder):
 
 def test_the_folder_holds_a_photo_and_a_mask_for_every_row(folder):
     rows = list(csv.DictReader((folder / "metadata.csv").open()))
-    assert [*rows[0]][0] == "file_name"
+    assert next(iter(rows[0])) == "file_name"
     assert set(rows[0]) == {"file_name", "mask", *NATIX_TYPES}
     assert {row["file_name"] for row in rows} | {row["mask"] for row in rows} | {"metadata.csv"} == set(
         contents(folder)

@@ -3,6 +3,7 @@
 import json
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 
 import numpy as np
@@ -12,14 +13,14 @@ from pipeline.data.vocabulary import MASK_CLASSES
 from pipeline.errors import UserError
 from pipeline.scenes import CITIES, KINDS, PRETRAIN_CITIES, SceneConfig, render
 from pipeline.scenes.cities import COORDINATES, style_of
-from pipeline.scenes.plan import BLOCK, plan_scene
+from pipeline.scenes.plan import plan_scene
 
-SMALL = SceneConfig(size=(512, 384), seed=901)
+SMALL = SceneConfig(size=(512, 384), seed=901, video_lengths=(1, 2, 3, 4))
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [render(SMALL, index) for index in range(3 * BLOCK)]
+    return [render(SMALL, index) for index in range(3 * sum(SMALL.video_lengths))]
 
 
 def test_a_scene_depends_on_seed_and_index_alone(scenes):
@@ -82,7 +83,7 @@ def test_object_sizes_follow_the_photo_and_the_difficulty(size, difficulty, smal
 
 
 def test_drawn_boxes_have_the_planned_size():
-    index = next(i for i in range(BLOCK) if plan_scene(SMALL, i).frame == 0)
+    index = next(i for i in range(sum(SMALL.video_lengths)) if plan_scene(SMALL, i).frame == 0)
     slots, objects = plan_scene(SMALL, index).slots, render(SMALL, index).objects
     for slot, item in zip(slots, objects, strict=True):
         x0, y0, x1, y1 = item.box
@@ -113,7 +114,7 @@ def test_videos_are_runs_of_1_to_4_frames_that_share_place_and_label(scenes):
 
 def test_frames_of_a_video_look_alike_but_not_the_same(scenes):
     within, between = [], []
-    for index, (scene, following) in enumerate(zip(scenes, scenes[1:], strict=False)):
+    for index, (scene, following) in enumerate(pairwise(scenes)):
         difference = np.abs(scene.image.astype(int) - following.image).mean()
         (within if plan_scene(SMALL, index + 1).frame else between).append(difference)
     assert min(within) > 1
