@@ -94,7 +94,7 @@ def score_histogram(labels: np.ndarray, probabilities: np.ndarray, threshold: fl
         axes.hist(both, edges, stacked=True, color=[NONE, ROADWORK], label=["none", "roadwork"])
         axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"cut at {threshold:.2f}")
         axes.set(title="Scores", xlabel="predicted probability", ylabel="photos", xlim=(0, 1))
-        axes.legend(loc="upper center", fontsize=9)
+        axes.legend(loc="best", fontsize=9)
 
     return svg(draw, "histogram of scores")
 

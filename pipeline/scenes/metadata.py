@@ -46,7 +46,8 @@ def raw_metadata(plan: ScenePlan, index: int) -> dict[str, Any]:
         "coco_url": None,
         "date_captured": 0,
         "gps": _gps(plan, rng),
-        "city_name": _or_null(rng, plan.city),
+        # Never NULL: a photo with neither city nor GPS could not be kept apart from its city's others.
+        "city_name": plan.city,
         "scene_description": _description(plan) if plan.label else "",
         "video_info.frame_id": f"{30 * (plan.frame + 1):05d}.jpg",
         "video_info.seq_id": plan.video[1],
