@@ -35,8 +35,8 @@ class RunFolder:
         self.summary = path / "summary.json"
         self.metrics = path / "metrics.jsonl"
 
-    def open(self, config: Config, index: Index, world_size: int) -> bool:
-        """Create the folder, or check that it holds a run of the same configuration and data.
+    def check(self, config: Config, index: Index) -> bool:
+        """Check that the folder is free, or holds a run of the same configuration and data.
 
         Returns:
             Whether that run is finished.
@@ -48,8 +48,6 @@ class RunFolder:
         if not known.exists():
             if self.path.exists() and any(self.path.glob("*.safetensors")):
                 raise UserError(f"{self.path} holds model files, not a run; choose another --train.run")
-            write_text(known, to_yaml(config))
-            write_json(self.path / "provenance.json", provenance(config, index, world_size))
             return False
         changed = differences(asdict(read_config(known)), asdict(config))
         if changed:
@@ -61,6 +59,12 @@ class RunFolder:
         if before["data"]["source_sha256"] != index.source_sha256:
             raise UserError(f"{self.path} holds a run on other shards; choose another --train.run")
         return self.summary.is_file() and "steps" in json.loads(self.summary.read_text())
+
+    def create(self, config: Config, index: Index, world_size: int) -> None:
+        """Write what a new run starts with; a run that goes on keeps what it has."""
+        if not (self.path / "config.yaml").exists():
+            write_json(self.path / "provenance.json", provenance(config, index, world_size))
+            write_text(self.path / "config.yaml", to_yaml(config))
 
     def truncate_metrics(self, step: int) -> None:
         """Drop lines of steps after `step`, which a resumed run will take again."""

@@ -19,11 +19,12 @@ def start_tracking(accelerator: Accelerator, config: Config) -> None:
         return
     import wandb
 
-    if accelerator.is_main_process and "WANDB_MODE" not in os.environ and not wandb.api.api_key:
-        os.environ["WANDB_MODE"] = "offline"
+    mode = os.environ.get("WANDB_MODE")
+    if accelerator.is_main_process and mode is None and not wandb.login(prompt=False):
+        mode = "offline"
         say(f"Weights & Biases: no key, logging offline to {config.train.run}/wandb (off with --train.wandb false)")
     accelerator.init_trackers(
         PROJECT,
         config=asdict(config),
-        init_kwargs={"wandb": {"name": os.path.basename(config.train.run), "dir": config.train.run}},
+        init_kwargs={"wandb": {"name": os.path.basename(config.train.run), "dir": config.train.run, "mode": mode}},
     )

@@ -12,6 +12,7 @@ if __name__ == "__main__":  # started as a file: the project's root takes the pl
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset
 
 from pipeline.config import Config, parse_config
@@ -37,8 +38,12 @@ def main() -> Path | None:
     """Read the command line and train; returns the path of the summary, None after a dry run."""
     config, dry_run = parse_config(sys.argv[1:], "pipeline/train.py")
     silence_libraries()
-    with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the summary's path
-        return train(config, dry_run)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the summary's path
+            return train(config, dry_run)
+    finally:
+        if dist.is_initialized():  # else gloo's threads abort the process on its way out
+            dist.destroy_process_group()
 
 
 def train(config: Config, dry_run: bool) -> Path | None:
@@ -59,7 +64,7 @@ def train(config: Config, dry_run: bool) -> Path | None:
     folder = None
     if index is not None and not dry_run:
         folder = RunFolder(Path(config.train.run))
-        if on_rank_zero(lambda: folder.open(config, index, world_size)):
+        if on_rank_zero(lambda: folder.check(config, index)):
             if lead:
                 say(f"{folder.path} is finished already; for another run choose another --train.run")
             return folder.summary.resolve()
@@ -87,6 +92,9 @@ def train(config: Config, dry_run: bool) -> Path | None:
         if lead:
             say(f"dry run: {summary['steps']} steps at {summary['images_per_s']} images/s; nothing was written")
         return None
+    assert index is not None
+    if lead:
+        folder.create(config, index, world_size)
     start_tracking(accelerator, config)
     summary = trainer.run()
     accelerator.end_training()

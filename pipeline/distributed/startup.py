@@ -47,6 +47,7 @@ def start(*, batch_size: int, accumulation: int, grad_clip: float, precision: st
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
         kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
+        gradient_accumulation_steps=accumulation,
         log_with=log_with or None,
     )
     # Without a matching backend every rank believes it is alone, and trains on all of the data.
