@@ -81,6 +81,8 @@ def test_the_way_on_your_own_photos(place):
     table[["file_name", "label"]].to_csv(place / "photos" / "metadata.csv", index=False)
     shutil.copytree(place / "photos", place / "new_photos", ignore=shutil.ignore_patterns("0001*", "0002*", "*.csv"))
     for command in COMMANDS[COMMANDS.index("./launch.sh prep shard --source photos --out data/shards") :]:
+        if command.startswith("./launch.sh evaluate"):  # what the rest works on: a run, here the demo's
+            shutil.copytree(place / "runs" / "demo-quick", place / "runs" / "pretrain_30ep")
         process = run(command, place)
         if command.startswith("./launch.sh train pretrain_30ep"):
             assert process.returncode == 2, process.stderr
@@ -88,8 +90,6 @@ def test_the_way_on_your_own_photos(place):
             assert last.startswith("error: cannot load the backbone 'facebook/dinov3-vith16plus-pretrain-lvd1689m'")
             assert "Traceback" not in process.stderr
         else:
-            if command.startswith("./launch.sh evaluate"):  # what the rest works on: a run, here the demo's
-                shutil.copytree(place / "runs" / "demo-quick", place / "runs" / "pretrain_30ep")
             assert process.returncode == 0, f"{command}\n{process.stderr}"
 
 
