@@ -130,7 +130,10 @@ dispatch() {
 
 case ${1:-} in
   "" | -h | --help | help) usage ;;
-  setup | demo | test | prep | train | doctor | evaluate | export | predict) setup && dispatch "$@" ;;
+  setup | demo | test | prep | train | doctor | evaluate | export | predict)
+    setup # not `setup && ...`, in which a failure inside would be passed over
+    dispatch "$@"
+    ;;
   *)
     say "error: unknown command '$1'; ./launch.sh --help lists them"
     exit 2
