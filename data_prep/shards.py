@@ -11,6 +11,7 @@ import json
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,6 +207,7 @@ def _record(photo: Photo, row: int, plan: Plan) -> Record:
         width=photo.facts.width,
         height=photo.facts.height,
         group=int(plan.groups[row]),
+        video=photo.parsed.video,
         gps_cluster=int(plan.clusters[row]),
         sample_weight=round(float(plan.weights[row]), 6),
         metadata=photo.parsed.metadata,
@@ -230,7 +232,9 @@ def _write_tars(folder: Path, intake: Intake, plan: Plan, arguments: dict[str, A
     return Index(
         splits={name: _describe(tars_of) for name, tars_of in written.items()},
         clusters=_clusters(intake.photos, plan),
+        fields={},
         arguments=arguments,
+        version=version("roadwork"),
         source_sha256=intake.sha256,
         rejected=intake.rejected,
         unknown_words={field: dict(sorted(words.items())) for field, words in sorted(intake.unknown_words.items())},

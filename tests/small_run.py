@@ -77,7 +77,7 @@ def make_shards(folder: Path, labels: dict[str, list[int | None]]) -> None:
     folder.mkdir(parents=True)
     splits = {name: _write_split(folder, name, labels.get(name, [])) for name in SPLITS}
     clusters = (Cluster(None, "mixed", 0, 0, 0), Cluster((55.7, 13.2), "mixed", 0, 0, 0))
-    index = Index(splits, clusters, {"source_kind": "noise <of> photos"}, "ab" * 32, {}, {})
+    index = Index(splits, clusters, {}, {"source_kind": "noise <of> photos"}, "1.0", "ab" * 32, {}, {})
     write_json(folder / "index.json", index.to_json())
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.errors import UserError
 
 INDEX_NAME = "index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
 SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")
 SAFE_SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
@@ -79,13 +79,31 @@ class Cluster:
 
 
 @dataclass(frozen=True)
+class Field:
+    """What one metadata field gives away about the label, over all labelled samples."""
+
+    null_rate: float
+    """Share of NULL among all samples."""
+    null_mcc: float | None
+    """Matthews correlation of "is not NULL" with roadwork; None where one of both never varies."""
+    cramers_v: float | None
+    """Association of the known values with the label, corrected for bias; None where it means nothing."""
+    leaks: str
+    """Why the field must not be a model input, in a few words; empty where it may be."""
+
+
+@dataclass(frozen=True)
 class Index:
     """The whole of `index.json`."""
 
     splits: dict[str, Split]
     clusters: tuple[Cluster, ...]
+    fields: dict[str, Field]
+    """Metadata fields by the names of the record, and columns that only the source has."""
     arguments: dict[str, Any]
     """What the shards were made with; only what changes their content."""
+    version: str
+    """Of the program that made them."""
     source_sha256: str
     """Fingerprint of everything that was read."""
     rejected: dict[str, int]
@@ -148,8 +166,9 @@ def _from_json(values: dict[str, Any]) -> Index:
     clusters = tuple(
         Cluster(**{**c, "centre": None if c["centre"] is None else tuple(c["centre"])}) for c in values["clusters"]
     )
-    rest = ("arguments", "source_sha256", "rejected", "unknown_words")
-    return Index(splits=splits, clusters=clusters, **{name: values[name] for name in rest})
+    fields = {name: Field(**field) for name, field in values["fields"].items()}
+    rest = ("arguments", "version", "source_sha256", "rejected", "unknown_words")
+    return Index(splits=splits, clusters=clusters, fields=fields, **{name: values[name] for name in rest})
 
 
 def _check_names(path: Path, split: Split) -> None:

@@ -51,7 +51,11 @@ class Record:
     """Near-duplicates (one video, one place) share a group; a group lies in one split."""
     gps_cluster: int
     sample_weight: float
+    video: str | None = None
+    """Name of the video that the photo is a frame of."""
     metadata: Metadata = field(default_factory=Metadata)
+    text_vector: tuple[float, ...] | None = None
+    """Embedding of the description by the sentence encoder that the index names; None where NULL."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
@@ -64,4 +68,6 @@ class Record:
         Raises:
             KeyError, TypeError: The values are not those of a record.
         """
-        return cls(**{**values, "metadata": Metadata.from_json(values["metadata"])})
+        vector = values["text_vector"]
+        typed = {"metadata": Metadata.from_json(values["metadata"]), "text_vector": vector and tuple(vector)}
+        return cls(**{**values, **typed})

@@ -11,14 +11,14 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from data_prep.metadata import is_null, select_fields
+from data_prep.sources.content import Input, Location, Source
 from data_prep.tables import READERS, flatten, read_rows
 from pipeline.errors import UserError
 
@@ -26,52 +26,6 @@ PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 FILE_COLUMNS = ("file_name", "filename", "file")
 MISSING = "the photo is missing"
 HUB_SPLIT = re.compile(r"(train|validation|val|test)\b")
-
-
-@dataclass(frozen=True)
-class Location:
-    """Bytes on the disk that are read when they are needed: a whole file, or a part of one."""
-
-    path: str
-    offset: int = 0
-    size: int | None = None
-
-    def read(self) -> bytes:
-        """The bytes. Raises OSError."""
-        with open(self.path, "rb") as stream:
-            stream.seek(self.offset)
-            return stream.read(-1 if self.size is None else self.size)
-
-
-Content = Location | bytes
-"""Of a file that can be read again at will, or, from a source that streams, the bytes themselves."""
-
-
-@dataclass(frozen=True)
-class Input:
-    """One input, not yet looked into."""
-
-    name: str
-    """Path or address relative to the source; the same wherever the source lies."""
-    photo: Content | None
-    """None where `problem` says why."""
-    fields: dict[str, Any] = field(default_factory=dict)
-    """Raw metadata by the names of `metadata.COLUMNS`."""
-    mask: Content | None = None
-    problem: str = ""
-
-
-class Source(Protocol):
-    """An ordered stream of inputs."""
-
-    total: int
-    """Inputs that iterating yields."""
-
-    def stamp(self) -> str:
-        """A digest that changes when files of the source change, computed without reading the photos."""
-        ...
-
-    def __iter__(self) -> Iterator[Input]: ...
 
 
 def open_source(folder: Path, metadata: Path | None = None) -> Source:
