@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
-from dataclasses import dataclass
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +16,12 @@ from PIL import Image
 from scipy.fft import dctn
 
 from data_prep.metadata import check_gps
-from data_prep.sources import Location
-from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, decode
+from data_prep.sources import Content, Location
+from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, decode, probe
 from pipeline.data.vocabulary import MASK_CLASSES
 
+MAX_FILE_BYTES = 256 << 20  # before it is read into memory; 100 megapixels are less, even as PNG
+HASHED_SIDE = 32
 THUMBNAIL_SIDE = 16
 HASH_SIDE = 8
 SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
@@ -52,39 +57,89 @@ class Facts:
     height: int
     gps: tuple[float, float] | None
     """From EXIF, in degrees."""
-    phash: int
-    """64 bits; near-duplicates differ in a few of them."""
+    phash: int | None
+    """64 bits; near-duplicates differ in a few of them. None where only the header was read."""
     thumbnail: bytes
-    """Grey levels of 16x16 cells."""
+    """Grey levels of 16x16 cells; empty where only the header was read."""
     mask_sha256: str | None
+    mask_from_folder: bool = False
+    """The mask is the one that the folder of masks has for this photo."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return {**asdict(self), "thumbnail": self.thumbnail.hex()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Facts:
+        """The inverse of `to_json`."""
+        gps = None if values["gps"] is None else (values["gps"][0], values["gps"][1])
+        return cls(**{**values, "gps": gps, "thumbnail": bytes.fromhex(values["thumbnail"])})
 
 
-def inspect(name: str, photo: Location, mask: Location | None) -> Facts | Reject:
-    """Read and decode one photo completely, since a file that ends early shows only then."""
+@dataclass(frozen=True)
+class Scrutiny:
+    """How closely photos are looked at, and where further masks are."""
+
+    decode: bool = True
+    """Decode every pixel; otherwise the header must do, which finds no truncation and no near-duplicates."""
+    masks: str | None = None
+    """Folder of masks named by the SHA-256 of their photo."""
+
+
+def mask_location(masks: str, sha256: str) -> Location:
+    """Where a folder of masks keeps the one of a photo."""
+    return Location(str(Path(masks) / f"{sha256}.png"))
+
+
+def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny = Scrutiny()) -> Facts | Reject:
+    """Read a photo once and note all that later stages need.
+
+    Args:
+        name: For the reject.
+        photo: Its bytes.
+        mask: Its mask's bytes, if the source has one.
+        scrutiny: See there.
+    """
     try:
+        if photo.size is None and os.path.getsize(photo.path) > MAX_FILE_BYTES:
+            return Reject(name, f"the file is larger than {MAX_FILE_BYTES >> 20} MB", "read")
         data = photo.read()
-        mask_data = mask.read() if mask is not None else None
-    except OSError as error:
-        return Reject(name, f"cannot be read: {error.strerror}", "read")
-    try:
-        pixels = decode(data)
-        extension = extension_of(data)
+        mask_data = mask if mask is None or isinstance(mask, bytes) else mask.read()
+        width, height = probe(data)
+        extension, digest = extension_of(data), hashlib.sha256(data).hexdigest()
+        small = _thumbnail_of(data) if scrutiny.decode else None
+        from_folder = mask_data is None and scrutiny.masks is not None
+        if from_folder:
+            mask_data = _mask_of(digest, scrutiny.masks or "")
         if mask_data is not None:
             check_mask(mask_data)
+    except OSError as error:
+        return Reject(name, f"cannot be read: {error.strerror or error}", "read")
     except BadPhoto as error:
         return Reject(name, str(error), "decode")
-    small = thumbnail(pixels, 2 * THUMBNAIL_SIDE)
     return Facts(
-        sha256=hashlib.sha256(data).hexdigest(),
+        sha256=digest,
         size_bytes=len(data),
         extension=extension,
-        width=pixels.shape[1],
-        height=pixels.shape[0],
+        width=width,
+        height=height,
         gps=exif_gps(data),
-        phash=perceptual_hash(small),
-        thumbnail=thumbnail(small, THUMBNAIL_SIDE).tobytes(),
+        phash=None if small is None else perceptual_hash(small),
+        thumbnail=b"" if small is None else thumbnail(small, THUMBNAIL_SIDE).tobytes(),
         mask_sha256=None if mask_data is None else hashlib.sha256(mask_data).hexdigest(),
+        mask_from_folder=from_folder and mask_data is not None,
     )
+
+
+def _thumbnail_of(data: bytes) -> np.ndarray:
+    return thumbnail(decode(data, at_least_px=8 * HASHED_SIDE), HASHED_SIDE)
+
+
+def _mask_of(sha256: str, masks: str) -> bytes | None:
+    try:
+        return mask_location(masks, sha256).read()
+    except OSError:
+        return None  # no mask was made for this photo
 
 
 def extension_of(data: bytes) -> str:
@@ -121,7 +176,9 @@ def check_mask(data: bytes) -> None:
 def exif_gps(data: bytes) -> tuple[float, float] | None:
     """Latitude and longitude in degrees from a photo's EXIF; None when absent or broken."""
     try:
-        block = Image.open(io.BytesIO(data)).getexif().get_ifd(GPS_BLOCK)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about broken EXIF, which is no news here
+            block = Image.open(io.BytesIO(data)).getexif().get_ifd(GPS_BLOCK)
         latitude = _degrees(block[LATITUDE], block[LATITUDE_REF], positive="N", negative="S")
         longitude = _degrees(block[LONGITUDE], block[LONGITUDE_REF], positive="E", negative="W")
     except (*PILLOW_ERRORS, KeyError, TypeError, ZeroDivisionError):

@@ -6,17 +6,20 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.inspection import Facts, Reject, inspect
+from data_prep.inspection import Facts, Reject, Scrutiny, inspect, mask_location
+from data_prep.journal import Journal, key_of
 from data_prep.metadata import BadLabel, Parsed, parse
 from data_prep.parallel import Workers
 from data_prep.sources import Content, Location, Source
 from pipeline.errors import UserError
 from pipeline.progress import track
 
+JOURNAL_NAME, SPOOL_NAME = "journal.jsonl", "spool"
 GPS_FIELDS = frozenset({"gps", "latitude", "longitude"})
 
 
@@ -28,7 +31,7 @@ class Photo:
     """Position among the source's inputs."""
     name: str
     location: Location
-    mask: Location | None
+    mask: Content | None
     facts: Facts
     parsed: Parsed
 
@@ -57,13 +60,17 @@ class Intake:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An input whose metadata was read and whose photo was not."""
+    """An input whose metadata was read."""
 
     name: str
     fields: dict[str, Any]
     location: Location
-    mask: Location | None
+    mask: Content | None
     parsed: Parsed
+    key: str | None
+    """In the journal."""
+    known: Facts | Reject | None
+    """What the journal has of it."""
 
 
 @dataclass(frozen=True)
@@ -82,9 +89,9 @@ class Spool:
         self.path = path
         self._stream = path.open("wb", buffering=0)  # other processes read what was just written
 
-    def keep(self, content: Content) -> Location:
+    def keep(self, content: Content) -> Content:
         """Where the content can be read again."""
-        if isinstance(content, Location):
+        if not isinstance(content, bytes):
             return content
         offset = self._stream.tell()
         self._stream.write(content)
@@ -95,41 +102,56 @@ class Spool:
         self._stream.close()
 
 
-def take_in(source: Source, spool: Path, workers: Workers, max_rejects: float | None = None) -> Intake:
+def take_in(
+    source: Source, folder: Path, workers: Workers, scrutiny: Scrutiny, max_rejects: float | None = None
+) -> Intake:
     """Read every input of a source.
 
     Args:
         source: Where inputs come from.
-        spool: File for the photos of a source that streams; it belongs to the caller.
-        workers: Decode in parallel.
+        folder: For the journal, which lets the next run go on, and for the photos of a source that streams.
+        workers: Look at photos in parallel.
+        scrutiny: How closely.
         max_rejects: More rejects end the work: a share of the inputs below 1, a number from 1 on.
 
     Raises:
         UserError: No input is usable, no label can be read, or there are more rejects than allowed.
     """
     intake, digest = Intake(), hashlib.sha256()
-    limit = float("inf")
-    if max_rejects is not None:
-        limit = max_rejects if max_rejects >= 1 else max_rejects * source.total
-    kept = Spool(spool)
+    journal = Journal(folder / JOURNAL_NAME, {**asdict(scrutiny), "masks": masks_stamp(scrutiny.masks)})
+    spool = Spool(folder / SPOOL_NAME)
     try:
-        results = workers.map(_look, _candidates(source, kept))
+        results = workers.map(partial(_look, scrutiny), _candidates(source, spool, journal))
         for number, (item, result) in enumerate(track(results, source.total, "checking")):
             digest.update(_identity(item, result))
+            if isinstance(item, Candidate):
+                journal.add(item.key, result)
             if isinstance(item, Candidate) and isinstance(result, Facts):
-                _accept(intake, number, item, result)
+                _accept(intake, number, item, result, scrutiny)
             elif isinstance(result, Reject):
                 intake.rejects.append(result)
-                if len(intake.rejects) > limit:
-                    raise UserError(f"more rejects than --max_rejects {max_rejects:g} allows: {_why(intake)}")
+                _check_limit(intake, max_rejects, source.total)
     finally:
-        kept.close()
+        journal.close()
+        spool.close()
+    _check_limit(intake, max_rejects, intake.inputs)
     intake.sha256 = digest.hexdigest()
     _check_usable(intake)
     return intake
 
 
-def _candidates(source: Source, spool: Spool) -> Iterator[Candidate | Failed]:
+def masks_stamp(folder: str | None) -> str:
+    """A digest that changes when the masks of a folder do; empty without a folder."""
+    if folder is None:
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.png")):
+        status = path.stat()
+        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _candidates(source: Source, spool: Spool, journal: Journal) -> Iterator[Candidate | Failed]:
     """Read the metadata of each input, and put streamed photos where a worker can read them."""
     for item in source:
         if item.photo is None:
@@ -141,15 +163,21 @@ def _candidates(source: Source, spool: Spool) -> Iterator[Candidate | Failed]:
             yield Failed(item.name, item.fields, Reject(item.name, str(error), "metadata"))
             continue
         mask = None if item.mask is None else spool.keep(item.mask)
-        yield Candidate(item.name, item.fields, spool.keep(item.photo), mask, parsed)
+        photo, key = spool.keep(item.photo), key_of(item.name, item.photo, item.mask)
+        assert isinstance(photo, Location)  # other contents are masks only
+        yield Candidate(item.name, item.fields, photo, mask, parsed, key, journal.get(key))
 
 
-def _look(item: Candidate | Failed) -> Facts | Reject:
-    return item.reject if isinstance(item, Failed) else inspect(item.name, item.location, item.mask)
+def _look(scrutiny: Scrutiny, item: Candidate | Failed) -> Facts | Reject:
+    if isinstance(item, Failed):
+        return item.reject
+    return item.known or inspect(item.name, item.location, item.mask, scrutiny)
 
 
-def _accept(intake: Intake, number: int, item: Candidate, facts: Facts) -> None:
-    parsed = item.parsed
+def _accept(intake: Intake, number: int, item: Candidate, facts: Facts, scrutiny: Scrutiny) -> None:
+    parsed, mask = item.parsed, item.mask
+    if facts.mask_from_folder and scrutiny.masks is not None:
+        mask = mask_location(scrutiny.masks, facts.sha256)
     if not GPS_FIELDS & item.fields.keys():
         # Where a table has a GPS column, an empty cell means unknown; otherwise the camera is asked.
         parsed = replace(parsed, metadata=replace(parsed.metadata, gps=facts.gps))
@@ -157,13 +185,20 @@ def _accept(intake: Intake, number: int, item: Candidate, facts: Facts) -> None:
         intake.unknown_words.setdefault(name, Counter())[word] += 1
     if parsed.gps_problem is not None:
         intake.gps_problems[parsed.gps_problem] += 1
-    intake.photos.append(Photo(number, item.name, item.location, item.mask, facts, parsed))
+    intake.photos.append(Photo(number, item.name, item.location, mask, facts, parsed))
 
 
 def _identity(item: Candidate | Failed, result: Facts | Reject) -> bytes:
     """What an input contributes to the fingerprint of the source."""
     found = [result.sha256, result.mask_sha256] if isinstance(result, Facts) else [result.reason]
     return json.dumps([item.name, item.fields, found], default=str, sort_keys=True).encode()
+
+
+def _check_limit(intake: Intake, max_rejects: float | None, total: int | None) -> None:
+    if max_rejects is None or (max_rejects < 1 and total is None):
+        return  # a share of what nobody knows yet
+    if len(intake.rejects) > (max_rejects if max_rejects >= 1 else max_rejects * (total or 0)):
+        raise UserError(f"more rejects than --max_rejects {max_rejects:g} allows: {_why(intake)}")
 
 
 def _check_usable(intake: Intake) -> None:

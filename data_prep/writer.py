@@ -1,48 +1,43 @@
-"""Writing one tar, and making a finished folder of them appear at once."""
+"""Writing one tar from its plan, and the receipt that says it is whole."""
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import hashlib
+import io
 import json
 import os
-import shutil
+import socket
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from webdataset.writer import TarWriter
 
-from data_prep.sources import Location
-from pipeline.data.record import Record
+from data_prep.planning import TARS_FOLDER, PlannedTar
+from data_prep.sources import content_from_json
+from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
-from pipeline.files import sha256_of
+from pipeline.files import sha256_of, sync, write_json
 
+RECEIPTS_FOLDER = "receipts"
 OWNER = "roadwork"  # a fixed owner and time, or two equal runs differ
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A sample to be written."""
+class Job:
+    """One tar to be written."""
 
-    record: Record
-    extension: str
-    photo: Location
-    mask: Location | None
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """A tar to be written."""
-
-    path: str
-    entries: tuple[Entry, ...]
+    folder: str
+    """Where the plan lies and the tar goes."""
+    tar: PlannedTar
+    upload: str | None
+    """Where finished tars go instead of staying in the folder."""
 
 
 @dataclass(frozen=True)
-class WrittenShard:
+class Receipt:
     """A tar that was written: size, hash, and where the members of each sample lie."""
 
     bytes: int
@@ -50,79 +45,131 @@ class WrittenShard:
     members: tuple[dict[str, tuple[int, int]], ...]
 
 
-def write_shard(plan: ShardPlan) -> WrittenShard:
-    """Write one tar and sync it. The same plan gives the same bytes.
+class HashingStream(io.RawIOBase):
+    """Passes bytes on to a file and hashes them, which saves reading the file again."""
+
+    def __init__(self, stream: io.BufferedWriter):
+        self.stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        """Hash and write all of `data`."""
+        self.digest.update(data)
+        return self.stream.write(data)
+
+    def writable(self) -> bool:
+        """True."""
+        return True
+
+
+def write_tar(job: Job) -> bool:
+    """Write one tar, unless a receipt says that it is there; the same plan gives the same bytes.
+
+    The tar gets its name when it is whole and on the disk, its receipt after that, so a tar with a receipt is never
+    written again and one without is.
+
+    Returns:
+        Whether it had to be written.
 
     Raises:
-        UserError: A photo changed since it was checked.
+        UserError: A photo changed since it was checked, or the disk is full.
     """
-    path = Path(plan.path)
-    with path.open("wb") as stream:
-        with TarWriter(stream, encoder=False, mtime=0, user=OWNER, group=OWNER, compress=False) as tar:
-            for entry in plan.entries:
-                tar.write(_members(entry))
-        stream.flush()
-        os.fsync(stream.fileno())
+    if is_written(job):
+        return False
+    try:
+        _write(job)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space is left on the disk of {job.folder}; the tars that are finished are kept there: free some "
+            "space and give the same command again"
+        ) from error
+    return True
+
+
+def is_written(job: Job) -> bool:
+    """Whether the tar is there, with the bytes that its receipt says."""
+    try:
+        receipt = read_receipt(Path(job.folder), job.tar)
+        if job.upload is not None:
+            return open_folder(job.upload).size(job.tar.name) == receipt.bytes
+        path = Path(job.folder) / job.tar.name
+        return path.stat().st_size == receipt.bytes and sha256_of(path) == receipt.sha256
+    except FileNotFoundError:
+        return False
+
+
+def has_receipt(folder: Path, tar: PlannedTar) -> bool:
+    """Whether a tar was finished; `is_written` looks at the tar too."""
+    return _receipt_path(folder, tar).exists()
+
+
+def read_receipt(folder: Path, tar: PlannedTar) -> Receipt:
+    """What was written down about a finished tar. Raises FileNotFoundError."""
+    values = json.loads(_receipt_path(folder, tar).read_text())
+    members = tuple({name: (at[0], at[1]) for name, at in places.items()} for places in values["members"])
+    return Receipt(values["bytes"], values["sha256"], members)
+
+
+def read_entries(folder: Path, tar: PlannedTar) -> list[dict[str, Any]]:
+    """The samples that a tar shall hold."""
+    entries: list[dict[str, Any]] = json.loads((folder / TARS_FOLDER / tar.name).with_suffix(".json").read_text())
+    return entries
+
+
+def _write(job: Job) -> None:
+    folder, name = Path(job.folder), job.tar.name
+    entries = read_entries(folder, job.tar)
+    # Two machines may be told to write the same tar; neither must see the other's unfinished file.
+    temporary = folder / f".{name}.{socket.gethostname()}-{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            stream = HashingStream(file)
+            with TarWriter(stream, encoder=False, mtime=0, user=OWNER, group=OWNER, compress=False) as tar:
+                for entry in entries:
+                    tar.write(_members(entry))
+            file.flush()
+            os.fsync(file.fileno())
+        receipt = Receipt(temporary.stat().st_size, stream.digest.hexdigest(), _places(temporary, entries))
+        if job.upload is not None:
+            open_folder(job.upload).put(temporary, name)
+        else:
+            os.replace(temporary, folder / name)
+            sync(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+    write_json(_receipt_path(folder, job.tar), asdict(receipt))
+
+
+def _receipt_path(folder: Path, tar: PlannedTar) -> Path:
+    return (folder / RECEIPTS_FOLDER / tar.name).with_suffix(".json")
+
+
+def _members(entry: dict[str, Any]) -> dict[str, str | bytes]:
+    record = entry["record"]
+    changed = f"the photo {record['source']} changed while it was being sharded; give the same command again"
+    try:
+        photo = content_from_json(entry["photo"]).read()
+        mask = None if entry["mask"] is None else content_from_json(entry["mask"]).read()
+    except FileNotFoundError as error:
+        raise UserError(changed) from error
+    if hashlib.sha256(photo).hexdigest() != record["sha256"]:
+        raise UserError(changed)
+    members: dict[str, str | bytes] = {
+        "__key__": record["key"],
+        entry["extension"]: photo,
+        "json": json.dumps(record, allow_nan=False).encode(),
+    }
+    if mask is not None:
+        members["mask.png"] = mask
+    return members
+
+
+def _places(path: Path, entries: list[dict[str, Any]]) -> tuple[dict[str, tuple[int, int]], ...]:
+    """Offset and size of every member of every sample, from the tar's own headers."""
     places: dict[str, dict[str, tuple[int, int]]] = {}
     with tarfile.open(path) as tar:
         for member in tar:
             key, extension = member.name.split(".", 1)
             places.setdefault(key, {})[extension] = (member.offset_data, member.size)
-    members = tuple(places[entry.record.key] for entry in plan.entries)
-    return WrittenShard(path.stat().st_size, sha256_of(path), members)
-
-
-def _members(entry: Entry) -> dict[str, str | bytes]:
-    photo = entry.photo.read()
-    if hashlib.sha256(photo).hexdigest() != entry.record.sha256:
-        raise UserError(f"the photo {entry.record.source} changed while it was being sharded; run again")
-    record = json.dumps(entry.record.to_json(), allow_nan=False).encode()
-    members: dict[str, str | bytes] = {"__key__": entry.record.key, entry.extension: photo, "json": record}
-    if entry.mask is not None:
-        members["mask.png"] = entry.mask.read()
-    return members
-
-
-@contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` to build in. It is gone at the end, published or because the work failed.
-
-    What a killed run left there is removed first. A lock, which ends with the process, keeps two runs apart.
-
-    Raises:
-        UserError: Another run is building the same folder.
-    """
-    partial = out.parent / f".{out.name}.partial"
-    partial.mkdir(parents=True, exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another run is writing {out} at this moment; wait for it, or choose another --out"
-            ) from error
-        try:
-            for left in partial.iterdir():
-                left.unlink()
-            yield partial
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def publish(partial: Path, out: Path) -> None:
-    """Give a finished folder its name, after everything in it is on the disk."""
-    sync_folder(partial)
-    os.replace(partial, out)  # over an empty folder too
-    sync_folder(out.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return tuple(places[entry["record"]["key"]] for entry in entries)

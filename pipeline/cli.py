@@ -88,7 +88,8 @@ def commands(functions: dict[str, Command], prog: str, description: str) -> int:
 def _call(function: Command, arguments: list[str], prog: str) -> Path | None:
     parser = Parser(prog=prog, description=_summary(function))
     parser.add_function_arguments(function, as_positional=False)
-    values = parser.parse_args(gather_lists(function, [_underscored(word) for word in arguments]))
+    words = [_underscored(word) for word in arguments]
+    values = parser.parse_args(gather_lists(function, spell_switches(function, words)))
     silence_libraries()
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the summary's path
         return function(**values.as_dict())
@@ -114,6 +115,17 @@ def gather_lists(function: Command, arguments: list[str]) -> list[str]:
             target = others
         target.append(word)
     return others + [f"{flag}={json.dumps(words)}" for flag, words in given.items()]
+
+
+def spell_switches(function: Command, arguments: list[str]) -> list[str]:
+    """Let a flag of a `bool` parameter stand alone: `--plan` becomes `--plan=true`, which jsonargparse wants."""
+    hints = typing.get_type_hints(function)
+    switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
+    following = [*arguments[1:], "--"]
+    return [
+        f"{word}=true" if word in switches and after.startswith("--") else word
+        for word, after in zip(arguments, following, strict=True)
+    ]
 
 
 def _underscored(word: str) -> str:

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -40,15 +40,27 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
 
 
-def track(items: Iterable[T], total: int, what: str, unit: str = "images") -> Iterator[T]:
-    """Yield `items` while showing how many of `total` are done, the rate in `unit`/s and the time left."""
-    if sys.stderr.isatty():
-        yield from _track_bar(items, total, what, unit)
-    else:
-        yield from _track_lines(items, total, what, unit)
+def track(
+    items: Iterable[T],
+    total: int | None,
+    what: str,
+    unit: str = "images",
+    amount: Callable[[T], int] = lambda item: 1,
+) -> Iterator[T]:
+    """Pass `items` through and show how far they are.
+
+    Args:
+        items: What is worked on.
+        total: Sum of their amounts; None where nobody knows before the end.
+        what: Names the work.
+        unit: Names what `amount` counts.
+        amount: How much of `total` one item stands for.
+    """
+    follow = _track_bar if sys.stderr.isatty() else _track_lines
+    yield from follow(items, total, what, unit, amount)
 
 
-def _track_bar(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
+def _track_bar(items: Iterable[T], total: int | None, what: str, unit: str, amount: Callable[[T], int]) -> Iterator[T]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -57,23 +69,28 @@ def _track_bar(items: Iterable[T], total: int, what: str, unit: str) -> Iterator
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task, start = bar.add_task(what, total=total, rate=""), time.monotonic()
-        for done, item in enumerate(items, start=1):
+        task, start, done = bar.add_task(what, total=total, rate=""), time.monotonic(), 0
+        for item in items:
             yield item
+            done += amount(item)
             rate = done / max(time.monotonic() - start, 1e-9)
             bar.update(task, completed=done, rate=f"{rate:.1f} {unit}/s")
 
 
-def _track_lines(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
+def _track_lines(
+    items: Iterable[T], total: int | None, what: str, unit: str, amount: Callable[[T], int]
+) -> Iterator[T]:
     start = last = time.monotonic()
     done = 0
-    for done, item in enumerate(items, start=1):
+    for item in items:
         yield item
+        done += amount(item)
         now = time.monotonic()
-        if now - last >= PLAIN_INTERVAL_S:
+        if now - last >= PLAIN_INTERVAL_S and done:
             rate = done / (now - start)
-            left = format_seconds((total - done) / rate)
-            say(f"{what}: {done}/{total}, {rate:.1f} {unit}/s, {left} left")
+            left = "" if total is None else f", {format_seconds((total - done) / rate)} left"
+            of = "" if total is None else f"/{total}"
+            say(f"{what}: {done}{of}, {rate:.1f} {unit}/s{left}")
             last = now
     spent = time.monotonic() - start
     say(f"{what}: {done} {unit} in {format_seconds(spent)} ({done / max(spent, 1e-9):.1f}/s)")

@@ -35,10 +35,15 @@ def probe(data: bytes) -> tuple[int, int]:
     return image.size if _orientation(image) < 5 else (image.height, image.width)
 
 
-def decode(data: bytes) -> np.ndarray:
+def decode(data: bytes, at_least_px: int | None = None) -> np.ndarray:
     """Decode a photo to uint8 [H, W, 3], RGB, upright.
 
     Greyscale, palette, CMYK, alpha (dropped) and 16-bit images become 8-bit RGB. The size is checked before decoding.
+
+    Args:
+        data: The photo's file.
+        at_least_px: Both sides need no more than this: a JPEG is then decoded at a half, a quarter or an eighth
+            of its size, which is faster and finds the same damage. None for full size.
 
     Raises:
         BadPhoto: Not an image, truncated, too small or too large.
@@ -47,10 +52,13 @@ def decode(data: bytes) -> np.ndarray:
     orientation = _orientation(image)
     if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1 and simplejpeg is not None:
         try:
-            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+            small = {} if at_least_px is None else {"min_height": at_least_px, "min_width": at_least_px}
+            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **small)
         except ValueError:
             pass  # strict refuses harmless warnings too, and Pillow tells those from a truncated file
     try:
+        if at_least_px is not None:
+            image.draft(None, (at_least_px, at_least_px))
         image.load()
         upright = ImageOps.exif_transpose(image) if orientation != 1 else image
         return _to_rgb(upright)

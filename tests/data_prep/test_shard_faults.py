@@ -14,7 +14,7 @@ import pytest
 
 from data_prep import shards as shards_module
 from data_prep.shards import shard
-from data_prep.writer import building
+from data_prep.workplace import Workplace
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
 from tests.data_prep.photos import (
@@ -198,20 +198,20 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_repair
 
 def test_two_runs_of_one_folder_do_not_meet(tmp_path):
     source = write_folder(tmp_path / "in", city_rows(1, 3))
-    with building(tmp_path / "out"), pytest.raises(UserError, match="another run is writing"):
+    with Workplace(str(tmp_path / "out"), None).locked(), pytest.raises(UserError, match="another run is writing"):
         shard(source, tmp_path / "out", workers=1)
     shard(source, tmp_path / "out", workers=1)
 
 
 def test_a_photo_that_changes_between_the_passes_stops_the_run(tmp_path, monkeypatch):
     source = write_folder(tmp_path / "in", city_rows(1, 3))
-    make_plan = shards_module.make_plan
+    decide = shards_module.decide
 
     def change_a_photo(*arguments):
         (source / "Oslo-0.jpg").write_bytes(jpeg(77))
-        return make_plan(*arguments)
+        return decide(*arguments)
 
-    monkeypatch.setattr(shards_module, "make_plan", change_a_photo)
+    monkeypatch.setattr(shards_module, "decide", change_a_photo)
     with pytest.raises(UserError, match=r"Oslo-0\.jpg changed while"):
         shard(source, tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()

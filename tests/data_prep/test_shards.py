@@ -113,8 +113,8 @@ def test_the_summary_counts_everything(shards):
     assert (summary["inputs"], summary["written"], summary["rejected"]) == (39, 39, {})
     assert summary["split_rule"] == "cities"
     assert summary["masks"] == 1
-    assert summary["null_rates"]["gps"] == 0
-    assert summary["null_rates"]["weather"] == pytest.approx(38 / 39, abs=1e-4)
+    assert summary["fields"]["gps"]["null_rate"] == 0
+    assert summary["fields"]["weather"]["null_rate"] == pytest.approx(38 / 39, abs=1e-4)
     for name, split in index.splits.items():
         counted = summary["splits"][name]
         assert counted["samples"] == len(split.samples) == counted["roadwork"] + counted["none"]
@@ -194,7 +194,7 @@ def test_a_streamed_source_gives_the_same_photos_and_leaves_no_copy(tmp_path):
     photos = {r.source: m["jpg"] for samples in read(tmp_path / "out", index).values() for r, m in samples}
     assert photos == {f"data/train-00000-of-00001.parquet#{seed}": jpeg(seed) for seed in range(5)}
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"index.json", "summary.json", "rejects.jsonl"} | {
+    assert names == {"index.json", "map.png", "summary.json", "rejects.jsonl"} | {
         tar.name for split in index.splits.values() for tar in split.shards
     }
 
@@ -215,7 +215,7 @@ def test_exif_says_the_place_unless_a_table_has_a_column_for_it(tmp_path, row, e
 
 def test_a_bare_folder_of_real_photos_takes_gps_from_exif(street_photos, tmp_path):
     summary = json.loads(shard(street_photos, tmp_path / "out", workers=1).read_text())
-    assert (summary["inputs"], summary["written"], summary["null_rates"]["gps"]) == (32, 32, 0)
+    assert (summary["inputs"], summary["written"], summary["fields"]["gps"]["null_rate"]) == (32, 32, 0)
     records = [r for samples in read(tmp_path / "out", read_index(tmp_path / "out")).values() for r, _ in samples]
     for record in records:
         place = (55.698, 13.195) if record.source.startswith("lund") else (52.519, 13.400)
