@@ -24,6 +24,7 @@ COLUMNS = {
     "scene": ("scene", "scene_environment", "scene_level_tags.scene_environment"),
     "city": ("city", "city_name"),
     "description": ("description", "scene_description"),
+    "travel_alteration": ("travel_alteration", "scene_level_tags.travel_alteration"),
     "video": ("video", "vid_id", "video_info.vid_id"),
     "sequence": ("sequence", "seq_id", "video_info.seq_id"),
     "split": ("split",),
@@ -60,6 +61,9 @@ class Parsed:
     """Field and word, for each word that our vocabulary lacks."""
     gps_problem: str | None
     """Why coordinates that were given became NULL."""
+    travel_alteration: tuple[str, ...] | None
+    """How the traffic is led past an obstacle, in the source's words, sorted. It all but states the label: it is read
+    to be measured and named, and no record holds it."""
 
 
 def select_fields(row: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +107,7 @@ def parse(fields: dict[str, Any]) -> Parsed:
         split=split,
         unknown=tuple((field, word) for field, words in unknown.items() for word in words),
         gps_problem=gps_problem,
+        travel_alteration=_words(fields.get("travel_alteration")),
     )
 
 
@@ -146,6 +151,8 @@ def check_gps(latitude: float, longitude: float) -> tuple[tuple[float, float] | 
     """The coordinates as a pair, or None with the reason why they are no place on a street."""
     if not (math.isfinite(latitude) and math.isfinite(longitude)):
         return None, "not finite"
+    if 90 < abs(latitude) <= 180 and abs(longitude) <= 90:
+        return None, "out of range, perhaps latitude and longitude are swapped"
     if abs(latitude) > 90 or abs(longitude) > 180:
         return None, "out of range"
     if latitude == 0 and longitude == 0:
@@ -165,6 +172,11 @@ def _video(fields: dict[str, Any]) -> str | None:
 
 def _text(value: Any) -> str | None:
     return None if is_null(value) else str(value).strip()
+
+
+def _words(value: Any) -> tuple[str, ...] | None:
+    """The words of a list without a vocabulary, sorted."""
+    return tuple(sorted({_normalise(str(part)) for part in _as_list(value) if not is_null(part)})) or None
 
 
 def _match(value: Any, vocabulary: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,11 +21,13 @@ from data_prep.gps import assign_clusters, fit_centres, sample_weights, target_s
 from data_prep.intake import Intake, Photo
 from data_prep.sources import content_to_json
 from data_prep.splits import Assignment, geographic_splits, keep_splits, link_groups, random_splits
-from data_prep.text import TextVectors
 from pipeline.data.index import SPLITS, Cluster, Field
 from pipeline.data.record import Metadata, Record
 from pipeline.errors import require
 from pipeline.files import write_bytes, write_json
+
+if TYPE_CHECKING:
+    from data_prep.text import TextVectors
 
 HEADER_NAME, TARS_FOLDER = "plan.json", "plan"
 TAR_BLOCK = 512

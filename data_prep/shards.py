@@ -22,7 +22,6 @@ from data_prep.merging import finish, is_assembled, is_finished, planned, publis
 from data_prep.parallel import Workers
 from data_prep.planning import Arguments, decide, tars_of, write_plan
 from data_prep.sources import open_source
-from data_prep.text import embed
 from data_prep.workplace import MAP_NAME, REJECTS_NAME, SUMMARY_NAME, Workplace
 from data_prep.writer import Job, has_receipt, write_tar
 from pipeline.data.index import read_index
@@ -207,6 +206,8 @@ def _plan(
     target = None if target_gps is None else read_target(target_gps)
     texts = None
     if arguments.text_encoder:
+        from data_prep.text import embed  # transformers: more than a second, which no other run should wait for
+
         texts = embed([photo.parsed.metadata.description for photo in intake.photos], arguments.text_encoder)
     decisions = decide(intake.photos, arguments, target)
     draw_map(

@@ -161,6 +161,18 @@ def geographic_splits(
     return best
 
 
+def random_splits(groups: np.ndarray, labels: np.ndarray, *, shares: np.ndarray, seed: int) -> Assignment:
+    """Whole groups to each split, wherever they are: train and test share their cities.
+
+    Args:
+        groups: int64 [N]; never divided.
+        labels: 0, 1 or -1, [N]; each split gets its share of each.
+        shares: Of train, val and test, summing to 1.
+        seed: Decides between equally good assignments.
+    """
+    return Assignment(fill_splits(groups, labels, shares, seed), "random groups")
+
+
 def fill_splits(blocks: np.ndarray, labels: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
     """Give whole blocks to splits so that every split comes close to its share of every label.
 

@@ -27,12 +27,14 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"{path} is no metadata file: its name must end in one of {', '.join(READERS)}")
+        raise UserError(
+            f"{path} is no metadata file: its name must end in one of {', '.join(READERS)}, or .json for COCO"
+        )
     try:
         yield from reader(path)
     except OSError as error:
         raise UserError(f"the metadata file {path} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, csv.Error, pyarrow.ArrowInvalid) as error:
+    except (UnicodeDecodeError, csv.Error, pyarrow.ArrowException) as error:
         raise UserError(f"the metadata file {path} is malformed: {error}") from error
 
 
@@ -68,10 +70,21 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             yield flatten(row)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def iterate_parquet(path: Path, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[Row]:
+    """The rows of a Parquet file, nested as they are; memory holds one row group.
+
+    Raises:
+        pyarrow.ArrowException, OSError: The file is damaged.
+    """
     with pyarrow.parquet.ParquetFile(path) as table:
-        for batch in table.iter_batches(ROWS_AT_ONCE):
-            yield from map(flatten, batch.to_pylist())
+        # One by one: when pyarrow is asked for all of them, it keeps all that it has read.
+        for group in range(table.num_row_groups):
+            for batch in table.iter_batches(rows_at_once, row_groups=[group]):
+                yield from batch.to_pylist()
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    return map(flatten, iterate_parquet(path))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
+from data_prep.sources.outlines import CocoMask
+
 
 @dataclass(frozen=True)
 class Location:
@@ -22,18 +24,25 @@ class Location:
             return stream.read(-1 if self.size is None else self.size)
 
 
-Content = Location | bytes
-"""What can be read again at will, in any process, or, from a source that streams, the bytes themselves."""
+Content = Location | CocoMask | bytes
+"""What can be read again at will, in any process, or, from a source that streams, the bytes themselves.
+
+Photos are never a `CocoMask`.
+"""
 
 
-def content_to_json(content: Location) -> dict[str, Any]:
-    """Plain values for `json.dumps`."""
-    return asdict(content)
+def content_to_json(content: Content) -> dict[str, Any]:
+    """Plain values for `json.dumps`; of what can be read again, not of bytes."""
+    assert not isinstance(content, bytes)
+    return {"kind": "coco_mask" if isinstance(content, CocoMask) else "location", **asdict(content)}
 
 
-def content_from_json(values: dict[str, Any]) -> Location:
+def content_from_json(values: dict[str, Any]) -> Location | CocoMask:
     """The inverse of `content_to_json`."""
-    return Location(**values)
+    rest = {name: value for name, value in values.items() if name != "kind"}
+    if values["kind"] == "location":
+        return Location(**rest)
+    return CocoMask(**{**rest, "objects": tuple((value, counts) for value, counts in rest["objects"])})
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class Input:
 
     name: str
     """Path or address relative to the source; the same wherever the source lies."""
-    photo: Content | None
+    photo: Location | bytes | None
     """None where `problem` says why."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Raw metadata by the names of `metadata.COLUMNS`."""
@@ -53,11 +62,11 @@ class Input:
 class Source(Protocol):
     """An ordered stream of inputs."""
 
-    total: int
-    """Inputs that iterating yields."""
+    total: int | None
+    """Inputs that iterating yields; None where that shows only at the end."""
 
     def stamp(self) -> str:
-        """A digest that changes when files of the source change, computed without reading the photos."""
+        """A digest that changes when the source changes, computed without reading the photos."""
         ...
 
     def __iter__(self) -> Iterator[Input]: ...

@@ -1,81 +1,68 @@
-"""Where photos come from. A source yields its inputs one at a time, in a fixed order, and every one of them.
-
-To add a source, write a class with `total`, `stamp` and `__iter__` as `Source` describes them, and let
-`open_source` choose it.
-"""
+"""Photos in a folder, with or without a table."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 import unicodedata
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from data_prep.metadata import is_null, select_fields
-from data_prep.sources.content import Input, Location, Source
-from data_prep.tables import READERS, flatten, read_rows
+from data_prep.sources.content import Input, Location
+from data_prep.tables import read_rows
 from pipeline.errors import UserError
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 FILE_COLUMNS = ("file_name", "filename", "file")
-MISSING = "the photo is missing"
-HUB_SPLIT = re.compile(r"(train|validation|val|test)\b")
+MISSING, MASK_MISSING = "the photo is missing", "the mask is missing"
 
 
-def open_source(folder: Path, metadata: Path | None = None) -> Source:
-    """Find out what kind of source a folder is.
+class PhotoFolder:
+    """The files below a folder, found by the names that tables give them."""
 
-    Args:
-        folder: Holds photos, or a hub data set's Parquet files.
-        metadata: Table with a row per photo; if None, found by name: `metadata.csv`, `.jsonl`, `.parquet`.
+    def __init__(self, path: Path):
+        self.path = path
+        self.files = list_files(path)
+        self.photos = [name for name in self.files if PurePosixPath(name).suffix.lower() in PHOTO_SUFFIXES]
+        # Tables and file systems spell accented letters in either of Unicode's two ways; the very name comes first.
+        normal = {unicodedata.normalize("NFC", name): name for name in self.files}
+        self._by_name = normal | {name: name for name in self.files}
 
-    Raises:
-        UserError: The folder is missing or holds nothing that can be read.
-    """
-    if not folder.is_dir():
-        raise UserError(f"the source {folder} is not a folder; --source names the folder that holds the photos")
-    if metadata is not None and not metadata.is_file():
-        raise UserError(f"the metadata file {metadata} does not exist")
-    if metadata is None:
-        found = [folder / f"metadata{suffix}" for suffix in READERS if (folder / f"metadata{suffix}").is_file()]
-        if len(found) > 1:
-            raise UserError(f"{folder} has {' and '.join(p.name for p in found)}; choose one with --metadata")
-        metadata = found[0] if found else None
-    if metadata is not None:
-        return TableSource(folder, metadata)
-    tables = sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))
-    if tables:
-        return ParquetSource(folder, tables)
-    return FolderSource(folder)
+    def find(self, name: Any) -> str | None:
+        """The file that a cell names; none outside the folder, whatever the cell says."""
+        if is_null(name):
+            return None
+        # PurePosixPath drops "./" and doubled slashes; ".." stays and matches no listed file.
+        path = str(PurePosixPath(str(name).strip()))
+        return self._by_name.get(path) or self._by_name.get(unicodedata.normalize("NFC", path))
+
+    def locate(self, file: str) -> Location:
+        """Where the bytes of a listed file are."""
+        return Location(str(self.path / file))
 
 
 class FolderSource:
     """A bare folder of photos, searched through its sub-folders; no labels, GPS from EXIF."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.files = _list_files(folder)
-        self.photos = [name for name in self.files if _is_photo(name)]
-        self.total = len(self.photos)
-        if not self.photos:
+    def __init__(self, path: Path):
+        self.folder = PhotoFolder(path)
+        self.total: int | None = len(self.folder.photos)
+        if not self.total:
             raise UserError(
-                f"no photos in {folder}: it has no file that ends in {', '.join(sorted(PHOTO_SUFFIXES))}, "
+                f"no photos in {path}: it has no file that ends in {', '.join(sorted(PHOTO_SUFFIXES))}, "
                 "no metadata file and no Parquet files"
             )
 
     def stamp(self) -> str:
         """Digest of the photos' names, sizes and times."""
-        return _stamp(self.folder, [self.folder / name for name in self.photos])
+        return stamp_files(self.folder.path, [self.folder.path / name for name in self.folder.photos])
 
     def __iter__(self) -> Iterator[Input]:
-        for name in self.photos:
-            yield Input(name, Location(str(self.folder / name)))
+        for name in self.folder.photos:
+            yield Input(name, self.folder.locate(name))
 
 
 class TableSource:
@@ -84,37 +71,36 @@ class TableSource:
     Photos that no row names are inputs too, and rejected: the table decides what belongs to the set.
     """
 
-    def __init__(self, folder: Path, table: Path):
-        self.folder, self.table = folder, table
-        self.files = _list_files(folder)
-        # Tables and file systems spell accented letters in either of Unicode's two ways.
-        self.by_normal_name = {unicodedata.normalize("NFC", name): name for name in self.files}
+    def __init__(self, path: Path, table: Path):
+        self.folder, self.table = PhotoFolder(path), table
         rows, claimed = 0, set()
         for name, fields in self._rows():
             rows += 1
-            claimed |= {self._find(name), self._find(fields.get("mask"))}
+            claimed |= {self.folder.find(name), self.folder.find(fields.get("mask"))}
         if not rows:
             raise UserError(f"the metadata file {table} has no rows")
-        self.unclaimed = [name for name in self.files if name not in claimed and _is_photo(name)]
-        self.total = rows + len(self.unclaimed)
+        self.unclaimed = [name for name in self.folder.photos if name not in claimed]
+        self.total: int | None = rows + len(self.unclaimed)
 
     def stamp(self) -> str:
         """Digest of the names, sizes and times of all files, the table's among them."""
-        return _stamp(self.folder, [*(self.folder / name for name in self.files), self.table])
+        files = (self.folder.path / name for name in self.folder.files)
+        return stamp_files(self.folder.path, [*files, self.table])
 
     def __iter__(self) -> Iterator[Input]:
         seen: set[str] = set()
         for name, fields in self._rows():
-            file, mask = self._find(name), self._find(fields.get("mask"))
+            file, mask = self.folder.find(name), self.folder.find(fields.get("mask"))
             if file is None:
                 yield Input(str(name), None, fields, problem=MISSING)
             elif file in seen:
                 yield Input(file, None, fields, problem="an earlier row names the same photo")
             elif mask is None and not is_null(fields.get("mask")):
-                yield Input(file, None, fields, problem="the mask is missing")
+                yield Input(file, None, fields, problem=MASK_MISSING)
             else:
                 seen.add(file)
-                yield Input(file, self._locate(file), fields, mask=self._locate(mask) if mask else None)
+                located = self.folder.locate(mask) if mask else None
+                yield Input(file, self.folder.locate(file), fields, mask=located)
         for file in self.unclaimed:
             yield Input(file, None, problem=f"no row in {self.table.name}")
 
@@ -128,87 +114,42 @@ class TableSource:
                 )
             yield row[column], select_fields(row)
 
-    def _find(self, name: Any) -> str | None:
-        """The file of the folder that a cell names; none outside the folder, whatever the cell says."""
-        if is_null(name):
-            return None
-        # PurePosixPath drops "./" and doubled slashes; ".." stays and matches no listed file.
-        return self.by_normal_name.get(unicodedata.normalize("NFC", str(PurePosixPath(str(name).strip()))))
 
-    def _locate(self, file: str) -> Location:
-        return Location(str(self.folder / file))
+def list_files(folder: Path) -> list[str]:
+    """Every file below a folder, relative and sorted; hidden ones and hidden folders are left out.
 
+    Links to folders are followed, but no folder is listed twice, so that loops end. Real folders come before links:
+    a link never takes the names away from the files that it leads to.
 
-class ParquetSource:
-    """Parquet files as a data set on the Hugging Face hub has them, photos inside, read as a stream."""
-
-    def __init__(self, folder: Path, tables: list[Path]):
-        self.folder, self.tables = folder, tables
-        self.total = 0
-        for table in tables:
-            try:
-                self.total += pyarrow.parquet.read_metadata(table).num_rows
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise UserError(f"{table} is not a complete Parquet file: {error}") from error
-        if not self.total:
-            raise UserError(f"the Parquet files in {folder} have no rows")
-
-    def stamp(self) -> str:
-        """Digest of the files' names, sizes and times."""
-        return _stamp(self.folder, self.tables)
-
-    def __iter__(self) -> Iterator[Input]:
-        for table in self.tables:
-            hub_split = HUB_SPLIT.match(table.name)
-            address = table.relative_to(self.folder).as_posix()
-            for number, row in enumerate(self._stream(table)):
-                name = f"{address}#{number}"
-                fields = select_fields(flatten({n: v for n, v in row.items() if n not in ("image", "mask")}))
-                if hub_split is not None:
-                    fields["split"] = hub_split.group(1)
-                photo, mask = _image_bytes(row.get("image")), _image_bytes(row.get("mask"))
-                yield Input(name, photo, fields, mask, problem=MISSING if photo is None else "")
-
-    def _stream(self, table: Path) -> Iterator[dict[str, Any]]:
-        import datasets  # more than half a second, and only this source needs it
-
-        rows = datasets.load_dataset("parquet", data_files=str(table), split="train", streaming=True)
-        features = rows.features or {}
-        if "image" not in features:
-            raise UserError(f"{table} has no column 'image'; its columns are {', '.join(features)}")
-        for column in features.keys() & {"image", "mask"}:
-            rows = rows.cast_column(column, datasets.Image(decode=False))  # the original bytes, not pixels
-        names = getattr(features.get("label"), "names", None)
-        for row in rows:
-            if names is not None and row["label"] is not None:
-                # A class number means what its name says; -1 is the hub's own mark for a hidden label.
-                row["label"] = names[row["label"]] if row["label"] >= 0 else None
-            yield row
-
-
-def _image_bytes(value: Any) -> bytes | None:
-    """The file in a cell of the hub's image type; an empty one is a file too, for the decoder to refuse."""
-    return value.get("bytes") if isinstance(value, dict) else None
-
-
-def _is_photo(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in PHOTO_SUFFIXES
-
-
-def _list_files(folder: Path) -> list[str]:
-    """Every file below a folder, relative and sorted; hidden ones and hidden folders are left out."""
-    names = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(parent).relative_to(folder)
-        names += [(below / name).as_posix() for name in files if not name.startswith(".")]
+    Raises:
+        UserError: A folder cannot be listed.
+    """
+    names: list[str] = []
+    visited: set[tuple[int, int]] = set()
+    tops = deque([folder])
+    while tops:
+        for parent, folders, files in os.walk(tops.popleft(), onerror=_refuse):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in visited:
+                folders.clear()
+                continue
+            visited.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            tops.extend(path for name in folders if (path := Path(parent, name)).is_symlink())
+            below = Path(parent).relative_to(folder)
+            names += [(below / name).as_posix() for name in files if not name.startswith(".")]
     return sorted(names)
 
 
-def _stamp(folder: Path, paths: list[Path]) -> str:
+def stamp_files(folder: Path, paths: Iterable[Path]) -> str:
+    """A digest of files' names relative to a folder, their sizes and times."""
     digest = hashlib.sha256()
     for path in paths:
         status = path.stat() if path.exists() else path.lstat()  # a dangling link is an input too, and a reject
         name = os.path.relpath(path, folder)
         digest.update(f"{name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"the folder {error.filename} cannot be listed: {error.strerror}") from error

@@ -16,6 +16,7 @@ from PIL import Image
 from data_prep.scenes import scenes
 
 BOMB_SIDE = 40_000
+SWAPPED = "out of range, perhaps latitude and longitude are swapped"
 
 
 @dataclass
@@ -57,6 +58,8 @@ def make_faulty_set(folder: Path, images: int, each: int) -> Expected:
     scenes(folder, images=images, size="320x240", seed=8)
     with (folder / "metadata.csv").open(newline="") as stream:
         rows = Rows(list(csv.DictReader(stream)), each)
+    for row in rows.rows:
+        row["gps"] = "[59.91, 10.75]"  # scenes have some faults of their own here
     expected = Expected()
     _spoil_files(folder, rows, expected)
     _rename(folder, rows)
@@ -135,8 +138,9 @@ def _spoil_gps(rows: Rows, expected: Expected) -> None:
         ("", ""),
         ("(0, 0)", "zero"),
         ("['0.0', '0.0']", "zero"),
-        ("[91.0, 10.0]", "out of range"),
-        ("[139.6917, 35.6895]", "out of range, as if latitude and longitude were swapped"),
+        ("[91.0, 10.0]", SWAPPED),
+        ("[91.0, 110.0]", "out of range"),
+        ("[139.6917, 35.6895]", SWAPPED),
         ("somewhere", "unreadable"),
         ("[inf, 4.0]", "not finite"),
     ):

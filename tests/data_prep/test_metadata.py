@@ -36,6 +36,7 @@ def test_a_row_of_the_natix_table_is_read_completely():
         description="Cones block the right lane.",
     )
     assert (parsed.label, parsed.video, parsed.split) == (1, "video a9f3", None)
+    assert parsed.travel_alteration == ("partially blocked",)
     assert parsed.unknown == ()
 
 
@@ -78,6 +79,21 @@ def test_weather_is_read_from_lists_and_from_strings_that_hold_them(value, expec
     assert parse({"weather": value}).metadata.weather == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("['Partially Blocked', 'Lane Shift']", ("lane shift", "partially blocked")),
+        ("['Lane Shift', 'Partially Blocked']", ("lane shift", "partially blocked")),
+        ("Fully_Blocked", ("fully blocked",)),
+        ("['None']", None),
+        ("[]", None),
+        (None, None),
+    ],
+)
+def test_travel_alteration_is_words_in_one_order_or_null(value, expected):
+    assert parse({"travel_alteration": value}).travel_alteration == expected
+
+
 def test_unknown_words_are_counted_and_known_ones_beside_them_kept():
     parsed = parse({"weather": "['Sunny', 'Hail']", "daytime": "Noon", "scene": "Tunnel", "split": "holdout"})
     assert parsed.metadata.weather == ("sunny",)
@@ -101,9 +117,10 @@ def test_weather_of_unknown_words_only_is_null_and_not_none_of_the_known_ones():
         ({"latitude": "39.5", "longitude": " -86.25"}, (39.5, -86.25), None),
         ({"gps": "[0.0, 0.0]"}, None, "zero"),
         ({"gps": [0, 0]}, None, "zero"),
-        ({"gps": "[91.0, 10.0]"}, None, "out of range"),
+        ({"gps": "[91.0, 100.0]"}, None, "out of range"),
+        ({"gps": "[91.0, 10.0]"}, None, "out of range, perhaps latitude and longitude are swapped"),
         ({"gps": "[10.0, -181.0]"}, None, "out of range"),
-        ({"gps": "[135.5, 34.69]"}, None, "out of range"),
+        ({"gps": "[135.5, 34.69]"}, None, "out of range, perhaps latitude and longitude are swapped"),
         ({"gps": "[90.0, 180.0]"}, (90.0, 180.0), None),
         ({"gps": "[nan, nan]"}, None, None),
         ({"gps": [math.nan, math.nan]}, None, None),

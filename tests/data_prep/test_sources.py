@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import unicodedata
-from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.sources import Location, open_source
+from data_prep.sources import Location, content_from_json, content_to_json, open_source
 from pipeline.errors import UserError
 from tests.data_prep.photos import jpeg, write_table
 
@@ -83,61 +82,61 @@ def test_accented_names_match_in_either_unicode_form(tmp_path):
     assert [item.problem for item in open_source(tmp_path)] == [""]
 
 
-def write_natix(path: Path, labels: list[int | None], label_type: object = None) -> None:
-    """A Parquet file with columns and types of the NATIX set; a label of None comes without a photo."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    string, number = datasets.Value("string"), datasets.Value("int64")
-    tags = ("daytime", "scene_environment", "travel_alteration", "weather")
-    features = {
-        "image": datasets.Image(),
-        "id": number,
-        "gps": string,
-        "city_name": string,
-        "video_info": {"frame_id": string, "seq_id": string, "vid_id": string},
-        "scene_level_tags": dict.fromkeys(tags, string),
-        "label": label_type or number,
-    }
-    rows = [
-        {
-            "image": None if label is None else {"bytes": jpeg(seed), "path": f"{seed}.jpg"},
-            "id": seed,
-            "gps": "[39.77160604, -86.18823935]",
-            "city_name": "indianapolis",
-            "video_info": {"frame_id": "1", "seq_id": "2", "vid_id": f"v{seed}"},
-            "scene_level_tags": dict(zip(tags, ("Light", "Urban", "[]", "['Sunny']"), strict=True)),
-            "label": label,
-        }
-        for seed, label in enumerate(labels)
-    ]
-    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(path)
+def test_the_very_name_goes_before_the_other_unicode_form(tmp_path):
+    forms = [unicodedata.normalize(form, "Malmö.jpg") for form in ("NFC", "NFD")]
+    for form in forms:
+        (tmp_path / form).write_bytes(form.encode())
+    write_table(tmp_path / "metadata.csv", [{"file_name": form} for form in forms])
+    assert [item.photo.read() for item in open_source(tmp_path)] == [form.encode() for form in forms]
 
 
-def test_the_natix_layout_gives_original_bytes_nested_fields_and_the_hubs_split(tmp_path):
-    write_natix(tmp_path / "data" / "train-00000-of-00001.parquet", [1, 0, None])
-    write_natix(tmp_path / "data" / "test-00000-of-00001.parquet", [1])
-    source = open_source(tmp_path)
-    items = list(source)
-    assert source.total == 4
-    assert [item.fields["split"] for item in items] == ["test", "train", "train", "train"]
-    assert [item.photo for item in items] == [jpeg(0), jpeg(0), jpeg(1), None]
-    assert items[1].name == "data/train-00000-of-00001.parquet#0"
-    assert items[1].fields == {
-        "label": 1,
-        "gps": "[39.77160604, -86.18823935]",
-        "weather": "['Sunny']",
-        "daytime": "Light",
-        "scene": "Urban",
-        "city": "indianapolis",
-        "video": "v0",
-        "sequence": "2",
-        "split": "train",
-    }
-    assert items[3].problem == "the photo is missing"
+def test_linked_folders_are_followed_and_loops_end(tmp_path):
+    outside, folder = tmp_path / "outside", tmp_path / "folder"
+    for path in (outside / "1.jpg", outside / "deep" / "2.jpg", folder / "real" / "3.jpg"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(0))
+    (folder / "a").symlink_to(outside)
+    (folder / "b").symlink_to(outside)  # another way to the same photos
+    (folder / "alias").symlink_to(folder / "real")
+    (outside / "deep" / "up").symlink_to(folder)
+    (folder / "real" / "self").symlink_to(folder / "real")
+    items = list(open_source(folder))
+    assert [item.name for item in items] == ["a/1.jpg", "a/deep/2.jpg", "real/3.jpg"]
+    assert all(item.photo.read() == jpeg(0) for item in items)
 
 
-def test_class_numbers_mean_what_their_names_say(tmp_path):
-    write_natix(tmp_path / "x.parquet", [0, 1, -1], datasets.ClassLabel(names=["Roadwork", "None"]))
-    assert [item.fields["label"] for item in open_source(tmp_path)] == ["Roadwork", "None", None]
+def test_a_folder_that_cannot_be_listed_is_no_empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    scandir = os.scandir
+
+    def deny(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(UserError, match="closed cannot be listed: Permission denied"):
+        open_source(tmp_path)
+
+
+def test_names_that_are_no_text_survive_to_the_list_of_rejects(tmp_path):
+    names = [os.fsdecode(b"caf\xe9.jpg"), "é" * 120 + ".jpg", "東京.jpg"]
+    for name in names:
+        (tmp_path / name).write_bytes(jpeg(0))
+    odd = ["\ud800.jpg", "x" * 300 + ".jpg", "nul\0.jpg"]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": name}) + "\n" for name in odd))
+    items = list(open_source(tmp_path))
+    assert [item.name for item in items] == [*odd, *sorted(names)]
+    assert [item.problem for item in items] == ["the photo is missing"] * 3 + ["no row in metadata.jsonl"] * 3
+    for item in items:
+        assert json.loads(json.dumps(item.name).encode()) == item.name
+    assert open_source(tmp_path).stamp()
+
+
+def test_a_location_survives_json():
+    location = Location("a/b.jpg", offset=3, size=4)
+    assert content_from_json(json.loads(json.dumps(content_to_json(location)))) == location
 
 
 def test_the_stamp_changes_with_the_files_and_only_then(tmp_path):
@@ -173,17 +172,14 @@ def test_folders_that_cannot_be_read_are_the_users_mistake(tmp_path, files, sent
 def test_missing_paths_are_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         open_source(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"is not a folder.*or a data set on the hub as owner/name"):
+        open_source("nowhere")
+    with pytest.raises(UserError, match="goes with a folder of photos"):
+        open_source("owner/name", tmp_path / "nothing.csv")
+    with pytest.raises(UserError, match="--revision main is for a data set on the hub"):
+        open_source(tmp_path, revision="main")
     with pytest.raises(UserError, match="does not exist"):
         open_source(tmp_path, tmp_path / "nothing.csv")
     (tmp_path / "table.xlsx").write_bytes(b"")
     with pytest.raises(UserError, match=r"must end in one of \.csv, \.jsonl, \.parquet"):
         open_source(tmp_path, tmp_path / "table.xlsx")
-
-
-def test_parquet_without_photos_is_the_users_mistake(tmp_path):
-    pyarrow.parquet.write_table(pyarrow.table({"label": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="no column 'image'"):
-        list(open_source(tmp_path))
-    pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([], pyarrow.string())}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="have no rows"):
-        open_source(tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data_prep.gps import EARTH_RADIUS_M
-from data_prep.splits import fill_splits, geographic_splits, keep_splits, link_groups, near_pairs
+from data_prep.splits import fill_splits, geographic_splits, keep_splits, link_groups, near_pairs, random_splits
 from pipeline.errors import UserError
 
 NO_PAIRS = np.empty((0, 2), dtype=np.int64)
@@ -112,6 +112,21 @@ def test_without_any_gps_groups_are_spread_by_share_and_class():
     found = split_up(np.full((300, 2), np.nan), groups, labels)
     assert np.abs(shares_of(found.splits) - SHARES).max() < 0.01
     assert max(abs(labels[found.splits == s].mean() - labels.mean()) for s in range(3)) < 0.05
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_splits_divide_cities_but_no_group(seed):
+    _, city, labels = cities([60] * 4, seed)
+    groups = np.arange(240) // 3
+    found = random_splits(groups, labels, shares=SHARES, seed=seed)
+    assert found.rule == "random groups"
+    assert all(len(set(found.splits[groups == group])) == 1 for group in np.unique(groups))
+    assert all(len(set(city[found.splits == split])) >= 3 for split in range(3))
+    assert np.abs(shares_of(found.splits) - SHARES).max() < 0.01
+    assert max(abs(labels[found.splits == s].mean() - labels.mean()) for s in range(3)) < 0.05
+    again = random_splits(groups, labels, shares=SHARES, seed=seed)
+    assert np.array_equal(found.splits, again.splits)
+    assert not np.array_equal(found.splits, random_splits(groups, labels, shares=SHARES, seed=seed + 9).splits)
 
 
 @pytest.mark.parametrize("photos", [1, 2, 3])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import pytest
 from data_prep.shards import shard
 from data_prep.verification import verify
 from pipeline.data.index import read_index
-from pipeline.errors import EXIT_AUDIT, AuditFailed, run
+from pipeline.errors import EXIT_AUDIT, AuditFailed, UserError, run
 from pipeline.files import sha256_of
+from tests.data.tampering import TAMPERED, edit_split, plain, read_members, special, swapped_bit, tamper
 from tests.data_prep.photos import city_rows, write_folder
+from tests.small_run import make_shards
 
 
 @pytest.fixture
@@ -20,13 +24,6 @@ def shards(tmp_path) -> Path:
     source = write_folder(tmp_path / "in", city_rows(3, 4))
     shard(source, tmp_path / "out", workers=1, shard_mb=0.01)
     return tmp_path / "out"
-
-
-def edit_index(shards: Path, edit) -> None:
-    path = shards / "index.json"
-    values = json.loads(path.read_text())
-    edit(values["splits"]["train"])
-    path.write_text(json.dumps(values))
 
 
 def problems(shards: Path) -> list[str]:
@@ -60,7 +57,7 @@ def test_a_photo_swapped_together_with_the_shards_hash_is_found(shards):
     data = bytearray(path.read_bytes())
     data[sample.members["jpg"][0] + 100] ^= 1
     path.write_bytes(data)
-    edit_index(shards, lambda split: split["shards"][0].update(sha256=sha256_of(path)))
+    edit_split(shards, "train", lambda split: split["shards"][0].update(sha256=sha256_of(path)))
     assert problems(shards) == [f"train-00000.tar, {sample.key}: the photo is not the one of its record"]
 
 
@@ -69,26 +66,79 @@ def test_a_cut_or_absent_tar_is_found(shards):
     (shards / "train-00001.tar").unlink()
     found = problems(shards)
     assert "bytes long" in found[0]
-    assert found[1] == "train-00001.tar cannot be read: No such file or directory"
+    assert found[1] == "train-00001.tar is missing"
+
+
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_a_tampered_tar_is_found_with_shard_and_member_named(tmp_path, kind):
+    """Also where the hash in the index was changed along."""
+    make_shards(tmp_path / "made", {"train": [0, 1, 0]})
+    change, words = TAMPERED[kind]
+    tamper(tmp_path / "made" / "train-00000.tar", change)
+    found = problems(tmp_path / "made")
+    assert any(re.search(rf"^train-00000\.tar.*{words}", problem) for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("member", "words"),
+    [
+        (special("x", tarfile.SYMTYPE), "train-00000.tar holds 'x', which the index does not name"),
+        (special("x", tarfile.CHRTYPE), "train-00000.tar holds 'x', which the index does not name"),
+        (special("__x__", tarfile.LNKTYPE), "train-00000.tar holds '__x__', which the index does not name"),
+        (special("train_0.jpg", tarfile.LNKTYPE), "train-00000.tar, train_0: train_0.jpg is there twice"),
+    ],
+)
+def test_what_a_streaming_reader_would_skip_is_found_too(tmp_path, member, words):
+    make_shards(tmp_path / "made", {"train": [0, 1, 0]})
+    tamper(tmp_path / "made" / "train-00000.tar", lambda members: [*members, member])
+    assert problems(tmp_path / "made") == [words]
+
+
+def test_every_damaged_sample_is_listed_and_not_only_the_first(tmp_path):
+    make_shards(tmp_path / "made", {"train": [0, 1, 0], "val": [1]})
+    path = tmp_path / "made" / "train-00000.tar"
+    tamper(path, swapped_bit("train_0.jpg"))
+    tamper(path, swapped_bit("train_2.jpg"))
+    (tmp_path / "made" / "val-00000.tar").write_bytes(bytes((tmp_path / "made" / "val-00000.tar").stat().st_size))
+    hashes, missing = "another sha256 than the index says", "is missing"
+    assert problems(tmp_path / "made") == [
+        "train-00000.tar, train_0: the photo is not the one of its record",
+        "train-00000.tar, train_2: the photo is not the one of its record",
+        f"val-00000.tar has {hashes}",
+        f"val-00000.tar, val_0: val_0.jpg {missing}",
+        f"val-00000.tar, val_0: val_0.json {missing}",
+    ]
+
+
+def test_a_mask_that_is_no_mask_is_found(tmp_path):
+    make_shards(tmp_path / "made", {"train": [0, 1]})
+    path = tmp_path / "made" / "train-00000.tar"
+    offset = 512 + sum(512 + -(-len(data) // 512) * 512 for _, data in read_members(path)[:4])
+    tamper(path, lambda members: [*members, plain("train_1.mask.png", b"no image")])
+    edit_split(path.parent, "train", lambda split: split["samples"][1]["members"].update({"mask.png": [offset, 8]}))
+    assert problems(path.parent) == ["train-00000.tar, train_1: the mask is not an image"]
 
 
 @pytest.mark.parametrize(
     ("edit", "expected"),
     [
-        (
-            lambda split: split["samples"][0].update(label=1 - split["samples"][0]["label"]),
-            "the index differ",
-        ),
-        (lambda split: split["samples"].pop(0), "samples, the index lists"),
-        (lambda split: split["samples"][0]["members"].pop("jpg"), "it has 0 photos"),
-        (lambda split: split["samples"][0]["members"].update(json=[0, 100]), "its record cannot be read"),
+        (lambda split: split["samples"][0].update(label=1 - split["samples"][0]["label"]), "the index differ in label"),
+        (lambda split: split["samples"][0].update(weight=7.5), "the index differ in weight"),
+        (lambda split: split["samples"][0].update(group=77, cluster=5), "the index differ in group, GPS cluster"),
+        (lambda split: split["samples"].pop(0), "the index lists 2 of its 3 samples"),
+        (lambda split: split["samples"][0]["members"].update(json=[512, 100]), "does not follow the member before it"),
     ],
 )
 def test_an_index_that_says_something_else_is_found(shards, edit, expected):
-    edit_index(shards, edit)
-    found = problems(shards)
-    assert len(found) == 1
-    assert expected in found[0]
+    edit_split(shards, "train", edit)
+    assert expected in problems(shards)[0]
+
+
+def test_shards_at_a_url_are_verified_as_they_lie(shards, tmp_path):
+    summary = json.loads(verify(f"file://{shards}", tmp_path / "report", workers=2).read_text())
+    assert (summary["samples"], summary["problems"]) == (12, [])
+    with pytest.raises(UserError, match="--out"):
+        verify(f"file://{shards}", workers=1)
 
 
 def test_findings_end_with_status_3_and_the_summarys_path(shards, capsys):
@@ -96,4 +146,4 @@ def test_findings_end_with_status_3_and_the_summarys_path(shards, capsys):
     assert run(lambda: verify(shards, workers=1)) == EXIT_AUDIT
     out, err = capsys.readouterr()
     assert out.strip() == str((shards / "verify" / "summary.json").resolve())
-    assert "train-00000.tar cannot be read" in err
+    assert "train-00000.tar is missing" in err

@@ -1,0 +1,205 @@
+"""What may leak from one split to another, looked for in the photos themselves and not in their groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from sklearn.neighbors import BallTree
+
+from data_prep.audit.photos import Photos
+from data_prep.duplicates import near_duplicates
+from data_prep.gps import EARTH_RADIUS_M
+from pipeline.data.index import SPLITS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Photos that should not be where they are, or not be labelled as they are."""
+
+    rows: tuple[int, ...]
+    """Of the photos; where there are many, one for each split."""
+    note: str
+    distance_m: float | None = None
+    """On the ground, where that is what was found."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Everything that one check found."""
+
+    name: str
+    title: str
+    meaning: str
+    """Why it matters, for the page."""
+    one: str
+    """What one finding is called in a sentence, and several of them."""
+    several: str
+    findings: list[Finding]
+    leak: bool = True
+
+    @property
+    def sentence(self) -> str:
+        """`3 videos have frames in several splits`."""
+        count = len(self.findings)
+        return f"{count} {self.one if count == 1 else self.several}"
+
+
+@dataclass(frozen=True)
+class Distances:
+    """How far the photos of a later split are from the nearest ones of an earlier split."""
+
+    later: str
+    earlier: str
+    rows: np.ndarray
+    """Photos of the later split that have GPS, int64 [n]."""
+    nearest: np.ndarray
+    """The nearest photo of the earlier split for each, int64 [n]."""
+    metres: np.ndarray
+    """Great-circle distance to it, [n]."""
+
+
+def make_sections(
+    photos: Photos, pairs: np.ndarray, distances: Sequence[Distances], distance_m: float
+) -> tuple[Section, ...]:
+    """Run every check.
+
+    Args:
+        photos: All of them.
+        pairs: Of look-alikes, int64 [pairs, 2].
+        distances: Between the splits.
+        distance_m: Up to which two photos show one place.
+    """
+    near = f"within {distance_m:g} m of a photo of another split"
+    return (
+        Section(
+            "videos", "Videos in several splits", "Frames of one video differ by little more than noise.",
+            "video has frames in several splits", "videos have frames in several splits", shared_videos(photos),
+        ),
+        Section(
+            "places", f"Photos {near}", "Street, houses and often the very roadwork are the same.",
+            f"photo lies {near}", f"photos lie {near}", near_places(distances, distance_m),
+        ),
+        Section(
+            "copies", "The same file in several splits", "The answer was seen in training.",
+            "file is in several splits", "files are in several splits", exact_copies(photos),
+        ),
+        Section(
+            "look_alikes", "Look-alikes across splits",
+            "Re-encoded or resized copies, or frames of a camera that stood still.",
+            "pair across splits looks the same", "pairs across splits look the same", look_alikes(photos, pairs),
+        ),
+        Section(
+            "label_conflicts", "The same picture with both labels",
+            "No leak, but one of the two labels is wrong: such pairs bound what any model can reach.",
+            "pair of look-alikes has both labels", "pairs of look-alikes have both labels", label_conflicts(photos),
+            leak=False,
+        ),
+    )  # fmt: skip
+
+
+def look_alike_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
+    """`near_duplicates`, each pair once: int64 [pairs, 2]."""
+    return np.unique(np.sort(near_duplicates(hashes, thumbnails), axis=1), axis=0)
+
+
+def shared_videos(photos: Photos) -> list[Finding]:
+    """Videos with frames in several splits."""
+    rows = np.array([row for row, record in enumerate(photos.records) if record.video is not None], dtype=np.int64)
+    names = [photos.records[row].video for row in rows]
+    return [
+        Finding(_one_of_each_split(group, photos), f"{photos.records[group[0]].video}: {_census(group, photos)}")
+        for group in _across_splits(rows, names, photos)
+    ]
+
+
+def exact_copies(photos: Photos) -> list[Finding]:
+    """Files that stand in several splits, byte for byte."""
+    rows = np.arange(len(photos.records))
+    return [
+        Finding(_one_of_each_split(group, photos), f"the same file: {_census(group, photos)}")
+        for group in _across_splits(rows, photos.sha256, photos)
+    ]
+
+
+def look_alikes(photos: Photos, pairs: np.ndarray) -> list[Finding]:
+    """Pairs across splits that show the same picture and are not the same file.
+
+    Args:
+        photos: All of them.
+        pairs: Of look-alikes, int64 [pairs, 2].
+    """
+    left, right = pairs.T
+    apart = (photos.splits[left] != photos.splits[right]) & (photos.sha256[left] != photos.sha256[right])
+    return _as_findings(photos, pairs[apart])
+
+
+def label_conflicts(photos: Photos) -> list[Finding]:
+    """Pairs that show the same picture, one labelled roadwork and the other none, in whatever splits."""
+    rows = np.flatnonzero(photos.labels >= 0)
+    if not len(rows):
+        return []
+    # Unlabelled copies are left out before, or one between two others in a chain would hide that these disagree.
+    pairs = rows[look_alike_pairs(photos.hashes[rows], photos.thumbnails[rows])]
+    left, right = pairs.T
+    return _as_findings(photos, pairs[photos.labels[left] != photos.labels[right]])
+
+
+def nearest_distances(photos: Photos) -> list[Distances]:
+    """Distances between every two splits that have photos with GPS."""
+    known = ~np.isnan(photos.points[:, 0])
+    rows = [np.flatnonzero(known & (photos.splits == number)) for number in range(len(SPLITS))]
+    found = []
+    for earlier, later in combinations(range(len(SPLITS)), 2):
+        if not len(rows[earlier]) or not len(rows[later]):
+            continue
+        tree = BallTree(np.radians(photos.points[rows[earlier]]), metric="haversine")
+        angles, nearest = tree.query(np.radians(photos.points[rows[later]]), k=1)
+        metres = EARTH_RADIUS_M * angles[:, 0]
+        found.append(Distances(SPLITS[later], SPLITS[earlier], rows[later], rows[earlier][nearest[:, 0]], metres))
+    return found
+
+
+def near_places(distances: Sequence[Distances], distance_m: float) -> list[Finding]:
+    """Photos within `distance_m` of photos of an earlier split, each with the nearest of them, closest first."""
+    closest: dict[int, tuple[float, int]] = {}
+    for pair in distances:
+        within = pair.metres <= distance_m
+        for row, near, metres in zip(pair.rows[within], pair.nearest[within], pair.metres[within], strict=True):
+            closest[int(row)] = min(closest.get(int(row), (np.inf, -1)), (float(metres), int(near)))
+    found = sorted((metres, near, row) for row, (metres, near) in closest.items())
+    return [Finding((near, row), f"{metres:.1f} m apart", round(metres, 2)) for metres, near, row in found]
+
+
+def _as_findings(photos: Photos, pairs: np.ndarray) -> list[Finding]:
+    """The pairs that differ least first."""
+    left, right = pairs.T
+    bits = np.bitwise_count(photos.hashes[left] ^ photos.hashes[right])
+    return [
+        Finding((int(left[i]), int(right[i])), f"{bits[i]} of 64 bits of the perceptual hash differ")
+        for i in np.argsort(bits, kind="stable")
+    ]
+
+
+def _across_splits(rows: np.ndarray, values: Sequence[object] | np.ndarray, photos: Photos) -> Iterator[np.ndarray]:
+    """Yield the rows of each value that occurs in several splits."""
+    if not len(rows):
+        return
+    _, number = np.unique(np.asarray(values, dtype=object), return_inverse=True)
+    order = np.argsort(number, kind="stable")
+    for group in np.split(rows[order], np.flatnonzero(np.diff(number[order])) + 1):
+        if len(np.unique(photos.splits[group])) > 1:
+            yield group
+
+
+def _one_of_each_split(group: np.ndarray, photos: Photos) -> tuple[int, ...]:
+    _, first = np.unique(photos.splits[group], return_index=True)
+    return tuple(int(row) for row in group[first])
+
+
+def _census(group: np.ndarray, photos: Photos) -> str:
+    """`12 in train, 3 in test`."""
+    counts = np.bincount(photos.splits[group], minlength=len(SPLITS))
+    return ", ".join(f"{count} in {name}" for name, count in zip(SPLITS, counts, strict=True) if count)

@@ -1,0 +1,193 @@
+"""The command `audit` itself: read, check, write, and say what was found."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.association import associate
+from data_prep.audit.checks import Distances, Finding, Section, look_alike_pairs, make_sections, nearest_distances
+from data_prep.audit.page import write_page
+from data_prep.audit.photos import Photos, read_photos
+from data_prep.maps import draw_map
+from pipeline.data.index import SPLITS, Field, Index, read_index
+from pipeline.data.record import Metadata
+from pipeline.errors import AuditFailed, UserError, require
+from pipeline.files import write_summary, write_text
+from pipeline.progress import say
+
+FIELDS = tuple(Metadata.__dataclass_fields__)
+EXAMPLES = 20  # of each kind in the summary; findings.jsonl has all
+QUANTILES = {"min_m": 0.0, "p1_m": 0.01, "p5_m": 0.05, "p25_m": 0.25, "median_m": 0.5}
+
+
+def audit(
+    shards: Path,
+    out: Path | None = None,
+    *,
+    distance_m: float = 100.0,
+    accept: list[str] = [],  # noqa: B006  (a list is what gives the flag several words)
+    workers: int = 0,
+) -> Path:
+    """Look for what leaks between the splits of shards, and for metadata that gives the label away.
+
+    Every photo is decoded and compared anew. The exit status is 3 when there is a leak: a video in several splits,
+    photos of two splits near each other, copies or look-alikes across splits, or a field that tells the label.
+
+    Args:
+        shards: Folder that `shard` made.
+        out: Folder for audit.html, map.png, findings.jsonl and summary.json; `audit` inside the shards' folder if
+            not given.
+        distance_m: Photos of two splits that are this close, in metres, are a leak.
+        accept: Metadata fields that are known to tell the label and may, such as description in the NATIX set.
+        workers: Processes; 0 takes every core.
+    """
+    require(distance_m >= 0, "--distance_m", distance_m, "0 or more metres")
+    require(workers >= 0, "--workers", workers, "0 for every core, or the number of processes")
+    start, index, out = time.monotonic(), read_index(shards), out or shards / "audit"
+    unknown = sorted(set(accept) - {*FIELDS, *index.fields})
+    if unknown:
+        raise UserError(f"--accept {unknown[0]!r} is no field of these shards; there are {', '.join(FIELDS)}")
+    photos = read_photos(shards, index, workers)
+    pairs = look_alike_pairs(photos.hashes, photos.thumbnails)
+    distances = nearest_distances(photos)
+    sections = make_sections(photos, pairs, distances, distance_m)
+    fields = describe_fields(photos, index, accept)
+    summary = {
+        "data": index.arguments.get("source_kind", shards.resolve().name),
+        "source_sha256": index.source_sha256,
+        "samples": len(photos.records),
+        "distance_m": distance_m,
+        "leaks": leaks_of(sections, fields),
+        "splits": describe_splits(photos, pairs),
+        "clusters": describe_clusters(photos, index),
+        "fields": fields,
+        "distances": [_describe_distances(pair, distance_m) for pair in distances],
+        **{s.name: {"count": len(s.findings), "examples": _examples(s, photos)} for s in sections},
+        "rejected": index.rejected,
+        "unknown_words": index.unknown_words,
+    }
+    centres = np.array([cluster.centre for cluster in index.clusters if cluster.centre is not None]).reshape(-1, 2)
+    draw_map(out / "map.png", photos.points, photos.splits, photos.clusters, photos.weights, centres)
+    write_page(out, shards.resolve().name, summary, sections, photos, distances)
+    _write_findings(out / "findings.jsonl", sections, photos)
+    spent = time.monotonic() - start
+    speed = {"wall_s": round(spent, 3), "images_per_s": round(len(photos.records) / spent, 2)}
+    path = write_summary(out, {**summary, **speed})
+    if summary["leaks"]:
+        raise AuditFailed("; ".join(summary["leaks"]), path)
+    say(f"{shards}: no leak in {len(photos.records)} photos")
+    return path
+
+
+def leaks_of(sections: Sequence[Section], fields: dict[str, dict[str, Any]]) -> list[str]:
+    """Every leak in a sentence without its full stop."""
+    found = [section.sentence for section in sections if section.leak and section.findings]
+    return found + [
+        f"the field {name} tells the label: {field['leaks']}"
+        for name, field in fields.items()
+        if field["leaks"] and field["in_shards"] and not field["accepted"]
+    ]
+
+
+def describe_fields(photos: Photos, index: Index, accept: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Association of each field with the label: the records' measured anew, the source's own as the index has them.
+
+    A field that only the source has is named where it leaks, but no model can be given it.
+    """
+    values = {name: [getattr(record.metadata, name) for record in photos.records] for name in FIELDS}
+    measured: dict[str, Field] = {**index.fields, **associate(values, photos.labels)}
+    return {
+        name: {
+            **asdict(field),
+            "in_shards": name in FIELDS,
+            "accepted": name in accept,
+            "null_rates": {
+                split: round(float(np.mean([values[name][row] is None for row in rows])), 4)
+                for split, rows in _rows_by_split(photos).items()
+                if name in values and len(rows)
+            },
+        }
+        for name, field in measured.items()
+    }
+
+
+def describe_splits(photos: Photos, pairs: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Size, class balance and repetition of each split.
+
+    Args:
+        photos: All of them.
+        pairs: Of look-alikes, int64 [pairs, 2].
+    """
+    left, right = pairs.T
+    inside = photos.splits[left[photos.splits[left] == photos.splits[right]]]
+    described = {}
+    for number, (name, rows) in enumerate(_rows_by_split(photos).items()):
+        none, roadwork = (int((photos.labels[rows] == label).sum()) for label in (0, 1))
+        records = [photos.records[row] for row in rows]
+        described[name] = {
+            "samples": len(rows),
+            "roadwork": roadwork,
+            "none": none,
+            "unlabelled": len(rows) - roadwork - none,
+            "roadwork_share": round(roadwork / (roadwork + none), 4) if roadwork + none else None,
+            "groups": len({record.group for record in records}),
+            "videos": len({record.video for record in records} - {None}),
+            "cities": len({record.metadata.city for record in records} - {None}),
+            "clusters": len(np.unique(photos.clusters[rows])),
+            "look_alike_pairs": int((inside == number).sum()),
+        }
+    return described
+
+
+def describe_clusters(photos: Photos, index: Index) -> list[dict[str, Any]]:
+    """Photos of each GPS cluster by split, its class balance and the mean weight of its training photos."""
+    described = []
+    for number, cluster in enumerate(index.clusters):
+        rows = np.flatnonzero(photos.clusters == number)
+        counts = np.bincount(photos.splits[rows], minlength=len(SPLITS))
+        trained = rows[photos.splits[rows] == SPLITS.index("train")]
+        described.append(
+            {
+                "cluster": number,
+                "centre": cluster.centre,
+                "samples": {name: int(count) for name, count in zip(SPLITS, counts, strict=True)},
+                "roadwork": int((photos.labels[rows] == 1).sum()),
+                "none": int((photos.labels[rows] == 0).sum()),
+                "mean_weight": round(float(photos.weights[trained].mean()), 4) if len(trained) else None,
+            }
+        )
+    return described
+
+
+def _describe_distances(pair: Distances, distance_m: float) -> dict[str, Any]:
+    quantiles = {name: round(float(np.quantile(pair.metres, q)), 2) for name, q in QUANTILES.items()}
+    within = int((pair.metres <= distance_m).sum())
+    return {"from": pair.later, "to": pair.earlier, "photos": len(pair.rows), "within": within, **quantiles}
+
+
+def _rows_by_split(photos: Photos) -> dict[str, np.ndarray]:
+    return {name: np.flatnonzero(photos.splits == number) for number, name in enumerate(SPLITS)}
+
+
+def _examples(section: Section, photos: Photos) -> list[dict[str, Any]]:
+    return [to_json(finding, photos) for finding in section.findings[:EXAMPLES]]
+
+
+def to_json(finding: Finding, photos: Photos) -> dict[str, Any]:
+    """A finding with what identifies its photos, in the shards and in the source."""
+    records = [photos.records[row] for row in finding.rows]
+    names = ("key", "split", "source", "label")
+    described = [{name: getattr(record, name) for name in names} for record in records]
+    return {"note": finding.note, "distance_m": finding.distance_m, "photos": described}
+
+
+def _write_findings(path: Path, sections: Sequence[Section], photos: Photos) -> None:
+    lines = ({"kind": s.name, **to_json(finding, photos)} for s in sections for finding in s.findings)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))

@@ -1,0 +1,130 @@
+"""What the audit compares: every photo of the shards, read and decoded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.inspection import Reject, inspect
+from data_prep.parallel import Workers
+from data_prep.sources import Location
+from pipeline.data.index import SPLITS, Index, Sample
+from pipeline.data.integrity import Damage, read_record
+from pipeline.data.record import Record
+from pipeline.errors import UserError
+from pipeline.progress import track
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sample and the tar that it lies in."""
+
+    sample: Sample
+    split: str
+    tar: str
+
+    @property
+    def photo(self) -> Location:
+        """Where the photo's bytes are."""
+        return Location(self.tar, *self.sample.members[self.sample.photo_extension])
+
+    @property
+    def record(self) -> Location:
+        """Where the record's bytes are."""
+        return Location(self.tar, *self.sample.members["json"])
+
+
+@dataclass(frozen=True)
+class Look:
+    """A photo's record, and what its own bytes say whatever the record does."""
+
+    record: Record
+    sha256: str
+    phash: int
+    thumbnail: bytes
+
+
+@dataclass(frozen=True)
+class Photos:
+    """All photos, split after split in the order of the index; arrays have a row for each."""
+
+    entries: list[Entry]
+    records: list[Record]
+    """Without their text vectors, which are large and not compared."""
+    sha256: np.ndarray
+    hashes: np.ndarray
+    """uint64 [N]."""
+    thumbnails: np.ndarray
+    """uint8 [N, C]."""
+
+    @cached_property
+    def splits(self) -> np.ndarray:
+        """Position in `SPLITS`, int64 [N]."""
+        return np.array([SPLITS.index(entry.split) for entry in self.entries], dtype=np.int64)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """0, 1 or -1 for unknown, int64 [N]."""
+        return np.array([-1 if r.label is None else r.label for r in self.records], dtype=np.int64)
+
+    @cached_property
+    def points(self) -> np.ndarray:
+        """Latitude and longitude in degrees, [N, 2], NaN for NULL."""
+        return np.array([r.metadata.gps or (np.nan, np.nan) for r in self.records])
+
+    @cached_property
+    def clusters(self) -> np.ndarray:
+        """Number of the GPS cluster, int64 [N]."""
+        return np.array([r.gps_cluster for r in self.records], dtype=np.int64)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """Sampling weights, [N]."""
+        return np.array([r.sample_weight for r in self.records])
+
+
+def read_photos(shards: Path, index: Index, workers: int) -> Photos:
+    """Read every record and decode every photo.
+
+    Raises:
+        UserError: There are no samples, or one cannot be read.
+    """
+    entries = [
+        Entry(sample, name, str(shards / split.shards[sample.shard].name))
+        for name, split in ((name, index.splits[name]) for name in SPLITS)
+        for sample in split.samples
+    ]
+    if not entries:
+        raise UserError(f"{shards} has no samples to audit")
+    looks = []
+    with Workers(workers, preload=(__name__,)) as pool:
+        for entry, look in track(pool.map(look_at, entries), len(entries), "auditing"):
+            if isinstance(look, str):
+                raise UserError(
+                    f"the sample {entry.sample.key} in {entry.tar} cannot be audited: {look}; "
+                    f"`python -m data_prep verify --shards {shards}` lists all that is damaged"
+                )
+            looks.append(look)
+    return Photos(
+        entries=entries,
+        records=[look.record for look in looks],
+        sha256=np.array([look.sha256 for look in looks]),
+        hashes=np.array([look.phash for look in looks], dtype=np.uint64),
+        thumbnails=np.stack([np.frombuffer(look.thumbnail, dtype=np.uint8) for look in looks]),
+    )
+
+
+def look_at(entry: Entry) -> Look | str:
+    """One sample, or why it cannot be read."""
+    facts = inspect(entry.sample.key, entry.photo, None)
+    if isinstance(facts, Reject):
+        return facts.reason
+    try:
+        record = read_record(entry.sample, entry.split, entry.record.read())
+    except Damage as damage:
+        return str(damage)
+    assert facts.phash is not None  # the photo was decoded
+    return Look(replace(record, text_vector=None), facts.sha256, facts.phash, facts.thumbnail)

@@ -1,0 +1,231 @@
+"""Data sets in the layout of the Hugging Face hub, photos inside: streamed from there, or in a folder here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from data_prep.metadata import is_null, select_fields
+from data_prep.sources.content import Input, Location
+from data_prep.sources.folders import MASK_MISSING, MISSING, list_files, stamp_files
+from data_prep.tables import flatten, iterate_parquet
+from pipeline.errors import UserError
+
+PHOTO, MASK = "image", "mask"
+SPLIT_IN_NAME = re.compile(r"(train|validation|val|test)\b")
+ROWS_AT_ONCE = 16  # they hold photos
+TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a split, or of one file of it."""
+
+    address: str
+    """What the names of its inputs start with."""
+    split: str | None
+    features: Mapping[str, Any]
+    """Columns and their types, as `datasets` has them."""
+    total: int | None
+    read: Callable[[], Iterable[dict[str, Any]]]
+    """A new pass over the rows, with images as they are stored."""
+
+    def class_names(self) -> dict[str, list[str]]:
+        """Of the columns that hold the numbers of classes, the classes' names."""
+        import datasets  # more than half a second, and the other sources do without
+
+        return {name: kind.names for name, kind in self.features.items() if isinstance(kind, datasets.ClassLabel)}
+
+
+class HubSource:
+    """Tables with a photo in each row, read as a stream."""
+
+    def __init__(self, name: str, tables: list[Table], stamp: str, fetch: Callable[[str], Location | bytes | None]):
+        """Check the columns; read nothing yet.
+
+        Args:
+            name: What the user calls the data set.
+            tables: In order.
+            stamp: Digest of the data set.
+            fetch: Find the file that a cell names instead of holding it; None if it is not of this data set.
+        """
+        self._tables, self._stamp, self._fetch = tables, stamp, fetch
+        for table in tables:
+            if PHOTO not in table.features:
+                columns = ", ".join(table.features)
+                raise UserError(f"{table.address} in {name} has no column {PHOTO!r}; its columns are {columns}")
+        counts = [table.total for table in tables if table.total is not None]
+        self.total: int | None = sum(counts) if len(counts) == len(tables) else None
+        if self.total == 0:
+            raise UserError(f"the tables in {name} have no rows")
+
+    def stamp(self) -> str:
+        """Digest of the files' names, sizes and times, or the commit of a data set on the hub."""
+        return self._stamp
+
+    def __iter__(self) -> Iterator[Input]:
+        for table in self._tables:
+            class_names = table.class_names()
+            for number, row in enumerate(table.read()):
+                photo, mask = row.pop(PHOTO), row.pop(MASK, None)
+                for column, names in class_names.items():
+                    row[column] = _class_name(row[column], names)
+                fields = select_fields(flatten(row))
+                if table.split is not None:
+                    fields["split"] = table.split
+                yield self._input(f"{table.address}#{number}", photo, mask, fields)
+
+    def _input(self, name: str, photo_cell: Any, mask_cell: Any, fields: dict[str, Any]) -> Input:
+        photo, mask = self._content(photo_cell), self._content(mask_cell)
+        if photo is None:
+            return Input(name, None, fields, problem=MISSING)
+        if mask is None and _is_filled(mask_cell):
+            return Input(name, None, fields, problem=MASK_MISSING)
+        return Input(name, photo, fields, mask)
+
+    def _content(self, cell: Any) -> Location | bytes | None:
+        """What a cell of the image type, a path or bytes stand for; an empty file is one too, for others to refuse."""
+        if isinstance(cell, dict):
+            cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
+        if isinstance(cell, str):
+            return self._fetch(cell)
+        return cell if isinstance(cell, bytes) else None
+
+
+def open_parquet(folder: Path, files: list[Path]) -> HubSource:
+    """Parquet files of a hub data set that was downloaded; splits go by the files' names."""
+    import datasets
+
+    tables = []
+    for file in files:
+        try:
+            with pyarrow.parquet.ParquetFile(file) as parquet:
+                features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
+                total = parquet.metadata.num_rows
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file} is not a complete Parquet file: {error}") from error
+        match = SPLIT_IN_NAME.match(file.name)
+        split, address = match and match.group(1), file.relative_to(folder).as_posix()
+        tables.append(Table(address, split, features, total, partial(_read_parquet, file)))
+    return HubSource(str(folder), tables, stamp_files(folder, files), partial(_fetch_below, folder))
+
+
+def open_saved(folder: Path) -> HubSource:
+    """A folder that `save_to_disk` of `datasets` wrote, mapped into memory and never loaded whole."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(folder)
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} is not a complete folder of save_to_disk: {_first_line(error)}") from error
+    splits = saved if isinstance(saved, dict) else {saved.split: saved}
+    tables = []
+    for split, rows in splits.items():
+        name = None if split is None else str(split)
+        tables.append(Table(name or "rows", name, rows.features, len(rows), _without_decoding(rows).__iter__))
+    stamp = stamp_files(folder, [folder / name for name in list_files(folder)])
+    return HubSource(str(folder), tables, stamp, partial(_fetch_below, folder))
+
+
+def open_hub(name: str, revision: str | None) -> HubSource:
+    """A data set on the hub, streamed: nothing is downloaded but what is read.
+
+    Args:
+        name: Its id, `owner/name`.
+        revision: Branch, tag or commit; None for the main branch.
+
+    Raises:
+        UserError: It cannot be reached, does not exist, or may not be read.
+    """
+    import datasets
+    from huggingface_hub import HfApi
+
+    try:
+        commit = HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_S).sha
+        splits = datasets.load_dataset(name, revision=commit, streaming=True)
+    except Exception as error:  # half a dozen libraries raise their own kinds here, and all mean the same to the user
+        raise _unreachable(name, error) from error
+    tables = []
+    for split, rows in splits.items():
+        known = (rows.info.splits or {}).get(split)
+        total = known.num_examples if known is not None else None
+        read = partial(_read_hub, name, _without_decoding(rows))
+        tables.append(Table(str(split), str(split), rows.features or {}, total or None, read))
+    return HubSource(name, tables, f"{name}@{commit}", partial(_fetch_from_hub, name))
+
+
+def _without_decoding(rows: Any) -> Any:
+    """The same rows, with photos and masks as the bytes that are stored."""
+    import datasets
+
+    for column, kind in (rows.features or {}).items():
+        if isinstance(kind, datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    return rows
+
+
+def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
+    # Not by `datasets`, which takes several times the memory.
+    try:
+        yield from iterate_parquet(file, ROWS_AT_ONCE)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+
+
+def _read_hub(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except Exception as error:  # as in `open_hub`
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"{name} is no folder here, and as a data set on the hub it cannot be read: {_first_line(error)}; "
+        "for a gated or private one, ask for access and log in with `hf auth login`; without a network, run "
+        f"`hf download {name} --repo-type dataset --local-dir FOLDER` where there is one and give --source FOLDER"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _class_name(value: Any, names: list[str]) -> str | None:
+    """A class number means what its name says; -1 is the hub's own mark for a hidden label."""
+    if value is None or value < 0:
+        return None
+    return names[value] if value < len(names) else str(value)
+
+
+def _is_filled(cell: Any) -> bool:
+    return any(cell.values()) if isinstance(cell, dict) else not is_null(cell)
+
+
+def _fetch_below(folder: Path, path: str) -> Location | None:
+    """A file that lies below the data set's folder, by the path alone: links there are the user's own."""
+    root = os.path.abspath(folder)
+    file = os.path.normpath(os.path.join(root, path))
+    return Location(file) if file.startswith(root + os.sep) and os.path.isfile(file) else None
+
+
+def _fetch_from_hub(name: str, path: str) -> bytes | None:
+    """The bytes of a file of the same repository, also out of a zip there."""
+    import fsspec
+
+    same_repository = rf"(zip://[^:]+::)?hf://datasets/{re.escape(name)}[@/][^:]+"
+    if not re.fullmatch(same_repository, path) or ".." in path.split("/"):
+        return None
+    try:
+        with fsspec.open(path, "rb") as stream:
+            return stream.read()
+    except FileNotFoundError:
+        return None

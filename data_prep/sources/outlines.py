@@ -1,0 +1,202 @@
+"""Outlines of objects as COCO writes them, and the mask that they make."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence, Sized
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask
+from PIL import Image, ImageOps
+
+from pipeline.data.photo import ORIENTATION_TAG, PILLOW_ERRORS, BadPhoto, probe
+
+FARTHEST_PX = 1e9  # a coordinate beyond it is damage
+# Around the photo, where the edges lie that clipping adds, so that they are not drawn.
+CLIP_MARGIN_PX = 1.0
+QUARTER_TURN = 5  # EXIF orientations from here on swap width and height
+ZLIB_LEVEL = 1  # areas of one value: higher levels save little and take longer
+
+
+class BadOutline(ValueError):
+    """The outline of an object is malformed; the message says how, in a few words."""
+
+
+@dataclass(frozen=True)
+class CocoMask:
+    """A mask that is drawn when it is read, in whatever process."""
+
+    photo: str
+    """Path of the photo, whose header says how it is turned."""
+    width: int
+    height: int
+    """Pixels, as the annotations have them."""
+    objects: tuple[tuple[int, str], ...]
+    """Value in the mask and run lengths in COCO's compressed form; later objects lie over earlier ones."""
+
+    def read(self) -> bytes:
+        """A grey PNG, upright like the decoded photo.
+
+        COCO counts pixels as they are stored, but many tools annotate what a viewer shows, which EXIF may have
+        turned. Where the two differ in size, the annotations' size tells which it was. Where they do not, nothing
+        does, and the photo is refused unless no object is drawn.
+
+        Raises:
+            OSError: The photo cannot be read.
+            BadPhoto: It is no photo, has another size than the annotations, or its EXIF leaves open which way the
+                outlines lie.
+        """
+        photo = Path(self.photo).read_bytes()
+        upright = probe(photo)
+        orientation = _orientation(photo)
+        stored = upright if orientation < QUARTER_TURN else upright[::-1]
+        annotated = (self.width, self.height)
+        if annotated not in (stored, upright):
+            sizes = f"{self.width}x{self.height}, the photo is {upright[0]}x{upright[1]}"
+            raise BadPhoto(f"the annotations are of another size: {sizes}")
+        if self.objects and orientation != 1 and stored == upright:
+            raise BadPhoto(f"EXIF turns the photo, and nothing says whether the outlines turn too: {orientation}")
+        mask = Image.fromarray(self._draw())
+        if annotated != upright:
+            mask.getexif()[ORIENTATION_TAG] = orientation
+            mask = ImageOps.exif_transpose(mask)
+        with io.BytesIO() as stream:
+            mask.save(stream, "PNG", compress_level=ZLIB_LEVEL)
+            return stream.getvalue()
+
+    def _draw(self) -> np.ndarray:
+        """The mask in the annotations' orientation: uint8 [height, width]."""
+        columns = np.zeros(self.width * self.height, dtype=np.uint8)  # runs go down the columns
+        for value, counts in self.objects:
+            ends = np.cumsum(decode_runs(counts)).tolist()
+            for start, end in zip(ends[0::2], ends[1::2], strict=False):  # background comes first
+                columns[start:end] = value
+        return np.ascontiguousarray(columns.reshape(self.width, self.height).T)
+
+
+def encode_outline(segmentation: Any, width: int, height: int) -> str | None:
+    """Bring polygons or run lengths into COCO's compressed form, clipped to the photo.
+
+    Args:
+        segmentation: List of polygons [x1, y1, x2, y2, ...], or {"size": [height, width], "counts": ...} with run
+            lengths as numbers or compressed.
+        width: Of the photo in pixels.
+        height: Of the photo in pixels.
+
+    Returns:
+        None if there is no outline.
+
+    Raises:
+        BadOutline: It is malformed.
+    """
+    if isinstance(segmentation, dict):
+        return _encode_runs(segmentation, width, height)
+    if not isinstance(segmentation, list | tuple | None):
+        raise BadOutline(f"{type(segmentation).__name__} instead of polygons or run lengths")
+    # Some tools leave empty polygons behind.
+    polygons = [_read_polygon(part) for part in segmentation or () if not isinstance(part, Sized) or len(part)]
+    if not polygons:
+        return None
+    visible = [clipped for polygon in polygons if len(clipped := _clip(polygon, width, height))]
+    if not visible:
+        return _compress([width * height], width, height)
+    parts = pycocotools.mask.frPyObjects([polygon.ravel().tolist() for polygon in visible], height, width)
+    return pycocotools.mask.merge(parts)["counts"].decode()
+
+
+def decode_runs(counts: str) -> list[int]:
+    """Run lengths from COCO's compressed form: background first, then alternating, down the columns.
+
+    Each number is written in characters of six bits from "0" on, low ones first: five bits of a number in two's
+    complement, and one that says whether it goes on. From the fourth run on it is the difference to the run two
+    before.
+
+    Raises:
+        BadOutline: The string is not of this form.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - ord("0")
+        if not 0 <= bits < 64:
+            raise BadOutline(f"character {character!r} in the run lengths")
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits & 32:
+            continue
+        if bits & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise BadOutline("the run lengths end within a number")
+    return runs
+
+
+def area(counts: str, width: int, height: int) -> int:
+    """Pixels inside an outline in COCO's compressed form."""
+    return int(pycocotools.mask.area({"size": [height, width], "counts": counts}))
+
+
+def _encode_runs(segmentation: dict[str, Any], width: int, height: int) -> str:
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if size != [height, width]:
+        raise BadOutline(f"run lengths for size {size!r}, not [{height}, {width}]")
+    if isinstance(counts, str):
+        runs = decode_runs(counts)
+    elif isinstance(counts, list) and all(isinstance(run, int) for run in counts):
+        runs = counts
+    else:
+        raise BadOutline("the run lengths are neither whole numbers nor a string")
+    if min(runs, default=-1) < 0 or sum(runs) != width * height:
+        raise BadOutline("the run lengths do not add up to the size")
+    return counts if isinstance(counts, str) else _compress(runs, width, height)
+
+
+def _compress(runs: Sequence[int], width: int, height: int) -> str:
+    return pycocotools.mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)["counts"].decode()
+
+
+def _read_polygon(numbers: Any) -> np.ndarray:
+    """Points of a polygon, float64 [N, 2]."""
+    try:
+        points = np.asarray(numbers, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadOutline("a polygon holds something other than numbers") from error
+    if points.ndim != 1 or len(points) < 6 or len(points) % 2:
+        raise BadOutline(f"a polygon of {points.size} numbers")
+    if not (np.abs(points) < FARTHEST_PX).all():  # NaN is not below anything either
+        raise BadOutline("a polygon has a point that is nowhere")
+    return points.reshape(-1, 2)
+
+
+def _clip(points: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Cut a polygon, [N, 2], at the photo's four sides (Sutherland & Hodgman 1974, "Reentrant polygon clipping").
+
+    The rasterizer itself would walk the whole length of an edge, however far it leads outside.
+    """
+    low, high = -CLIP_MARGIN_PX, np.array([width, height]) + CLIP_MARGIN_PX
+    if ((points >= low) & (points <= high)).all():
+        return points
+    for axis, bound, inwards in ((0, low, 1), (0, high[0], -1), (1, low, 1), (1, high[1], -1)):
+        following = np.roll(points, -1, axis=0)
+        depth, next_depth = inwards * (points[:, axis] - bound), inwards * (following[:, axis] - bound)
+        crosses = (depth >= 0) != (next_depth >= 0)
+        share = np.divide(depth, depth - next_depth, out=np.zeros_like(depth), where=crosses)
+        cuts = points + share[:, None] * (following - points)
+        # Of each edge, its first point where that is inside, then the point where it crosses the side.
+        both = np.stack([points, cuts], axis=1).reshape(-1, 2)
+        points = both[np.stack([depth >= 0, crosses], axis=1).ravel()]
+    return points
+
+
+def _orientation(photo: bytes) -> int:
+    """EXIF orientation 1 to 8 of what `probe` accepts; broken EXIF counts as upright, as in `decode`."""
+    try:
+        value = Image.open(io.BytesIO(photo)).getexif().get(ORIENTATION_TAG, 1)
+    except PILLOW_ERRORS:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
