@@ -14,10 +14,12 @@ usage: ./launch.sh COMMAND [options]        `./launch.sh COMMAND --help` explain
   test       ruff, mypy and pytest; further words go to pytest
   doctor     check machine, installation, configurations and data, and say what would happen
   prep       scenes | shard | verify: make data sets and shards
+  slurm      submit to a SLURM cluster: ./launch.sh slurm prep --parts N [options of prep shard] [--dry_run]
   train      train a recipe: ./launch.sh train demo [--config_file ACCELERATE.yaml] [--epochs N] [--dry-run] [--room.key VALUE]
   evaluate   score a run on splits it never saw, and write its report
   export     write the best weights as a Hugging Face folder
   predict    probabilities for files, folders and globs
+  bench      measure beside other tools in the same run: ./launch.sh bench prep [--quick]
 
 exit status: 0 done, 2 a mistake in what was asked for, 3 an audit found something, 75 stopped and resumable, 1 anything else
 TEXT
@@ -124,13 +126,15 @@ dispatch() {
     test) run_tests "$@" ;;
     prep) module data_prep "$@" ;;
     train) module pipeline.launcher "$@" ;;
+    slurm) module data_prep.slurm "$@" ;;
+    bench) module benchmarks "$@" ;;
     doctor | evaluate | export | predict) module "pipeline.$command" "$@" ;;
   esac
 }
 
 case ${1:-} in
   "" | -h | --help | help) usage ;;
-  setup | demo | test | prep | train | doctor | evaluate | export | predict)
+  setup | demo | test | prep | slurm | train | doctor | evaluate | export | predict | bench)
     setup # not `setup && ...`, in which a failure inside would be passed over
     dispatch "$@"
     ;;

@@ -14,8 +14,8 @@ GREY_LEVELS_APART = 3.0
 BAND_EDGES = (0, 13, 26, 39, 52, 64)  # one band more than bits apart
 
 
-def near_duplicates(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
-    """Pairs whose hashes differ in at most 4 of 64 bits and whose thumbnails differ by at most 3 grey levels.
+def near_duplicates(hashes: np.ndarray, thumbnails: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield pairs whose hashes differ in at most 4 of 64 bits and whose thumbnails differ by at most 3 grey levels.
 
     The hash proposes and the thumbnail confirms: street scenes share their layout, sky above road, and many
     bits with it. Two hashes that differ in 4 bits agree in at least one of five bands of bits, so only photos
@@ -25,23 +25,22 @@ def near_duplicates(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
         hashes: uint64 [N].
         thumbnails: uint8 [N, C].
 
-    Returns:
-        int64 [pairs, 2].
+    Yields:
+        int64 [pairs, 2], again and again, since frames of a camera that stood still may be millions of pairs. A pair
+        comes once for every band that it shares.
     """
     # Exact copies are linked in a chain and compared once: a thousand black frames are half a million pairs.
     looks = np.concatenate([hashes[:, None].view(np.uint8).reshape(len(hashes), -1), thumbnails], axis=1)
     _, first, same = np.unique(looks, axis=0, return_index=True, return_inverse=True)
-    copies = chain(same.ravel())
+    yield chain(same.ravel())
     hashes, thumbnails = hashes[first], thumbnails[first].astype(np.int16)
-    pairs = [copies]
     for low, high in pairwise(BAND_EDGES):
         values = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
         for sharing in _sharing(values):
             close = np.bitwise_count(hashes[sharing[:, 0]] ^ hashes[sharing[:, 1]]) <= HASH_BITS_APART
             left, right = sharing[close].T
             alike = np.abs(thumbnails[left] - thumbnails[right]).mean(axis=1) <= GREY_LEVELS_APART
-            pairs.append(first[sharing[close][alike]])
-    return np.concatenate(pairs)
+            yield first[sharing[close][alike]]
 
 
 def chain(values: np.ndarray) -> np.ndarray:

@@ -179,10 +179,10 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         return
     theirs = json.loads(path.read_text())
     # The model's name is for people; the same weights may lie anywhere.
-    other = next((key for key in settings if key != "model" and settings[key] != theirs[key]), None)
+    other = next((key for key in settings if key != "model" and settings[key] != theirs.get(key)), None)
     if other is not None:
         raise UserError(
-            f"the masks in {out} are made with {other} {theirs[other]!r}, not {settings[other]!r}; "
+            f"the masks in {out} are made with {other} {theirs.get(other)!r}, not {settings[other]!r}; "
             "choose another --out, or remove the folder to make all of them anew"
         )
 

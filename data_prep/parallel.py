@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from multiprocessing import forkserver
 from types import TracebackType
 from typing import TypeVar
 
@@ -38,7 +40,25 @@ class Workers:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["__main__", *self.preload])
             self._pool = ProcessPoolExecutor(self.count, mp_context=context, initializer=_end_with_parent)
+            self._start()
         return self
+
+    def _start(self) -> None:
+        """Start all processes, deaf to Ctrl-C, which a terminal sends to every one of them: this one ends the others.
+
+        It waits with that until they are there, or they would find it gone and complain.
+        """
+        assert self._pool is not None
+        came: list[int] = []
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the server inherits, and all whom it forks
+        forkserver.ensure_running()
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+        for _ in range(self.count):
+            self._pool.submit(os.getpid)
+        signal.signal(signal.SIGINT, usual)
+        if came:
+            self._pool.shutdown(cancel_futures=True)
+            raise KeyboardInterrupt
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if self._pool is not None:

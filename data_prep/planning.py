@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,10 +117,10 @@ def decide(photos: list[Photo], arguments: Arguments, target: np.ndarray | None 
     return Decisions(assignment, points, labels, groups, clusters, weights, centres, far_share)
 
 
-def _look_alikes(photos: list[Photo]) -> np.ndarray:
-    """Pairs of photos that show the same picture: int64 [pairs, 2]; none where only headers were read."""
+def _look_alikes(photos: list[Photo]) -> Iterable[np.ndarray]:
+    """Pairs of photos that show the same picture, int64 [pairs, 2] each; none where only headers were read."""
     if any(photo.facts.phash is None for photo in photos):
-        return np.empty((0, 2), dtype=np.int64)
+        return ()
     hashes = np.array([photo.facts.phash for photo in photos], dtype=np.uint64)
     thumbnails = np.stack([np.frombuffer(photo.facts.thumbnail, dtype=np.uint8) for photo in photos])
     return near_duplicates(hashes, thumbnails)

@@ -117,7 +117,7 @@ class Segmenter:
         return found
 
     def _autocast(self) -> torch.autocast:
-        # Rather than weights in bf16, as the authors run it: box coordinates and position codes keep fp32.
+        # Rather than weights in bf16: norms and box coordinates keep fp32.
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 

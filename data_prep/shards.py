@@ -91,11 +91,8 @@ def shard(
         work: Folder for what is under way, on a disk that all parts see; beside out if not given.
     """
     start, share = time.monotonic(), _parse_part(part)
-    require(workers >= 0, "--workers", workers, "0 for every core, or the number of processes")
-    require(max_rejects is None or max_rejects >= 0, "--max_rejects", max_rejects, "0 or more")
-    if masks is not None and not masks.is_dir():
-        raise UserError(f"--masks {masks} is not a folder; the command masks makes one")
-    target_digest = sha256_of(_existing(target_gps)) if target_gps is not None else ""
+    check_options(masks, target_gps, workers, max_rejects)
+    target_digest = sha256_of(target_gps) if target_gps is not None else ""
     arguments = Arguments(
         splits, val_share, test_share, distance_m, clusters, temper, target_digest, text_encoder, check, shard_mb, seed
     )
@@ -142,18 +139,26 @@ def shard(
         return finish(place, header, time.monotonic() - start)
 
 
+def check_options(masks: Path | None, target_gps: Path | None, workers: int, max_rejects: float | None) -> None:
+    """Refuse what `shard` cannot work with, of its options that are not `Arguments`.
+
+    Raises:
+        UserError: A value is out of range, or a file is not there.
+    """
+    require(workers >= 0, "--workers", workers, "0 for every core, or the number of processes")
+    require(max_rejects is None or max_rejects >= 0, "--max_rejects", max_rejects, "0 or more")
+    if masks is not None and not masks.is_dir():
+        raise UserError(f"--masks {masks} is not a folder; the command masks makes one")
+    if target_gps is not None and not target_gps.is_file():
+        raise UserError(f"--target_gps {target_gps} does not exist")
+
+
 def kind_of(source: str | Path) -> str:
     """What the photos are, as the summary of the command that made them says; else just photographs."""
     try:
         return str(json.loads((Path(source) / SUMMARY_NAME).read_text())["kind"])
     except (OSError, ValueError, KeyError, TypeError):
         return "photographs"
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"the file {path} does not exist")
-    return path
 
 
 def _parse_part(part: str | None) -> tuple[int, int] | None:

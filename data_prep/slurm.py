@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from inspect import signature
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 
 from data_prep.merging import merge
 from data_prep.planning import Arguments
-from data_prep.shards import shard
+from data_prep.shards import check_options, shard
 from data_prep.sources import open_source
-from pipeline.cli import Parser, spell_switches
+from pipeline.cli import Parser, spell_switches, underscored
 from pipeline.data.storage import is_url
 from pipeline.errors import UserError, require, run
 from pipeline.slurm import Job, Resources, python_command, submit
@@ -51,7 +50,8 @@ def prep(
         dry_run: Print the scripts and how they would be submitted, and do nothing.
     """
     require(parts >= 1, "--parts", parts, "1 or more")
-    # What these two refuse is refused here, and not by a job that waited in the queue.
+    # What these refuse is refused here, and not by a job that waited in the queue.
+    check_options(**{name: options[name] for name in signature(check_options).parameters})
     Arguments(**{name: options[name] for name in Arguments.__dataclass_fields__})
     open_source(options["source"], options["metadata"], options["revision"])
     resources = Resources(cpus_per_task, mem, time, partition, account, qos)
@@ -92,9 +92,7 @@ def main(words: list[str]) -> Path | None:
     parser = Parser(prog=PROG, description=(prep.__doc__ or "").partition("\n\n    Args:")[0])
     parser.add_function_arguments(prep, as_positional=False, skip={"options"})
     parser.add_function_arguments(shard, as_positional=False, skip=OF_THE_JOBS)
-    # --cpus-per-task is --cpus_per_task too
-    flags = [re.sub(r"^--[^=]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in flags]
-    values = parser.parse_args(spell_switches(prep, flags)).as_dict()
+    values = parser.parse_args(spell_switches(prep, [underscored(word) for word in flags])).as_dict()
     own = {name: values.pop(name) for name in signature(prep).parameters if name != "options"}
     return prep(values, **own)
 

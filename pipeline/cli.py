@@ -19,7 +19,7 @@ from pipeline.progress import silence_libraries
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of a dataclass field
 
-Command = Callable[..., Path | None]
+Command = Callable[..., Path | str | None]
 
 
 class Parser(ArgumentParser):
@@ -69,7 +69,7 @@ def command(function: Command) -> int:
 def commands(functions: dict[str, Command], prog: str, description: str) -> int:
     """Run the function that the first word of `sys.argv` names; returns the exit status."""
 
-    def main() -> Path | None:
+    def main() -> Path | str | None:
         words = sys.argv[1:]
         if not words or words[0] in ("-h", "--help"):
             print(f"usage: {prog} COMMAND [options]; `{prog} COMMAND --help` lists them\n\n{description}\n")
@@ -85,10 +85,10 @@ def commands(functions: dict[str, Command], prog: str, description: str) -> int:
     return run(main)
 
 
-def _call(function: Command, arguments: list[str], prog: str) -> Path | None:
+def _call(function: Command, arguments: list[str], prog: str) -> Path | str | None:
     parser = Parser(prog=prog, description=_summary(function))
     parser.add_function_arguments(function, as_positional=False)
-    words = [_underscored(word) for word in arguments]
+    words = [underscored(word) for word in arguments]
     values = parser.parse_args(gather_lists(function, spell_switches(function, words)))
     silence_libraries()
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the summary's path
@@ -128,7 +128,7 @@ def spell_switches(function: Command, arguments: list[str]) -> list[str]:
     ]
 
 
-def _underscored(word: str) -> str:
+def underscored(word: str) -> str:
     """`--max-rejects=1` is `--max_rejects=1` too."""
     name, equals, value = word.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word

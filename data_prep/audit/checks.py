@@ -102,7 +102,7 @@ def make_sections(
 
 def look_alike_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
     """`near_duplicates`, each pair once: int64 [pairs, 2]."""
-    return np.unique(np.sort(near_duplicates(hashes, thumbnails), axis=1), axis=0)
+    return np.unique(np.sort(np.concatenate([*near_duplicates(hashes, thumbnails)]), axis=1), axis=0)
 
 
 def shared_videos(photos: Photos) -> list[Finding]:

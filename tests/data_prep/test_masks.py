@@ -121,6 +121,7 @@ def test_the_summary_counts_what_the_masks_show(run, tmp_path):
 def test_a_second_run_skips_what_is_done_and_reports_the_same(run, tmp_path, monkeypatch):
     first = run()
     monkeypatch.setattr(Segmenter, "__call__", lambda *given: pytest.fail("nothing was left to segment"))
+    monkeypatch.setattr("data_prep.masks.decode", lambda data: pytest.fail("nothing was left to decode"))
     second = run()
     assert (second["written"], second["skipped"]) == (0, len(SIZES))
     assert (second["classes"], second["empty"]) == (first["classes"], first["empty"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from data_prep.gps import EARTH_RADIUS_M
 from data_prep.splits import fill_splits, geographic_splits, keep_splits, link_groups, near_pairs, random_splits
 from pipeline.errors import UserError
 
-NO_PAIRS = np.empty((0, 2), dtype=np.int64)
+NO_PAIRS: list[np.ndarray] = []
 SHARES = np.array([0.7, 0.15, 0.15])
 NULL = (np.nan, np.nan)
 METRE = np.degrees(1 / EARTH_RADIUS_M)  # of latitude
@@ -18,7 +20,7 @@ METRE = np.degrees(1 / EARTH_RADIUS_M)  # of latitude
 def test_photos_are_linked_by_video_distance_and_looks_through_others():
     points = np.array([(50, 8), NULL, (50 + 90 * METRE, 8), (51, 8), (51 + 110 * METRE, 8), NULL])
     videos = ["v", "v", None, None, None, None]
-    groups = link_groups(points, videos, np.array([[4, 5]]), 100.0)
+    groups = link_groups(points, videos, [np.array([[4, 5]])], 100.0)
     assert groups.tolist() == [0, 0, 0, 1, 2, 2]
 
 
@@ -36,8 +38,22 @@ def test_near_pairs_are_those_of_the_haversine_formula(latitude):
             half = np.sin((r - p) / 2) ** 2 + np.cos(p) * np.cos(r) * np.sin((s - q) / 2) ** 2
             if 2 * EARTH_RADIUS_M * np.arcsin(np.sqrt(half)) <= 100:  # False for NaN
                 expected.add((i, j))
-    assert {tuple(sorted(pair)) for pair in near_pairs(points, 100.0).tolist()} == expected
+    assert {tuple(sorted(pair)) for pair in np.concatenate([*near_pairs(points, 100.0)]).tolist()} == expected
     assert len(expected) > 20
+
+
+def test_a_camera_that_stood_still_makes_one_group_in_little_memory(monkeypatch):
+    rng = np.random.default_rng(1)
+    points = np.repeat([[50.0, 8.0], [51.0, 8.0]], 3000, axis=0) + rng.normal(0, 1e-5, (6000, 2))
+    expected = [0] * 3000 + [1] * 3000
+    assert link_groups(points, [None] * 6000, NO_PAIRS, 100.0).tolist() == expected
+    monkeypatch.setattr("data_prep.splits.PAIRS_HELD", 10_000)
+    assert link_groups(points, [None] * 6000, NO_PAIRS, 100.0).tolist() == expected
+    tracemalloc.start()
+    link_groups(points, [None] * 6000, NO_PAIRS, 100.0)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 150e6  # all nine million pairs are as many bytes, and three times that while they are made
 
 
 def test_photos_at_one_spot_are_linked_even_at_distance_zero():
