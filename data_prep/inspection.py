@@ -100,10 +100,10 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
         mask: Its mask's bytes, if the source has one.
         scrutiny: See there.
     """
+    data = read_photo(name, photo)
+    if isinstance(data, Reject):
+        return data
     try:
-        if photo.size is None and os.path.getsize(photo.path) > MAX_FILE_BYTES:
-            return Reject(name, f"the file is larger than {MAX_FILE_BYTES >> 20} MB", "read")
-        data = photo.read()
         mask_data = mask if mask is None or isinstance(mask, bytes) else mask.read()
         width, height = probe(data)
         extension, digest = extension_of(data), hashlib.sha256(data).hexdigest()
@@ -114,7 +114,7 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
         if mask_data is not None:
             check_mask(mask_data)
     except OSError as error:
-        return Reject(name, f"cannot be read: {error.strerror or error}", "read")
+        return Reject(name, f"its mask cannot be read: {error.strerror or error}", "read")
     except BadPhoto as error:
         return Reject(name, str(error), "decode")
     return Facts(
@@ -129,6 +129,23 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
         mask_sha256=None if mask_data is None else hashlib.sha256(mask_data).hexdigest(),
         mask_from_folder=from_folder and mask_data is not None,
     )
+
+
+def read_photo(name: str, photo: Location | bytes) -> bytes | Reject:
+    """The photo's bytes, unless they cannot be read or are too many.
+
+    Args:
+        name: For the reject.
+        photo: Where they are, or they themselves.
+    """
+    if isinstance(photo, bytes):
+        return photo
+    try:
+        if photo.size is None and os.path.getsize(photo.path) > MAX_FILE_BYTES:
+            return Reject(name, f"the file is larger than {MAX_FILE_BYTES >> 20} MB", "read")
+        return photo.read()
+    except OSError as error:
+        return Reject(name, f"cannot be read: {error.strerror or error}", "read")
 
 
 def _thumbnail_of(data: bytes) -> np.ndarray:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.inspection import Reject, mask_location
+from data_prep.inspection import Reject, mask_location, read_photo
 from data_prep.parallel import Workers
-from data_prep.sources import Input, Source, open_source
+from data_prep.sources import Input, Location, Source, open_source
 from pipeline.data.photo import BadPhoto, decode
 from pipeline.data.vocabulary import MASK_CLASSES
 from pipeline.errors import UserError, require
@@ -196,10 +196,10 @@ def look(item: Input, out: Path, side_px: int) -> Prepared | Done | Reject:
     """Find out whether a photo has a mask in `out`, and make it ready for the model if not."""
     if item.photo is None:
         return Reject(item.name, item.problem, "source")
-    try:
-        data = item.photo if isinstance(item.photo, bytes) else item.photo.read()
-    except OSError as error:
-        return Reject(item.name, f"cannot be read: {error.strerror or error}", "read")
+    assert isinstance(item.photo, Location | bytes)  # other contents are masks only
+    data = read_photo(item.name, item.photo)
+    if isinstance(data, Reject):
+        return data
     sha256 = hashlib.sha256(data).hexdigest()
     done = find_mask(out, sha256)
     if done is not None:

@@ -25,7 +25,7 @@ from tests.data_prep.photos import (
     write_folder,
     write_table,
 )
-from tests.data_prep.test_sources import write_natix
+from tests.data_prep.test_hub_source import natix, write_parquet
 
 PLAIN: dict[str, Any] = {"workers": 1, "shard_mb": 0.03, "clusters": 3}
 
@@ -188,7 +188,7 @@ def test_the_sources_splits_are_kept_on_request(tmp_path):
 
 
 def test_a_streamed_source_gives_the_same_photos_and_leaves_no_copy(tmp_path):
-    write_natix(tmp_path / "in" / "data" / "train-00000-of-00001.parquet", [0, 1, 0, 1, 1])
+    write_parquet(tmp_path / "in" / "data" / "train-00000-of-00001.parquet", natix([0, 1, 0, 1, 1]))
     shard(tmp_path / "in", tmp_path / "out", workers=1)
     index = read_index(tmp_path / "out")
     photos = {r.source: m["jpg"] for samples in read(tmp_path / "out", index).values() for r, m in samples}

@@ -94,6 +94,22 @@ def test_what_a_streaming_reader_would_skip_is_found_too(tmp_path, member, words
     assert problems(tmp_path / "made") == [words]
 
 
+def test_a_photo_that_became_a_link_is_called_one(tmp_path):
+    make_shards(tmp_path / "made", {"train": [0, 1, 0]})
+    change, _ = TAMPERED["a photo that became a link"]
+    tamper(tmp_path / "made" / "train-00000.tar", change)
+    assert problems(tmp_path / "made")[0] == (
+        "train-00000.tar, train_1: train_1.jpg is not a file, but a link, a folder or a device"
+    )
+
+
+def test_a_tar_that_is_none_is_found(tmp_path):
+    make_shards(tmp_path / "made", {"train": [0, 1, 0]})
+    path = tmp_path / "made" / "train-00000.tar"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    assert problems(tmp_path / "made")[1].startswith("train-00000.tar is no readable tar behind its first 0 members")
+
+
 def test_every_damaged_sample_is_listed_and_not_only_the_first(tmp_path):
     make_shards(tmp_path / "made", {"train": [0, 1, 0], "val": [1]})
     path = tmp_path / "made" / "train-00000.tar"
