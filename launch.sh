@@ -13,7 +13,7 @@ usage: ./launch.sh COMMAND [options]        `./launch.sh COMMAND --help` explain
   demo       photos -> shards -> train -> evaluate -> export -> predict, in minutes on two cores (--quick: 2 minutes)
   test       ruff, mypy and pytest; further words go to pytest
   doctor     check machine, installation, configurations and data, and say what would happen
-  prep       scenes | shard | verify: make data sets and shards
+  prep       scenes | masks | shard | merge | audit | verify: make data sets and shards, and look for what is wrong with them
   slurm      submit to a SLURM cluster: ./launch.sh slurm prep --parts N [options of prep shard] [--dry_run]
   train      train a recipe: ./launch.sh train demo [--config_file ACCELERATE.yaml] [--epochs N] [--dry-run] [--room.key VALUE]
   evaluate   score a run on splits it never saw, and write its report
@@ -99,6 +99,7 @@ demo() {
   local on=(--shards "$run/shards" "${short[@]}")
   step "photos" prep scenes --out "$run/scenes" --images "$images" --difficulty 0.2 --seed 1
   step "shards" prep shard --source "$run/scenes" --out "$run/shards"
+  step "audit" prep audit --shards "$run/shards" --accept description
   step "baseline" train demo_baseline --run "$run/baseline" "${on[@]}"
   step "baseline's score" evaluate --run "$run/baseline"
   step "model" train demo --run "$run" "${on[@]}"

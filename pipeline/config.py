@@ -26,17 +26,24 @@ class DataConfig:
     """Shards and the order in which training sees them."""
 
     shards: str = "data/shards"
-    """Folder with index.json and the tars."""
+    """Folder with index.json and the tars, or its URL: `s3://`, `gs://`, or any other that fsspec knows."""
+    streaming: bool = False
+    """Read the tars from end to end instead of photo by photo: faster from URLs, and the order is less exact."""
+    shuffle_buffer: int = 128
+    """Undecoded photos that each worker holds while streaming, to draw the next one from."""
     sampling: str = "weighted"
     """`weighted` draws by the shards' GPS-cluster weights, `uniform` ignores them."""
     epoch_share: float = 0.8
     """Share of the training split that one epoch draws, without replacement; weights decide who is left out."""
+    allow_leaks: bool = False
+    """Train on metadata fields although the shards say that they give the label away."""
     workers: int = 4
     """Processes per rank that read, decode and cut views; 0 does it in the training process."""
 
     def __post_init__(self) -> None:
         require(self.sampling in SAMPLING, "data.sampling", self.sampling, f"one of {', '.join(SAMPLING)}")
         require(0 < self.epoch_share <= 1, "data.epoch_share", self.epoch_share, "in (0, 1]")
+        require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "1 or more")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -23,8 +22,10 @@ from rich.table import Table
 from pipeline.cli import command
 from pipeline.config import Config, read_config
 from pipeline.data.dataset import ShardDataset
-from pipeline.data.index import read_index
+from pipeline.data.index import Index, read_index
+from pipeline.data.inputs import check_inputs, fields_read, leaking_inputs
 from pipeline.data.photo import simplejpeg
+from pipeline.data.storage import is_url
 from pipeline.distributed.startup import read_ds_config
 from pipeline.errors import AuditFailed, UserError
 from pipeline.files import write_summary
@@ -47,12 +48,12 @@ class Finding:
     text: str
 
 
-def doctor(recipe: str = "demo", shards: Path | None = None, out: Path | None = None) -> Path:
+def doctor(recipe: str = "demo", shards: str | None = None, out: Path | None = None) -> Path:
     """Check machine, installation, configurations and data, and say what a recipe would do here.
 
     Args:
         recipe: A name in pipeline/recipes, or a YAML file.
-        shards: Folder of shards; by default the recipe's.
+        shards: Folder of shards, or its URL; by default the recipe's.
         out: Folder for summary.json; by default a temporary one.
 
     Raises:
@@ -154,23 +155,33 @@ def backbone(config: Config) -> Iterator[Finding]:
 
 def data(config: Config) -> Iterator[Finding]:
     """The index, and one sample of each split through decoding and views."""
-    folder = Path(config.data.shards)
-    if not folder.exists():
+    folder = config.data.shards
+    if not is_url(folder) and not Path(folder).exists():
         yield Finding(NOTE, "data", f"no shards at {folder} yet; `./launch.sh prep shard` makes them from photos")
         return
     try:
         index = read_index(folder)
-        for split in index.splits.values():
+        for name, split in index.splits.items():
             if split.samples:
-                dataset = ShardDataset(
-                    folder, split, config.model.view_side, config.model.num_views, config.model.mask_side
-                )
-                _ = dataset[0]
-    except (UserError, ValueError, json.JSONDecodeError) as error:
+                sizes = config.model.view_side, config.model.num_views, config.model.mask_side
+                _ = ShardDataset(folder, index, name, *sizes)[0]
+    except UserError as error:
         yield Finding(BAD, "data", str(error))
         return
     counts = ", ".join(f"{name} {len(split.samples)}" for name, split in index.splits.items())
     yield Finding(GOOD, "data", f"{folder}: {counts}; a sample of each split decodes")
+    yield inputs(config, index)
+
+
+def inputs(config: Config, index: Index) -> Finding:
+    """Whether the shards have the metadata that the model reads, and whether it leaks the label."""
+    try:
+        check_inputs(index, config.model, config.data.allow_leaks)
+    except UserError as error:
+        return Finding(BAD, "metadata", str(error))
+    leaks = leaking_inputs(index, config.model)
+    named = [f"{name} (leaks the label)" if name in leaks else name for name in fields_read(config.model)]
+    return Finding(NOTE if leaks else GOOD, "metadata", f"the model reads {', '.join(named) or 'none'}")
 
 
 def plan(config: Config) -> Iterator[Finding]:
@@ -178,7 +189,7 @@ def plan(config: Config) -> Iterator[Finding]:
     world_size = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
     try:
         batching = plan_batches(config.train, world_size)
-        samples = len(read_index(Path(config.data.shards)).split("train").samples)
+        samples = len(read_index(config.data.shards).split("train").samples)
     except UserError:
         return  # said above
     for line in describe_schedule(config, batching, plan_schedule(config, samples), world_size):

@@ -24,6 +24,12 @@ STATE_FILE_VARIABLE = "ROADWORK_STATE_FILE"
 class UserError(ValueError):
     """A mistake in what the user gave; the message says what, where, and what to do, in one sentence."""
 
+    def __init__(self, message: str):
+        if message.startswith("Caught UserError in "):
+            # A DataLoader raises a worker's error anew, with the worker's whole traceback for a message.
+            message = message.rpartition(f"{__name__}.UserError: ")[2].strip()
+        super().__init__(message)
+
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
     """Refuse a configuration value with the key, the value and what is allowed."""
@@ -43,11 +49,11 @@ class AuditFailed(Exception):
         self.summary = summary
 
 
-def run(main: Callable[[], Path | None]) -> int:
+def run(main: Callable[[], Path | str | None]) -> int:
     """Run a command's main function and turn its end into an exit status.
 
     A `UserError` becomes one line on stderr and status 2, a failed audit status 3, a stop request status 75.
-    Anything else is a bug and keeps its traceback. When `main` has a summary, its path is printed as the last
+    Anything else is a bug and keeps its traceback. When `main` has a summary, its path or URL is printed as the last
     line of stdout.
     """
     status, message, summary = EXIT_OK, None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,10 +17,12 @@ from pipeline.cli import command
 from pipeline.config import read_config
 from pipeline.data.dataset import METADATA_KEYS, VIEW_KEYS, ShardDataset, collate
 from pipeline.data.index import Index, read_index
+from pipeline.data.inputs import check_inputs, fields_read, leaking_inputs
 from pipeline.errors import UserError, require
 from pipeline.files import write_summary, write_text
 from pipeline.inference import kept_views, load_model, pick_device, probability_of
 from pipeline.metrics import best_threshold, binary_metrics, bootstrap_intervals, has_both
+from pipeline.model.config import ModelConfig
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.progress import say, track
 from pipeline.report import write_report
@@ -32,7 +34,7 @@ SMALLEST_CLUSTER = 20  # labelled photos; an MCC of fewer is noise
 def evaluate(
     run: Path,
     *,
-    shards: Path | None = None,
+    shards: str | None = None,
     baseline: Path | None = None,
     splits: list[str] = ["val", "test"],  # noqa: B006  (a list is what gives the flag several words)
     batch_size: int = 16,
@@ -46,7 +48,7 @@ def evaluate(
 
     Args:
         run: Run folder.
-        shards: Folder of shards; by default the one that the run was trained on.
+        shards: Folder of shards, or its URL; by default the one that the run was trained on.
         baseline: An evaluated run on the same shards, such as one of a baseline head, to be shown beside.
         splits: Splits to measure. Without `val`, the cut is the one of an earlier evaluation or of training.
         batch_size: Photos in one forward pass.
@@ -62,8 +64,9 @@ def evaluate(
     if not run.is_dir():
         raise UserError(f"no run at {run}; name the folder that training wrote")
     start, model = time.monotonic(), load_model(run / "model", pick_device(device))
-    folder = shards or Path(read_config(run / "config.yaml").data.shards)
+    folder = shards or read_config(run / "config.yaml").data.shards
     index = read_index(folder)
+    check_metadata(run, index, model.config.sizes)
     datasets = {name: open_split(folder, index, name, model) for name in splits}
     path = run / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -80,8 +83,8 @@ def evaluate(
         summary[name] = {**score_split(rows, threshold), "clusters": score_clusters(rows, threshold, index)}
         _tell(name, summary[name])
     summary["evaluation"] = {
-        "data": index.arguments.get("source_kind", folder.name),
-        "shards": str(folder),
+        "data": index.arguments.get("source_kind", PurePosixPath(folder).name),
+        "shards": folder,
         "source_sha256": index.source_sha256,
         "threshold": threshold,
         "threshold_from": "the validation split" + ("" if earlier is None else ", earlier"),
@@ -98,13 +101,23 @@ def evaluate(
     return written
 
 
-def open_split(folder: Path, index: Index, name: str, model: RoadworkModel) -> ShardDataset:
+def open_split(folder: str, index: Index, name: str, model: RoadworkModel) -> ShardDataset:
     """A split's samples; a `UserError` where none is labelled, before any time is spent on it."""
     split = index.split(name)
     if not (split.labels >= 0).any():
         raise UserError(f"the split {name!r} of {folder} has no labelled photo, so there is nothing to measure on it")
     config = model.config
-    return ShardDataset(folder, split, config.view_side, config.num_views, config.mask_side)
+    return ShardDataset(folder, index, name, config.view_side, config.num_views, config.mask_side)
+
+
+def check_metadata(run: Path, index: Index, model: ModelConfig) -> None:
+    """See `check_inputs`. A leak is told and no more: the headline is the score with all metadata NULL."""
+    weights = None
+    if "text" in fields_read(model):
+        weights = json.loads((run / "provenance.json").read_text())["data"]["arguments"]["text_weights"]
+    check_inputs(index, model, allow_leaks=True, text_weights=weights)
+    for name, why in leaking_inputs(index, model).items():
+        say(f"do not trust the score with metadata: in these shards {name} gives the label away ({why})")
 
 
 def compare(baseline: Path, index: Index) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def verify(model: RoadworkModel, folder: Path, half: bool) -> float:
         The largest difference of a logit; 0 for weights of full size, or the export is broken.
     """
     config = model.config
-    inputs = model_inputs(collate([StandIn(1, config.view_side, config.num_views, config.mask_side)[0]]))
+    noise = StandIn(1, config.view_side, config.num_views, config.mask_side, config.text_dim)
+    inputs = model_inputs(collate([noise[0]]))
     expected = model(**inputs).logits
     found = load_model(folder, model.device)(**inputs).logits
     difference = float((found - expected).abs().max())

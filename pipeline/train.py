@@ -10,25 +10,24 @@ from pathlib import Path
 if __name__ == "__main__":  # started as a file: the project's root takes the place of this folder on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
 
 from pipeline.config import Config, parse_config
 from pipeline.data.dataset import ShardDataset
-from pipeline.data.index import Index, read_index
-from pipeline.data.sampler import PositionSampler
-from pipeline.data.stand_in import StandIn
+from pipeline.data.index import INDEX_NAME, read_index
+from pipeline.data.inputs import check_inputs
+from pipeline.data.storage import open_folder
 from pipeline.distributed import on_rank_zero, resolve_precision, start
 from pipeline.errors import run
+from pipeline.feed import open_feed
 from pipeline.files import write_summary
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.plan import describe_model, describe_schedule, plan_batches, plan_schedule, sampling_weights
+from pipeline.plan import describe_model, describe_schedule, plan_batches, plan_schedule
 from pipeline.progress import say, silence_libraries
 from pipeline.run_folder import RunFolder
 from pipeline.tracking import start_tracking
-from pipeline.trainer import Batch, Trainer
+from pipeline.trainer import Trainer
 from pipeline.validation import Validation
 
 DRY_RUN_STEPS = 2
@@ -48,8 +47,10 @@ def main() -> Path | None:
 
 def train(config: Config, dry_run: bool) -> Path | None:
     """Train the run that a configuration describes, or go on with it; a finished run returns at once."""
-    shards = Path(config.data.shards)
-    index = None if dry_run and not shards.exists() else read_index(shards)
+    shards = config.data.shards
+    index = None if dry_run and not open_folder(shards).exists(INDEX_NAME) else read_index(shards)
+    if index is not None:
+        check_inputs(index, config.model, config.data.allow_leaks)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     batching = plan_batches(config.train, world_size)
     precision = resolve_precision(config.train.precision)
@@ -69,8 +70,8 @@ def train(config: Config, dry_run: bool) -> Path | None:
                 say(f"{folder.path} is finished already; for another run choose another --train.run")
             return folder.summary.resolve()
 
-    dataset, sampler = training_data(config, index, batching.micro_batch_size, accelerator.process_index, world_size)
-    schedule = plan_schedule(config, len(dataset))  # type: ignore[arg-type]
+    feed = open_feed(config, index, batching.micro_batch_size, accelerator.process_index, world_size)
+    schedule = plan_schedule(config, feed.samples)
     if lead:
         for line in describe_schedule(config, batching, schedule, world_size):
             say(line)
@@ -82,11 +83,12 @@ def train(config: Config, dry_run: bool) -> Path | None:
             say(line)
     validation = None
     if index is not None and not dry_run and (index.splits["val"].labels >= 0).any():
-        held_out = ShardDataset(shards, index.split("val"), *sizes(config))
+        sizes = config.model.view_side, config.model.num_views, config.model.mask_side
+        held_out = ShardDataset(shards, index, "val", *sizes)
         validation = Validation(
             held_out, batching.micro_batch_size, config.data.workers, accelerator.process_index, world_size
         )
-    trainer = Trainer(config, accelerator, model, dataset, sampler, validation, batching, schedule, folder)
+    trainer = Trainer(config, accelerator, model, feed, validation, batching, schedule, folder)
     if folder is None:
         summary = trainer.run(DRY_RUN_STEPS)
         if lead:
@@ -99,33 +101,6 @@ def train(config: Config, dry_run: bool) -> Path | None:
     summary = trainer.run()
     accelerator.end_training()
     return write_summary(folder.path, summary) if lead else None
-
-
-def sizes(config: Config) -> tuple[int, int, int]:
-    """View side, number of views and mask side, as the data sets take them."""
-    return config.model.view_side, config.model.num_views, config.model.mask_side
-
-
-def training_data(
-    config: Config, index: Index | None, batch_size: int, rank: int, world_size: int
-) -> tuple[Dataset[Batch], PositionSampler]:
-    """The training split and this rank's way through it; without shards, noise to try a step on."""
-    if index is None:
-        if rank == 0:
-            say(f"no shards at {config.data.shards} yet: planning with a stand-in of noise, as if it were all the data")
-        samples = 2 * config.train.batch_size
-        dataset: Dataset[Batch] = StandIn(samples, *sizes(config))
-        weights = np.ones(samples)
-    else:
-        split = index.split("train")
-        dataset = ShardDataset(Path(config.data.shards), split, *sizes(config))
-        weights = sampling_weights(config, split)
-    sampler = PositionSampler(
-        weights,
-        plan_schedule(config, len(weights)).samples_per_epoch,
-        seed=config.train.seed, batch_size=batch_size, rank=rank, world_size=world_size,
-    )  # fmt: skip
-    return dataset, sampler
 
 
 if __name__ == "__main__":

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, Dataset
 
 from pipeline.config import Config
-from pipeline.data.dataset import collate, model_inputs
-from pipeline.data.sampler import PositionSampler
-from pipeline.distributed import Checkpoints, StopSignal, create_optimizer_state
+from pipeline.data.dataset import model_inputs
+from pipeline.distributed import Checkpoints, StopSignal, create_optimizer_state, on_all_ranks
 from pipeline.errors import Stopped
+from pipeline.feed import Batch, Feed
 from pipeline.files import replace_folder
 from pipeline.losses import TERMS, Targets, count_targets
 from pipeline.model.roadwork import RoadworkModel
@@ -25,8 +25,6 @@ from pipeline.plan import Batching, Schedule
 from pipeline.progress import format_seconds, say
 from pipeline.run_folder import RunFolder
 from pipeline.validation import Validation
-
-Batch = dict[str, torch.Tensor]
 
 
 class Window:
@@ -58,8 +56,7 @@ class Trainer:
         config: Config,
         accelerator: Accelerator,
         model: RoadworkModel,
-        dataset: Dataset[Batch],
-        sampler: PositionSampler,
+        feed: Feed,
         validation: Validation | None,
         batching: Batching,
         schedule: Schedule,
@@ -67,13 +64,9 @@ class Trainer:
     ):
         """Wrap the model in a DeepSpeed engine; without a folder nothing is written."""
         self.config, self.accelerator, self.model = config, accelerator, model
-        self.sampler, self.validation = sampler, validation
+        self.feed, self.validation = feed, validation
         self.batching, self.schedule, self.folder = batching, schedule, folder
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.loader = DataLoader(
-            dataset, batch_sampler=sampler, num_workers=config.data.workers, collate_fn=collate,
-            pin_memory=torch.cuda.is_available(), persistent_workers=config.data.workers > 0,
-        )  # fmt: skip
         model.train()
         self.engine, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
         create_optimizer_state(self.engine)
@@ -97,12 +90,11 @@ class Trainer:
         self._resume()
         if self._validation_due():  # stopped between a step and its validation
             self._validate()
-        self.sampler.start = self.samples_seen
-        batches = iter(self.loader)
+        batches = self.feed.batches(self.samples_seen)
         started = saved = logged = time.monotonic()
         before_s, window = self.wall_s, Window()
         while self.step < last and not self._out_of_patience():
-            losses = self._take_step([next(batches) for _ in range(self.batching.accumulation)])
+            losses = self._take_step(self._fetch(batches))
             self.step += 1
             now = time.monotonic()
             self.wall_s = before_s + now - started
@@ -123,6 +115,10 @@ class Trainer:
                     f"saved at step {self.step} of {self.schedule.steps}; the same command goes on from there"
                 )
         return self._finish()
+
+    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
+        """This rank's micro-batches of one step. Collective."""
+        return on_all_ranks(lambda: [next(batches) for _ in range(self.batching.accumulation)])
 
     def _take_step(self, batches: list[Batch]) -> torch.Tensor:
         """One optimizer step over several micro-batches; returns this rank's part of the loss, then of each term."""

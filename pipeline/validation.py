@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from pipeline.data.dataset import ShardDataset, collate, model_inputs
 from pipeline.data.sampler import share_of
+from pipeline.distributed import on_all_ranks
 from pipeline.metrics import best_threshold, binary_metrics
 from pipeline.model.roadwork import RoadworkModel
 
@@ -30,25 +31,28 @@ class Validation:
     def __call__(self, model: RoadworkModel) -> dict[str, Any]:
         """MCC and its companions with all metadata NULL, at the best threshold. Collective."""
         model.eval()
-        labels, probabilities, loss, count = [], [], 0.0, 0
-        with torch.no_grad():
-            for batch in self.loader:
-                output = model(
-                    **model_inputs(batch),
-                    null_metadata=True,
-                    labels=batch["labels"],
-                    mask_targets=batch["mask_targets"],
-                )
-                labels.append(batch["labels"].numpy())
-                probabilities.append(model.probability(output.logits, decision_bias=0.0).cpu().numpy())
-                loss += float(output.loss_terms["roadwork"].sum())
-                count += len(batch["labels"])
+        mine = on_all_ranks(lambda: self._answers(model))
         model.train()
         parts: list[Any] = [None] * self.world_size
-        mine = (np.concatenate(labels or [np.empty(0)]), np.concatenate(probabilities or [np.empty(0)]), loss, count)
         dist.all_gather_object(parts, mine)
-        all_labels = np.concatenate([part[0] for part in parts]).astype(int)
-        all_probabilities = np.concatenate([part[1] for part in parts])
-        threshold = best_threshold(all_labels, all_probabilities)
-        metrics = binary_metrics(all_labels, all_probabilities, threshold)
+        labels = np.concatenate([part[0] for part in parts]).astype(int)
+        probabilities = np.concatenate([part[1] for part in parts])
+        metrics = binary_metrics(labels, probabilities, best_threshold(labels, probabilities))
         return {"loss": sum(part[2] for part in parts) / sum(part[3] for part in parts), **metrics}
+
+    @torch.no_grad()
+    def _answers(self, model: RoadworkModel) -> tuple[np.ndarray, np.ndarray, float, int]:
+        """Labels, probabilities, sum of the loss and number of this rank's photos."""
+        labels, probabilities, loss, count = [np.empty(0)], [np.empty(0)], 0.0, 0
+        for batch in self.loader:
+            output = model(
+                **model_inputs(batch),
+                null_metadata=True,
+                labels=batch["labels"],
+                mask_targets=batch["mask_targets"],
+            )
+            labels.append(batch["labels"].numpy())
+            probabilities.append(model.probability(output.logits, decision_bias=0.0).cpu().numpy())
+            loss += float(output.loss_terms["roadwork"].sum())
+            count += len(batch["labels"])
+        return np.concatenate(labels), np.concatenate(probabilities), loss, count

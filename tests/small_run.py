@@ -16,7 +16,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from pipeline.config import Config, DataConfig, to_yaml
 from pipeline.data.dataset import collate, prepare
-from pipeline.data.index import SPLITS, Cluster, Index, Sample, Shard, Split
+from pipeline.data.index import SPLITS, Cluster, Field, Index, Sample, Shard, Split
 from pipeline.data.record import Metadata, Record
 from pipeline.files import write_json
 from pipeline.model.config import ModelConfig
@@ -72,26 +72,36 @@ def make_model(backbone: str, **changes: object) -> RoadworkModel:
     return model
 
 
-def make_shards(folder: Path, labels: dict[str, list[int | None]]) -> None:
-    """One tar per split; two photos in a row share a group; clusters 0 and 1 alternate by group."""
+def make_shards(
+    folder: Path, labels: dict[str, list[int | None]], *, text_dim: int = 0, leaks: dict[str, str] | None = None
+) -> None:
+    """One tar per split; two photos in a row share a group; clusters 0 and 1 alternate by group.
+
+    With a text dimension every photo but the second of a group has a vector. `leaks` are fields and the reasons why
+    they must not be a model's input.
+    """
     folder.mkdir(parents=True)
-    splits = {name: _write_split(folder, name, labels.get(name, [])) for name in SPLITS}
+    splits = {name: _write_split(folder, name, labels.get(name, []), text_dim) for name in SPLITS}
     clusters = (Cluster(None, "mixed", 0, 0, 0), Cluster((55.7, 13.2), "mixed", 0, 0, 0))
-    index = Index(splits, clusters, {}, {"source_kind": "noise <of> photos"}, "1.0", "ab" * 32, {}, {})
+    arguments = {"source_kind": "noise <of> photos", "text_dim": text_dim, "text_weights": "noise@1"}
+    fields = {name: Field(0.5, 0.9, None, why) for name, why in (leaks or {}).items()}
+    index = Index(splits, clusters, fields, arguments, "1.0", "ab" * 32, {}, {})
     write_json(folder / "index.json", index.to_json())
 
 
-def _write_split(folder: Path, name: str, labels: list[int | None]) -> Split:
+def _write_split(folder: Path, name: str, labels: list[int | None], text_dim: int) -> Split:
     if not labels:
         return Split((), ())
     path, samples = folder / f"{name}-00000.tar", []
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for number, label in enumerate(labels):
             photo = noisy_photo(1000 * SPLITS.index(name) + number)
+            text = np.random.default_rng(number).normal(size=text_dim).round(6)
             record = Record(
                 key=f"{name}_{number}", label=label, split=name, source=f"photos/{number}.jpg",
                 sha256=hashlib.sha256(photo).hexdigest(), width=96, height=64, group=number // 2,
                 gps_cluster=number // 2 % 2, sample_weight=1.0, metadata=METADATA,
+                text_vector=tuple(text.tolist()) if text_dim and number % 2 == 0 else None,
             )  # fmt: skip
             members = {"jpg": photo, "json": json.dumps(record.to_json()).encode()}
             places = {extension: _add(tar, f"{record.key}.{extension}", data) for extension, data in members.items()}

@@ -87,7 +87,7 @@ def test_probabilities_and_kept_views_are_the_models_own(evaluated, trained):
     rows = evaluated[2]
     model = RoadworkModel.from_pretrained(trained / "model").eval()
     shards = trained.parent / "shards"
-    dataset = ShardDataset(shards, read_index(shards).split("test"), 32, 12, 4)
+    dataset = ShardDataset(shards, read_index(shards), "test", 32, 12, 4)
     batch = collate([dataset[row] for row in range(5)])
     with torch.no_grad():
         blind = model(**model_inputs(batch), null_metadata=True)

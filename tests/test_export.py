@@ -38,7 +38,7 @@ def run(original, tmp_path):
 def logits_of(folder, run):
     """A saved model's answers to some photos of the run's test split."""
     shards = Path(json.loads((run / "summary.json").read_text())["evaluation"]["shards"])
-    dataset = ShardDataset(shards, read_index(shards).split("test"), 32, 12, 4)
+    dataset = ShardDataset(shards, read_index(shards), "test", 32, 12, 4)
     model = RoadworkModel.from_pretrained(folder).eval()
     with torch.no_grad():
         return model(**model_inputs(collate([dataset[row] for row in range(4)]))).logits

@@ -7,7 +7,7 @@ from pipeline.data.index import Index
 from pipeline.errors import UserError
 from pipeline.run_folder import RunFolder
 
-INDEX = Index({}, (), {}, "a" * 64, {}, {})
+INDEX = Index({}, (), {}, {}, "1.0", "a" * 64, {}, {})
 
 
 def config(**train: object) -> Config:

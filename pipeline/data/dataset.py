@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import io
-import json
-import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +13,24 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset
 
-from pipeline.data.index import Sample, Split
-from pipeline.data.photo import decode
+from pipeline.data.index import HEADER_BYTES, Index, Sample
+from pipeline.data.integrity import (
+    Damage,
+    check_header,
+    check_layout,
+    check_sample,
+    check_tail,
+    read_record,
+)
+from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, decode
 from pipeline.data.record import Metadata, Record
+from pipeline.data.storage import open_folder
 from pipeline.data.views import extract_views, useful_views, view_boxes
 from pipeline.data.vocabulary import DAYTIME, MASK_CLASSES, SCENE, WEATHER
 from pipeline.errors import UserError
 
-PHOTO_EXTENSIONS = ("jpg", "png", "webp")
 VIEW_KEYS = ("views", "boxes", "view_mask")
-METADATA_KEYS = ("gps", "weather", "daytime", "scene")
+METADATA_KEYS = ("gps", "weather", "daytime", "scene", "text")
 
 
 def prepare(data: bytes, side: int, num_views: int) -> dict[str, torch.Tensor]:
@@ -49,8 +56,20 @@ def prepare(data: bytes, side: int, num_views: int) -> dict[str, torch.Tensor]:
     }
 
 
-def metadata_tensors(metadata: Metadata) -> dict[str, torch.Tensor]:
-    """gps float64 [2] and weather float32 [8], both NaN where NULL; daytime and scene int64 [], 0 where NULL."""
+def metadata_tensors(
+    metadata: Metadata, text_vector: Sequence[float] | None = None, text_dim: int = 0
+) -> dict[str, torch.Tensor]:
+    """Metadata as the model takes it.
+
+    Args:
+        metadata: Of one photo.
+        text_vector: Embedding of its description, or None for NULL.
+        text_dim: Length of an embedding; 0 where there are none.
+
+    Returns:
+        gps float64 [2], weather float32 [8] and text float32 [text_dim], NaN where NULL; daytime and scene int64 [],
+        0 where NULL.
+    """
     gps = torch.full((2,), torch.nan, dtype=torch.float64)
     if metadata.gps is not None:
         gps = torch.tensor(metadata.gps, dtype=torch.float64)
@@ -62,6 +81,7 @@ def metadata_tensors(metadata: Metadata) -> dict[str, torch.Tensor]:
         "weather": weather,
         "daytime": torch.tensor(0 if metadata.daytime is None else 1 + DAYTIME.index(metadata.daytime)),
         "scene": torch.tensor(0 if metadata.scene is None else 1 + SCENE.index(metadata.scene)),
+        "text": torch.full((text_dim,), torch.nan) if text_vector is None else torch.tensor(text_vector),
     }
 
 
@@ -71,10 +91,16 @@ def mask_targets(data: bytes | None, side: int) -> torch.Tensor:
     Args:
         data: A mask PNG whose value c + 1 marks class c, or None.
         side: Cells per side.
+
+    Raises:
+        BadPhoto: The mask is no image.
     """
     if data is None:
         return torch.full((len(MASK_CLASSES), side, side), torch.nan)
-    mask = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+    try:
+        mask = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+    except PILLOW_ERRORS as error:
+        raise BadPhoto(f"the mask cannot be decoded: {error}") from error
     targets = torch.zeros(len(MASK_CLASSES), side, side)
     for class_, target in enumerate(targets):
         covered = mask == class_ + 1
@@ -84,51 +110,119 @@ def mask_targets(data: bytes | None, side: int) -> torch.Tensor:
 
 
 class ShardDataset(Dataset[dict[str, torch.Tensor]]):
-    """One split of a folder of shards, any sample in one read; the tars are never scanned."""
+    """One split of a folder of shards, any sample in one read; the tars are never scanned.
 
-    def __init__(self, folder: Path, split: Split, side: int, num_views: int, mask_side: int):
-        """See `prepare` and `mask_targets` for the sizes."""
-        self.folder, self.split = folder, split
+    What is read is checked on the way: a tar's length and layout, each member's header, the photo's hash, and the
+    record against the index. Anything but what the index promises is a `UserError` that names tar and sample.
+    """
+
+    def __init__(self, place: Path | str, index: Index, name: str, side: int, num_views: int, mask_side: int):
+        """See `prepare` and `mask_targets` for the sizes.
+
+        Args:
+            place: Folder or URL of the shards.
+            index: Theirs.
+            name: Of the split.
+            side: View side S in pixels.
+            num_views: V.
+            mask_side: Cells per side of the mask targets.
+        """
+        self.place, self.folder = place, open_folder(place)
+        self.name, self.split = name, index.split(name)
         self.side, self.num_views, self.mask_side = side, num_views, mask_side
-        self._files: dict[int, int] = {}
-        for shard in split.shards:
-            path = folder / shard.name
-            if not path.is_file() or path.stat().st_size != shard.bytes:
-                raise UserError(f"the shard {path} is missing or not {shard.bytes} bytes long; shard again")
+        self.text_dim = int(index.arguments.get("text_dim", 0))
+        self.rows_of_shard: list[list[int]] = [[] for _ in self.split.shards]
+        for row, sample in enumerate(self.split.samples):
+            self.rows_of_shard[sample.shard].append(row)
+        self._checked_shards: set[int] = set()
+        sizes = self.folder.sizes([shard.name for shard in self.split.shards])
+        for number, (shard, size) in enumerate(zip(self.split.shards, sizes, strict=True)):
+            with self.naming(number):
+                if size != shard.bytes:
+                    raise Damage(f"it is missing or not {shard.bytes} bytes long")
 
     def __len__(self) -> int:
         return len(self.split.samples)
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         """Views, metadata and targets of a sample; `labels` is -1 where unknown, `row` its place in the split."""
+        return self.assemble(row, self._read(row, self.split.samples[row].members))
+
+    def assemble(self, row: int, members: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
+        """See `__getitem__`: for a sample whose members, by extension, were read already.
+
+        Raises:
+            UserError: They are not what the index says, or cannot be decoded.
+        """
         sample = self.split.samples[row]
-        mask = self._read(sample, "mask.png") if "mask.png" in sample.members else None
-        return {
-            **prepare(self.photo(row), self.side, self.num_views),
-            **metadata_tensors(self.record(row).metadata),
-            "labels": torch.tensor(-1 if sample.label is None else sample.label),
-            "mask_targets": mask_targets(mask, self.mask_side),
-            "row": torch.tensor(row),
-        }
+        with self.naming(sample.shard, sample):
+            record = check_sample(sample, self.name, members)
+            return {
+                **prepare(members[sample.photo_extension], self.side, self.num_views),
+                **metadata_tensors(record.metadata, record.text_vector, self.text_dim),
+                "labels": torch.tensor(-1 if sample.label is None else sample.label),
+                "mask_targets": mask_targets(members.get("mask.png"), self.mask_side),
+                "row": torch.tensor(row),
+            }
 
     def photo(self, row: int) -> bytes:
         """The photo's original bytes."""
         sample = self.split.samples[row]
-        return self._read(sample, next(e for e in PHOTO_EXTENSIONS if e in sample.members))
+        members = self._read(row, (sample.photo_extension, "json"))
+        with self.naming(sample.shard, sample):
+            check_sample(sample, self.name, members)
+        return members[sample.photo_extension]
 
     def record(self, row: int) -> Record:
         """The sample's record."""
-        return Record.from_json(json.loads(self._read(self.split.samples[row], "json")))
+        sample, members = self.split.samples[row], self._read(row, ("json",))
+        with self.naming(sample.shard, sample):
+            return read_record(sample, self.name, members["json"])
 
-    def _read(self, sample: Sample, extension: str) -> bytes:
-        offset, size = sample.members[extension]
-        if sample.shard not in self._files:
-            self._files[sample.shard] = os.open(self.folder / self.split.shards[sample.shard].name, os.O_RDONLY)
-        return os.pread(self._files[sample.shard], size, offset)
+    @contextmanager
+    def naming(self, shard: int, sample: Sample | None = None) -> Iterator[None]:
+        """Name the shard, and the sample, in what is said about data that is damaged."""
+        try:
+            yield
+        except (Damage, BadPhoto, FileNotFoundError) as problem:
+            what = "it is gone" if isinstance(problem, FileNotFoundError) else str(problem)
+            where = f"{self.place}/{self.split.shards[shard].name}" + (f", sample {sample.key}" if sample else "")
+            raise UserError(
+                f"{where}: {what}; `python -m data_prep verify --shards {self.place}` lists all damage, then "
+                "fetch the shards again or make them anew"
+            ) from problem
 
-    def __getstate__(self) -> dict[str, Any]:
-        # File descriptors do not travel to spawned workers; each opens its own.
-        return {**self.__dict__, "_files": {}}
+    def _read(self, row: int, extensions: Iterable[str]) -> dict[str, bytes]:
+        """Members of a sample in one read: they lie side by side."""
+        sample = self.split.samples[row]
+        with self.naming(sample.shard, sample):
+            self._check_shard(sample.shard)
+            places = {extension: sample.members[extension] for extension in extensions}
+            start = min(offset for offset, _ in places.values()) - HEADER_BYTES
+            end = max(offset + size for offset, size in places.values())
+            data = self._read_range(sample.shard, start, end)
+            members = {}
+            for extension, (offset, size) in places.items():
+                at = offset - start
+                check_header(data[at - HEADER_BYTES : at], f"{sample.key}.{extension}", size)
+                members[extension] = data[at : at + size]
+            return members
+
+    def _check_shard(self, number: int) -> None:
+        """Before a shard's first read in each process: nothing lies in it that the index does not name."""
+        if number in self._checked_shards:
+            return
+        with self.naming(number):
+            shard = self.split.shards[number]
+            end = check_layout(shard, [self.split.samples[row] for row in self.rows_of_shard[number]])
+            check_tail(self._read_range(number, end, shard.bytes))
+        self._checked_shards.add(number)
+
+    def _read_range(self, number: int, start: int, end: int) -> bytes:
+        data = self.folder.read_range(self.split.shards[number].name, start, end)
+        if len(data) != end - start:
+            raise Damage(f"it ends before its byte {end}")
+        return data
 
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
 
+PHOTO_EXTENSIONS = ("jpg", "png", "webp")
+HEADER_BYTES = tarfile.BLOCKSIZE  # right before a member's data
 INDEX_NAME = "index.json"
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
-SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,100}")
+SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its extension it fits the 100 characters of a tar header
 SAFE_SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
 
@@ -45,6 +49,11 @@ class Sample:
     weight: float
     width: int
     height: int
+
+    @property
+    def photo_extension(self) -> str:
+        """Of the photo among the members."""
+        return next(extension for extension in PHOTO_EXTENSIONS if extension in self.members)
 
 
 @dataclass(frozen=True)
@@ -124,18 +133,18 @@ class Index:
         return split
 
 
-def read_index(folder: Path) -> Index:
-    """Read and check `folder/index.json`.
+def read_index(folder: Path | str) -> Index:
+    """Read and check `index.json` in a folder or at a URL.
 
     Raises:
         UserError: It is missing, malformed, of another version, or names a path outside the folder.
     """
-    path = folder / INDEX_NAME
+    path = f"{str(folder).rstrip('/')}/{INDEX_NAME}"
     try:
-        values = json.loads(path.read_text())
-    except OSError as error:
+        values = json.loads(open_folder(folder).read(INDEX_NAME))
+    except FileNotFoundError as error:
         raise UserError(
-            f"no shards in {folder}: {INDEX_NAME} cannot be read ({error.strerror}); make them with "
+            f"no shards in {folder}: there is no {INDEX_NAME}; make them with "
             "`./launch.sh prep shard --source PHOTOS --out FOLDER`"
         ) from error
     except ValueError as error:
@@ -171,15 +180,21 @@ def _from_json(values: dict[str, Any]) -> Index:
     return Index(splits=splits, clusters=clusters, fields=fields, **{name: values[name] for name in rest})
 
 
-def _check_names(path: Path, split: Split) -> None:
-    """An index may come from elsewhere: its names must not lead out of its folder, nor its offsets out of its tars."""
+def _check_names(path: str, split: Split) -> None:
+    """An index may come from elsewhere: its names must not lead out of its folder, nor its offsets out of its tars.
+
+    Every sample has a record and one photo.
+    """
     for shard in split.shards:
         if not SAFE_SHARD.fullmatch(shard.name):
             raise UserError(f"{path} names the shard {shard.name!r}, which is no plain file name; shard again")
     for sample in split.samples:
         inside = 0 <= sample.shard < len(split.shards) and all(
-            offset >= 0 and size >= 0 and offset + size <= split.shards[sample.shard].bytes
+            offset >= HEADER_BYTES and size >= 0 and offset + size <= split.shards[sample.shard].bytes
             for offset, size in sample.members.values()
         )
         if not inside or not SAFE_KEY.fullmatch(sample.key):
             raise UserError(f"{path} describes the sample {sample.key!r} with places outside its shards; shard again")
+        photos = [extension for extension in PHOTO_EXTENSIONS if extension in sample.members]
+        if len(photos) != 1 or "json" not in sample.members:
+            raise UserError(f"{path} describes the sample {sample.key!r} without a record or one photo; shard again")

@@ -15,8 +15,9 @@ PHOTO_SIZE = (4032, 3024)
 class StandIn(Dataset[dict[str, torch.Tensor]]):
     """Samples as `ShardDataset` gives them, of noise, half of them labelled roadwork."""
 
-    def __init__(self, samples: int, side: int, num_views: int, mask_side: int):
+    def __init__(self, samples: int, side: int, num_views: int, mask_side: int, text_dim: int):
         self.samples, self.side, self.num_views, self.mask_side = samples, side, num_views, mask_side
+        self.text_dim = text_dim
 
     def __len__(self) -> int:
         return self.samples
@@ -29,7 +30,7 @@ class StandIn(Dataset[dict[str, torch.Tensor]]):
             "views": torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
             "boxes": view_boxes(*PHOTO_SIZE, self.side)[: self.num_views],
             "view_mask": useful_views(*PHOTO_SIZE, self.side)[: self.num_views],
-            **metadata_tensors(Metadata()),
+            **metadata_tensors(Metadata(), text_dim=self.text_dim),
             "labels": torch.tensor(row % 2),
             "mask_targets": mask_targets(None, self.mask_side),
             "row": torch.tensor(row),

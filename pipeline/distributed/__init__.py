@@ -2,6 +2,14 @@
 
 from pipeline.distributed.checkpoint import Checkpoints, create_optimizer_state
 from pipeline.distributed.signals import StopSignal
-from pipeline.distributed.startup import on_rank_zero, resolve_precision, start
+from pipeline.distributed.startup import on_all_ranks, on_rank_zero, resolve_precision, start
 
-__all__ = ["Checkpoints", "StopSignal", "create_optimizer_state", "on_rank_zero", "resolve_precision", "start"]
+__all__ = [
+    "Checkpoints",
+    "StopSignal",
+    "create_optimizer_state",
+    "on_all_ranks",
+    "on_rank_zero",
+    "resolve_precision",
+    "start",
+]

@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -72,6 +72,27 @@ def on_rank_zero(action: Callable[[], T]) -> T:
         raise UserError(outcome[1])
     result: T = outcome[0]
     return result
+
+
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """Let every rank act for itself, and end them all where one cannot go on. Collective.
+
+    Raises:
+        UserError: On every rank, where it was raised on one; the others would wait for that one, or report its
+            absence instead of its reason.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = str(error)
+    failed = torch.tensor(float(problem is not None), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(failed)
+    if failed:
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        raise UserError(next(text for text in problems if text is not None))
+    return cast(T, result)
 
 
 def resolve_precision(wanted: str) -> str:

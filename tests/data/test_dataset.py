@@ -1,28 +1,40 @@
+import hashlib
 import io
+import json
+import os
 import pickle
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from pipeline.data.dataset import ShardDataset, collate, mask_targets, metadata_tensors, prepare
 from pipeline.data.index import read_index
 from pipeline.data.record import Metadata
+from pipeline.data.storage import open_folder
 from pipeline.data.vocabulary import WEATHER
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_USER, UserError, run
+from tests.data.tampering import TAMPERED, edit_split, read_members, swapped_bit, tamper
 from tests.small_run import make_shards
 
 
 @pytest.fixture
-def dataset(tmp_path):
-    make_shards(tmp_path / "shards", {"train": [0, 1, None]})
-    return ShardDataset(tmp_path / "shards", read_index(tmp_path / "shards").split("train"), 32, 12, 8)
+def folder(tmp_path):
+    return tmp_path / "shards"
+
+
+@pytest.fixture
+def dataset(folder):
+    make_shards(folder, {"train": [0, 1, None]})
+    return ShardDataset(folder, read_index(folder), "train", 32, 12, 8)
 
 
 def test_a_sample_is_read_from_its_place_in_the_tar(dataset):
-    with tarfile.open(dataset.folder / dataset.split.shards[0].name) as tar:
+    with tarfile.open(dataset.place / dataset.split.shards[0].name) as tar:
         for row, sample in enumerate(dataset.split.samples):
             member = tar.extractfile(f"{sample.key}.jpg")
             assert member is not None
@@ -39,18 +51,137 @@ def test_an_unknown_label_is_minus_one(dataset):
     assert batch["row"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_a_url_gives_the_same_samples_as_the_folder(dataset, scheme):
+    url = f"file://{dataset.place}"
+    if scheme == "memory":
+        url = f"memory://{dataset.place.parent.name}"
+        for path in dataset.place.iterdir():
+            open_folder(url).put(path, path.name)
+    remote = ShardDataset(url, read_index(url), "train", 32, 12, 8)
+    for row in range(3):
+        assert remote.photo(row) == dataset.photo(row)
+        assert remote.record(row) == dataset.record(row)
+        torch.testing.assert_close(remote[row]["views"], dataset[row]["views"])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_read_a_url_that_the_parent_has_read_from(dataset, context):
+    url = f"file://{dataset.place}"
+    remote = ShardDataset(url, read_index(url), "train", 32, 12, 8)
+    _ = remote[0]
+    loader = DataLoader(remote, 2, num_workers=1, collate_fn=collate, multiprocessing_context=context)
+    assert torch.cat([batch["row"] for batch in loader]).tolist() == [0, 1, 2]
+
+
 def test_a_dataset_travels_to_a_worker_without_its_open_files(dataset):
     _ = dataset[0]
     there = pickle.loads(pickle.dumps(dataset))
-    assert not there._files
+    assert not there.folder._descriptors
     torch.testing.assert_close(there[1]["views"], dataset[1]["views"])
 
 
-def test_a_missing_or_shortened_shard_is_named(dataset):
-    path = dataset.folder / dataset.split.shards[0].name
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_missing_or_shortened_shard_is_named_at_once(dataset, scheme):
+    path, place = dataset.place / "train-00000.tar", f"{scheme}{dataset.place}"
     path.write_bytes(path.read_bytes()[:-512])
-    with pytest.raises(UserError, match=path.name):
-        ShardDataset(dataset.folder, dataset.split, 32, 12, 8)
+    with pytest.raises(UserError, match=f"{place}/train-00000.tar: it is missing or not"):
+        ShardDataset(place, read_index(place), "train", 32, 12, 8)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{place}/train-00000.tar: it is missing or not"):
+        ShardDataset(place, read_index(place), "train", 32, 12, 8)
+
+
+def read_all(folder):
+    data = ShardDataset(folder, read_index(folder), "train", 32, 12, 8)
+    return [data[row] for row in range(len(data))]
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_a_tampered_tar_is_refused_with_shard_and_member_named(folder, kind, scheme):
+    make_shards(folder, {"train": [0, 1, 0]})
+    assert len(read_all(f"{scheme}{folder}")) == 3
+    change, words = TAMPERED[kind]
+    tamper(folder / "train-00000.tar", change)
+    with pytest.raises(UserError, match=f"train-00000.tar.*{words}"):
+        read_all(f"{scheme}{folder}")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda split: split["samples"][1].update(label=0), "train_1: .* differ in label"),
+        (lambda split: split["samples"][1].update(weight=9.0, cluster=1), "train_1: .* differ in GPS cluster, weight"),
+        (lambda split: split["samples"][1].update(key="train_7"), "train_7: .* but 'train_1.jpg'"),
+        (
+            lambda split: split["samples"][1]["members"]["json"].__setitem__(1, 9),
+            r"train_1: train_1\.json is \d+ bytes",
+        ),
+        (lambda split: split["samples"].pop(1), "lists 2 of its 3 samples"),
+        (lambda split: split["samples"].append(split["samples"][0]), "lists 4 of its 3 samples"),
+    ],
+)
+def test_an_index_that_says_something_else_is_refused(folder, edit, words):
+    make_shards(folder, {"train": [0, 1, 0]})
+    edit_split(folder, "train", edit)
+    with pytest.raises(UserError, match=words):
+        read_all(folder)
+
+
+def test_a_tar_with_room_for_more_members_is_refused(folder):
+    make_shards(folder, {"train": [0, 1]})
+    path = folder / "train-00000.tar"
+    path.write_bytes(path.read_bytes() + bytes(20_000))
+    edit_split(folder, "train", lambda split: split["shards"][0].update(bytes=path.stat().st_size))
+    with pytest.raises(UserError, match=r"train-00000\.tar: \d+ bytes follow the last member"):
+        read_all(folder)
+
+
+def test_a_test_photo_that_an_index_puts_into_training_is_refused(folder):
+    make_shards(folder, {"train": [0, 1], "test": [0, 1]})
+    index = read_index(folder)
+    swapped = replace(index, splits={**index.splits, "train": index.splits["test"]})
+    with pytest.raises(UserError, match=r"test_0: .* differ in split"):
+        _ = ShardDataset(folder, swapped, "train", 32, 12, 8)[0]
+
+
+def test_a_tar_that_shrinks_or_vanishes_after_the_start_is_refused(dataset):
+    path = dataset.place / "train-00000.tar"
+    _ = dataset[0]
+    os.truncate(path, 4000)
+    with pytest.raises(UserError, match=r"train-00000\.tar, sample train_2: it ends before its byte"):
+        dataset[2]
+    path.unlink()
+    elsewhere = pickle.loads(pickle.dumps(dataset))  # without the file that is open here
+    with pytest.raises(UserError, match=r"train-00000\.tar, sample train_0: it is gone"):
+        elsewhere[0]
+
+
+def test_a_photo_that_no_program_can_decode_is_named(folder):
+    """Shards may have been made after a look at the headers only."""
+    make_shards(folder, {"train": [0, 1]})
+    members = read_members(folder / "train-00000.tar")
+    cut = members[0][1][: len(members[0][1]) // 2].ljust(len(members[0][1]), b"\0")
+    record = json.dumps({**json.loads(members[1][1]), "sha256": hashlib.sha256(cut).hexdigest()}).encode()
+    tamper(folder / "train-00000.tar", lambda m: [(m[0][0], cut), (m[1][0], record), *m[2:]])
+    with pytest.raises(UserError, match="train_0: cannot be decoded"):
+        read_all(folder)
+
+
+def test_damage_that_a_worker_meets_is_one_sentence_and_status_2(folder, capsys):
+    make_shards(folder, {"train": [0, 1]})
+    tamper(folder / "train-00000.tar", swapped_bit("train_1.jpg"))
+
+    def main():
+        data = ShardDataset(folder, read_index(folder), "train", 32, 12, 8)
+        list(DataLoader(data, 1, num_workers=1, collate_fn=collate))
+
+    assert run(main) == EXIT_USER
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {folder}/train-00000.tar, sample train_1: the photo is not the one of its record")
+    assert "Traceback" not in err
+    assert (err.count("\n"), out) == (1, "")
 
 
 def test_null_metadata_is_nan_or_zero():
@@ -65,6 +196,21 @@ def test_metadata_words_become_their_places():
     assert tensors["gps"].tolist() == [1.5, -2.5]
     assert [WEATHER[i] for i in tensors["weather"].nonzero().flatten()] == ["rainy", "wet"]
     assert (int(tensors["daytime"]), int(tensors["scene"])) == (2, 3)
+
+
+def test_text_is_the_records_vector_and_nan_where_null(tmp_path):
+    make_shards(tmp_path / "shards", {"train": [0, 1]}, text_dim=5)
+    data = ShardDataset(tmp_path / "shards", read_index(tmp_path / "shards"), "train", 32, 12, 8)
+    text = collate([data[0], data[1]])["text"]
+    assert (text.dtype, text.shape) == (torch.float32, (2, 5))
+    vector = data.record(0).text_vector
+    assert vector is not None
+    torch.testing.assert_close(text[0], torch.tensor(vector))
+    assert text[1].isnan().all()
+
+
+def test_shards_without_text_vectors_give_empty_ones(dataset):
+    assert collate([dataset[0], dataset[1]])["text"].shape == (2, 0)
 
 
 def test_mask_targets_are_the_covered_shares():

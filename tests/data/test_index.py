@@ -40,6 +40,10 @@ def test_an_empty_split_is_a_users_mistake(folder):
         lambda v: v["splits"]["train"]["samples"][0].update(shard=7),
         lambda v: v["splits"]["train"]["samples"][0]["members"].update(jpg=[10**12, 5]),
         lambda v: v["splits"]["train"]["samples"][0]["members"].update(jpg=[-5, 5]),
+        lambda v: v["splits"]["train"]["samples"][0]["members"].update(jpg=[511, 5]),
+        lambda v: v["splits"]["train"]["samples"][0]["members"].update(png=[1024, 5]),
+        lambda v: v["splits"]["train"]["samples"][0]["members"].pop("jpg"),
+        lambda v: v["splits"]["train"]["samples"][0]["members"].pop("json"),
         lambda v: v.update(format_version=99),
         lambda v: v["splits"]["train"]["samples"][0].pop("label"),
         lambda v: v.pop("clusters"),
@@ -57,3 +61,9 @@ def test_a_folder_without_an_index_says_how_to_make_one(tmp_path):
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(UserError, match="not JSON"):
         read_index(tmp_path)
+
+
+def test_an_index_is_read_from_a_url(folder):
+    assert read_index(f"file://{folder}/") == read_index(folder)
+    with pytest.raises(UserError, match=r"no shards in memory://nowhere: .* prep shard"):
+        read_index("memory://nowhere")

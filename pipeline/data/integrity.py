@@ -1,0 +1,130 @@
+"""Whether what lies in a tar is what the index says: one set of rules for both readers and for `verify`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+
+from pipeline.data.index import HEADER_BYTES, Sample, Shard
+from pipeline.data.record import Record
+
+# A tar ends with two empty blocks, and is then filled up to a multiple of RECORDSIZE.
+MOST_TAIL_BYTES = 2 * HEADER_BYTES + tarfile.RECORDSIZE
+
+
+class Damage(ValueError):
+    """Data that is not what the index says; the message says how, in a few words."""
+
+
+def members_in_order(samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
+    """Sample and extension of every member of a tar, in the order in which they lie there.
+
+    Args:
+        samples: All those of the tar.
+    """
+    members = [(sample, extension) for sample in samples for extension in sample.members]
+    return sorted(members, key=lambda member: member[0].members[member[1]])
+
+
+def check_layout(shard: Shard, samples: Sequence[Sample]) -> int:
+    """Check that a tar's members, as the index places them, follow each other without room for others.
+
+    Args:
+        shard: The tar.
+        samples: What the index lists for it.
+
+    Returns:
+        Where the last member ends and only zeros may follow, in bytes.
+
+    Raises:
+        Damage: There is a gap or an overlap, or another number of samples than the shard should have.
+    """
+    if len(samples) != shard.samples:
+        raise Damage(f"the index lists {len(samples)} of its {shard.samples} samples")
+    end = 0
+    for sample, extension in members_in_order(samples):
+        offset, size = sample.members[extension]
+        if offset != end + HEADER_BYTES:
+            raise Damage(f"in the index, {sample.key}.{extension} does not follow the member before it")
+        end = offset + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    if shard.bytes - end > MOST_TAIL_BYTES:
+        raise Damage(f"{shard.bytes - end} bytes follow the last member that the index names")
+    return end
+
+
+def check_tail(tail: bytes) -> None:
+    """Check that nothing follows a tar's last member.
+
+    Raises:
+        Damage: Something does; a member is named.
+    """
+    if not any(tail):
+        return
+    try:
+        name = tarfile.TarInfo.frombuf(tail[:HEADER_BYTES], "utf-8", "surrogateescape").name
+    except tarfile.HeaderError:
+        raise Damage("bytes that belong to no member follow the last one") from None
+    raise Damage(f"it holds {name!r}, which the index does not name")
+
+
+def check_header(block: bytes, name: str, size: int) -> None:
+    """Check that the block before a member's data announces this member and nothing else.
+
+    Raises:
+        Damage: It does not.
+    """
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        raise Damage(f"{name} is not where the index says ({error})") from error
+    if header.name != name:
+        raise Damage(f"{name} is not where the index says, but {header.name!r}")
+    if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise Damage(f"{name} is not a file, but a link, a folder or a device")
+    if header.size != size:
+        raise Damage(f"{name} is {header.size} bytes long, the index says {size}")
+
+
+def read_record(sample: Sample, split: str, data: bytes) -> Record:
+    """A sample's record, if it says what the index says.
+
+    Args:
+        sample: What the index says.
+        split: The split that is read.
+        data: The member `json`.
+
+    Raises:
+        Damage: It cannot be read, or says something else.
+    """
+    try:
+        record = Record.from_json(json.loads(data))
+    except (KeyError, TypeError, ValueError) as error:
+        raise Damage("its record cannot be read") from error
+    pairs = {
+        "key": (record.key, sample.key),
+        "split": (record.split, split),
+        "label": (record.label, sample.label),
+        "group": (record.group, sample.group),
+        "GPS cluster": (record.gps_cluster, sample.cluster),
+        "weight": (record.sample_weight, sample.weight),
+        "width": (record.width, sample.width),
+        "height": (record.height, sample.height),
+    }
+    differing = [name for name, (recorded, indexed) in pairs.items() if recorded != indexed]
+    if differing:
+        raise Damage(f"its record and the index differ in {', '.join(differing)}")
+    return record
+
+
+def check_sample(sample: Sample, split: str, members: Mapping[str, bytes]) -> Record:
+    """A sample's record, if record and photo are those of the index.
+
+    Raises:
+        Damage: They are not.
+    """
+    record = read_record(sample, split, members["json"])
+    if hashlib.sha256(members[sample.photo_extension]).hexdigest() != record.sha256:
+        raise Damage("the photo is not the one of its record")
+    return record

@@ -1,0 +1,269 @@
+"""A folder of files, on this machine or behind any URL that fsspec knows: `s3://`, `gs://`, `abfs://`, `sftp://`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import fsspec
+
+from pipeline.errors import UserError
+from pipeline.files import sync
+
+# A store of objects shows an upload when it is whole; anything else gets a temporary name and a move.
+OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "r2"})
+MOST_OPEN_FILES = 256  # per process and folder, far under the usual limit of 1,024
+
+
+class Folder(Protocol):
+    """Flat: names have no slashes. They are trusted, so check those that come from a file before they get here.
+
+    An absent file is a `FileNotFoundError`; everything else that goes wrong is a `UserError`.
+    """
+
+    place: str
+    """The path or URL, as the user gave it."""
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+    def sizes(self, names: Sequence[str]) -> list[int | None]:
+        """Bytes of many files, asked for at the same time where that is faster; None for an absent one."""
+
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Bytes from `start` up to `end`; fewer where the file is shorter."""
+
+    def stream(self, name: str) -> BinaryIO:
+        """A file to be read from its beginning to its end. Its reads raise what the driver raises: see `explained`."""
+
+    def put(self, local: Path, name: str) -> None:
+        """Make `local` the file `name`: whole or not at all, in the place of an older one.
+
+        On one disk the file gets a second name instead of a copy, so it must not be written to afterwards; it may
+        be deleted.
+        """
+
+    def delete(self, name: str) -> None:
+        """Remove a file; an absent one is no mistake."""
+
+
+def is_url(place: Path | str) -> bool:
+    """Whether a folder is reached through fsspec; `file://` is too."""
+    return "://" in str(place)
+
+
+def open_folder(place: Path | str) -> Folder:
+    """The folder at a path or URL; nothing is read yet, and it need not exist.
+
+    Raises:
+        UserError: The URL's driver is not installed, or there is none.
+    """
+    return UrlFolder(str(place)) if is_url(place) else LocalFolder(Path(place))
+
+
+@contextmanager
+def explained(place: str, *, may_be_absent: bool = True) -> Iterator[None]:
+    """Turn whatever a driver raises into one sentence, but leave the absence of a file a `FileNotFoundError`.
+
+    Args:
+        place: What is being used.
+        may_be_absent: If not, that is one sentence too: where a file is written, a bucket is what is absent.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # every driver has exceptions of its own, and few of them are OSErrors
+        if may_be_absent and isinstance(error, FileNotFoundError):
+            raise
+        text = str(getattr(error, "strerror", None) or next(iter(error.args), "")) or repr(error)
+        raise UserError(
+            f"{place} cannot be used: {text.splitlines()[0]}; check its name, your rights to it and the network"
+        ) from error
+
+
+class LocalFolder:
+    """A folder of this machine. Files stay open between reads; each process opens its own."""
+
+    def __init__(self, path: Path):
+        self.path, self.place = path, str(path)
+        self._descriptors: dict[str, int] = {}
+
+    def exists(self, name: str) -> bool:
+        """See `Folder`."""
+        return (self.path / name).is_file()
+
+    def size(self, name: str) -> int:
+        """See `Folder`."""
+        with explained(self.place):
+            return (self.path / name).stat().st_size
+
+    def sizes(self, names: Sequence[str]) -> list[int | None]:
+        """See `Folder`."""
+        return [self.size(name) if self.exists(name) else None for name in names]
+
+    def read(self, name: str) -> bytes:
+        """See `Folder`."""
+        with explained(self.place):
+            return (self.path / name).read_bytes()
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """See `Folder`."""
+        with explained(self.place):
+            return os.pread(self._descriptor(name), end - start, start)
+
+    def stream(self, name: str) -> BinaryIO:
+        """See `Folder`."""
+        with explained(self.place):
+            return (self.path / name).open("rb")
+
+    def put(self, local: Path, name: str) -> None:
+        """See `Folder`."""
+        with explained(self.place):
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary = self.path / f".{name}.{os.getpid()}.tmp"
+            temporary.unlink(missing_ok=True)
+            try:
+                try:
+                    os.link(local, temporary)
+                except OSError:  # another disk, or one without hard links
+                    shutil.copyfile(local, temporary)
+                sync(temporary)
+                os.replace(temporary, self.path / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+            sync(self.path)
+        self._close(name)
+
+    def delete(self, name: str) -> None:
+        """See `Folder`."""
+        with explained(self.place):
+            (self.path / name).unlink(missing_ok=True)
+        self._close(name)
+
+    def _descriptor(self, name: str) -> int:
+        """Of the file, which becomes the most recently used; the least recently used is closed where there are many."""
+        descriptor = self._descriptors.pop(name, None)
+        if descriptor is None:
+            descriptor = os.open(self.path / name, os.O_RDONLY)
+        self._descriptors[name] = descriptor
+        if len(self._descriptors) > MOST_OPEN_FILES:
+            self._close(next(iter(self._descriptors)))
+        return descriptor
+
+    def _close(self, name: str) -> None:
+        descriptor = self._descriptors.pop(name, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        for name in list(self._descriptors):
+            self._close(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Descriptors do not travel to spawned workers.
+        return {**self.__dict__, "_descriptors": {}}
+
+
+class UrlFolder:
+    """A folder behind fsspec. It holds nothing open, so it can be sent to any process; fsspec keeps the connections.
+
+    The file system is asked for at every call: fsspec gives back the one it has, or a new one after a fork, where the
+    old one's thread is gone.
+    """
+
+    def __init__(self, url: str):
+        self.place = url.rstrip("/")
+        self._locate("")
+
+    def exists(self, name: str) -> bool:
+        """See `Folder`."""
+        with explained(self.place):
+            fs, path = self._locate(name)
+            return bool(fs.exists(path))
+
+    def size(self, name: str) -> int:
+        """See `Folder`."""
+        with explained(self.place):
+            fs, path = self._locate(name)
+            return int(fs.size(path))
+
+    def sizes(self, names: Sequence[str]) -> list[int | None]:
+        """See `Folder`."""
+        try:
+            with explained(self.place):
+                fs, root = self._locate("")
+                return list(fs.sizes([f"{root}{name}" for name in names]))
+        except FileNotFoundError:  # of some; now it matters which
+            return [self.size(name) if self.exists(name) else None for name in names]
+
+    def read(self, name: str) -> bytes:
+        """See `Folder`."""
+        with explained(self.place):
+            fs, path = self._locate(name)
+            return bytes(fs.cat_file(path))
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """See `Folder`."""
+        with explained(self.place):
+            fs, path = self._locate(name)
+            return bytes(fs.cat_file(path, start=start, end=end))
+
+    def stream(self, name: str) -> BinaryIO:
+        """See `Folder`."""
+        with explained(self.place):
+            fs, path = self._locate(name)
+            stream: BinaryIO = fs.open(path, "rb")
+            return stream
+
+    def put(self, local: Path, name: str) -> None:
+        """See `Folder`."""
+        with explained(self.place, may_be_absent=False):
+            fs, path = self._locate(name)
+            if OBJECT_STORES.intersection([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+                fs.put_file(str(local), path)
+            else:
+                _put_and_move(fs, local, path)
+            written, wanted = self.size(name), local.stat().st_size
+            if written != wanted:
+                raise UserError(f"{self.place}/{name} has {written} of {wanted} bytes after its upload; try again")
+
+    def delete(self, name: str) -> None:
+        """See `Folder`."""
+        with explained(self.place):
+            fs, path = self._locate(name)
+            if fs.exists(path):
+                fs.rm_file(path)
+
+    def _locate(self, name: str) -> tuple[Any, str]:
+        """The file system, and the path that it has for a name."""
+        try:
+            fs, root = fsspec.url_to_fs(self.place)
+        except ImportError as error:  # the message is the driver's: which package to install
+            raise UserError(f"{self.place} needs a driver that is not installed: {error}") from error
+        except ValueError as error:
+            raise UserError(f"{self.place} is no folder that can be opened: {error}") from error
+        fs.invalidate_cache()  # other processes write here too, and a listing from before would hide it
+        return fs, f"{root}/{name}"
+
+
+def _put_and_move(fs: Any, local: Path, path: str) -> None:
+    folder, _, name = path.rpartition("/")
+    temporary = f"{folder}/.{name}.{os.getpid()}.tmp"
+    fs.makedirs(folder, exist_ok=True)
+    try:
+        fs.put_file(str(local), temporary)
+        fs.mv(temporary, path)
+    finally:
+        if fs.exists(temporary):
+            fs.rm_file(temporary)

@@ -1,0 +1,103 @@
+"""What training is fed with: batches of this rank, from shards read at random or streamed, or from noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from pipeline.config import Config
+from pipeline.data.dataset import ShardDataset, collate
+from pipeline.data.index import Index
+from pipeline.data.sampler import PositionSampler
+from pipeline.data.stand_in import StandIn
+from pipeline.data.streaming import StreamedSplit, inclusion
+from pipeline.errors import UserError
+from pipeline.plan import plan_schedule, sampling_weights
+from pipeline.progress import say
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Micro-batches of one rank."""
+
+    loader: DataLoader[Batch]
+    order: PositionSampler | StreamedSplit
+    samples: int
+    """Of the training split."""
+
+    def batches(self, samples_seen: int) -> Iterator[Batch]:
+        """Endless micro-batches, from where a run stands that has seen so many samples over all ranks."""
+        self.order.start = samples_seen
+        return iter(self.loader)
+
+
+def open_feed(config: Config, index: Index | None, batch_size: int, rank: int, world_size: int) -> Feed:
+    """The training split as `data` says; without shards, noise to try a step on.
+
+    Args:
+        config: Of the run.
+        index: Of the shards, None where there are none yet.
+        batch_size: Samples of one micro-batch.
+        rank: Of this process.
+        world_size: Number of processes.
+    """
+    sizes = config.model.view_side, config.model.num_views, config.model.mask_side
+    if index is None:
+        if rank == 0:
+            say(f"no shards at {config.data.shards} yet: planning with a stand-in of noise, as if it were all the data")
+        noise = StandIn(2 * config.train.batch_size, *sizes, config.model.text_dim)
+        return _random_access(config, noise, np.ones(len(noise)), batch_size, rank, world_size)
+    data = ShardDataset(config.data.shards, index, "train", *sizes)
+    weights = sampling_weights(config, data.split)
+    if config.data.streaming:
+        return _streamed(config, data, weights, batch_size, rank, world_size)
+    return _random_access(config, data, weights, batch_size, rank, world_size)
+
+
+def _random_access(
+    config: Config, data: ShardDataset | StandIn, weights: np.ndarray, batch_size: int, rank: int, world_size: int
+) -> Feed:
+    order = PositionSampler(
+        weights,
+        plan_schedule(config, len(data)).samples_per_epoch,
+        seed=config.train.seed, batch_size=batch_size, rank=rank, world_size=world_size,
+    )  # fmt: skip
+    loader = DataLoader(
+        data, batch_sampler=order, num_workers=config.data.workers, collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+    return Feed(loader, order, len(data))
+
+
+def _streamed(
+    config: Config, data: ShardDataset, weights: np.ndarray, batch_size: int, rank: int, world_size: int
+) -> Feed:
+    tars = len(data.split.shards)
+    if tars < world_size:
+        raise UserError(
+            f"data.streaming needs a tar for each of the {world_size} processes, and the training split has {tars}; "
+            "shard again with a smaller --shard_mb, or train with --data.streaming false"
+        )
+    drawn = plan_schedule(config, len(data)).samples_per_epoch
+    order = StreamedSplit(
+        data,
+        inclusion(weights, drawn),
+        seed=config.train.seed, buffer=config.data.shuffle_buffer, rank=rank, world_size=world_size,
+    )  # fmt: skip
+    workers = min(config.data.workers, tars // world_size)
+    if rank == 0:
+        say(
+            f"streaming {tars} tars with {world_size} x {max(1, workers)} readers: a pass draws about {drawn} of "
+            f"{len(data)} photos, mixed {config.data.shuffle_buffer} at a time; a resumed run starts a new pass, so "
+            "photos around the interruption may come once more or once less"
+        )
+    loader = DataLoader(
+        order, batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available()
+    )
+    return Feed(loader, order, len(data))

@@ -1,0 +1,199 @@
+"""Tars read from end to end: the right samples, mixed, shared, and nothing lost or added in silence."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice, pairwise
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from pipeline.data.dataset import ShardDataset, collate
+from pipeline.data.index import read_index
+from pipeline.data.sampler import order
+from pipeline.data.storage import open_folder
+from pipeline.data.streaming import StreamedSplit, inclusion
+from pipeline.errors import UserError
+from tests.data.tampering import TAMPERED, distribute, edit_split, tamper
+from tests.small_run import make_shards
+
+PHOTOS, TARS = 12, 4
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_shards(tmp_path / "shards", {"train": [number % 2 for number in range(PHOTOS)]})
+    distribute(tmp_path / "shards", "train", TARS)
+    return tmp_path / "shards"
+
+
+def stream(place, *, probability=1.0, seed=0, buffer=1, rank=0, world_size=1, start=0):
+    data = ShardDataset(place, read_index(place), "train", 32, 12, 8)
+    probabilities = np.full(len(data), probability)
+    split = StreamedSplit(data, probabilities, seed=seed, buffer=buffer, rank=rank, world_size=world_size)
+    split.start = start
+    return split
+
+
+def rows(split, number):
+    return [int(sample["row"]) for sample in islice(split, number)]
+
+
+def test_a_pass_has_every_sample_as_random_access_has_it(folder):
+    split = stream(folder)
+    samples = list(islice(split, PHOTOS))
+    assert sorted(int(sample["row"]) for sample in samples) == list(range(PHOTOS))
+    for sample in samples:
+        expected = split.data[int(sample["row"])]
+        assert sample.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(sample[key], value, equal_nan=True)
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_a_url_gives_the_same_sequence_as_the_folder(folder, scheme):
+    url = f"file://{folder}"
+    if scheme == "memory":
+        url = f"memory://{folder.parent.name}"
+        for path in folder.iterdir():
+            open_folder(url).put(path, path.name)
+    assert rows(stream(url, buffer=5), 30) == rows(stream(folder, buffer=5), 30)
+
+
+@pytest.mark.parametrize("buffer", [1, 6])
+def test_the_sequence_follows_from_the_seed_the_start_and_nothing_else(folder, buffer):
+    first = rows(stream(folder, buffer=buffer), 40)
+    assert rows(stream(folder, buffer=buffer), 40) == first
+    assert rows(stream(folder, buffer=buffer, seed=1), 40) != first
+    assert rows(stream(folder, buffer=buffer, start=8), 40) != first
+
+
+def test_passes_take_the_tars_in_other_orders(folder):
+    sequence = rows(stream(folder), 6 * PHOTOS)
+    passes = {tuple(sequence[at : at + PHOTOS]) for at in range(0, len(sequence), PHOTOS)}
+    assert len(passes) > 3
+    assert all(sorted(one) == list(range(PHOTOS)) for one in passes)
+
+
+def test_the_buffer_mixes_photos_of_several_tars(folder):
+    """Without one, a tar's photos follow each other as they lie; with one they do not."""
+
+    def neighbours(buffer):
+        sequence = rows(stream(folder, buffer=buffer), 400)
+        return sum(second == first + 1 for first, second in pairwise(sequence))
+
+    assert neighbours(1) >= 400 * 2 / 3 - 1
+    assert neighbours(12) < 120
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (4, 0), (1, 2), (2, 2)])
+def test_readers_share_a_pass_without_overlap_or_loss(folder, world_size, workers):
+    seen = []
+    for rank in range(world_size):
+        split = stream(folder, rank=rank, world_size=world_size)
+        loader = DataLoader(split, 1, num_workers=workers, collate_fn=collate)
+        seen += [int(batch["row"]) for batch in islice(loader, PHOTOS // world_size)]
+    assert sorted(seen) == list(range(PHOTOS))
+
+
+def test_a_pass_draws_each_photo_with_its_probability(folder):
+    split = stream(folder)
+    split.probabilities = np.linspace(0.1, 1.0, PHOTOS)
+    passes = 400
+    visits = islice(split.visits(0, 1), passes * TARS)
+    drawn = np.array([visit.drawn for visit in islice(visits, 0, None, TARS)])
+    np.testing.assert_allclose(drawn.mean(axis=0), split.probabilities, atol=4 * np.sqrt(0.25 / passes))
+    expected = [row for visit in islice(split.visits(0, 1), 5 * TARS)
+                for row in split.data.rows_of_shard[visit.shard] if visit.drawn[row]]  # fmt: skip
+    assert rows(split, len(expected)) == expected
+
+
+@pytest.mark.parametrize("samples", [1, 30, 150, 199, 200])
+def test_inclusion_adds_up_and_grows_with_the_weight(samples):
+    weights = np.random.default_rng(0).lognormal(0, 1.5, size=200)
+    found = inclusion(weights, samples)
+    assert found.sum() == pytest.approx(samples, rel=1e-6)
+    assert 0 < found.min() <= found.max() <= 1
+    assert (np.diff(found[np.argsort(weights)]) >= 0).all()
+    np.testing.assert_allclose(inclusion(1e-9 * weights, samples), found, rtol=1e-6)
+    np.testing.assert_allclose(inclusion(np.full(200, 3.0), samples), samples / 200)
+
+
+def test_a_pass_favours_the_same_photos_as_an_epoch_of_random_access():
+    weights = np.random.default_rng(1).choice([0.2, 1.0, 5.0], size=200)
+    counts = np.zeros(200)
+    for epoch in range(2000):
+        counts[order(0, epoch, weights, 80)] += 1
+    for weight in (0.2, 1.0, 5.0):
+        rows_of_weight = weights == weight
+        share = counts[rows_of_weight].mean() / 2000
+        np.testing.assert_allclose(inclusion(weights, 80)[rows_of_weight], share, atol=0.005)
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+@pytest.mark.parametrize("kind", TAMPERED)
+def test_a_tampered_tar_is_refused_with_shard_and_member_named(tmp_path, kind, scheme):
+    make_shards(tmp_path / "shards", {"train": [0, 1, 0]})
+    change, words = TAMPERED[kind]
+    tamper(tmp_path / "shards" / "train-00000.tar", change)
+    with pytest.raises(UserError, match=rf"train-00000\.tar.*{words}"):
+        rows(stream(f"{scheme}{tmp_path / 'shards'}"), 3 + 1)
+
+
+def test_a_tampered_sample_that_the_pass_leaves_out_is_refused_too(folder):
+    change, words = TAMPERED["a missing photo"]
+    tamper(folder / "train-00000.tar", change)
+    with pytest.raises(UserError, match=words):
+        rows(stream(folder, probability=0.01), 1)
+
+
+def test_fewer_samples_than_the_index_promises_are_refused(folder):
+    edit_split(folder, "train", lambda split: split["samples"].pop())
+    with pytest.raises(UserError, match=r"train-00003\.tar: the index lists 2 of its 3 samples"):
+        rows(stream(folder), PHOTOS)
+
+
+def test_a_tar_that_ends_early_or_vanishes_while_it_is_read_is_refused(folder):
+    split = stream(folder)
+    path = folder / "train-00002.tar"
+    whole = path.read_bytes()
+    for size in (0, 512, 1000, 1024 + len(whole) // 2):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"train-00002\.tar: .*train_[678]"):
+            rows(split, PHOTOS)
+    path.unlink()
+    with pytest.raises(UserError, match=r"train-00002\.tar: it is gone"):
+        rows(split, PHOTOS)
+
+
+def test_a_line_that_breaks_is_one_sentence(folder, monkeypatch):
+    url = f"memory://{folder.parent.name}"
+    for path in folder.iterdir():
+        open_folder(url).put(path, path.name)
+
+    class Broken:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def read(self, size):
+            raise ConnectionError("the store hung up")
+
+    split = stream(url)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "open", lambda *_, **__: Broken())
+    with pytest.raises(UserError, match=r"memory://.* cannot be used: the store hung up"):
+        rows(split, 1)
+
+
+def test_damage_that_a_worker_meets_keeps_its_sentence(folder):
+    change, _ = TAMPERED["another photo"]
+    tamper(folder / "train-00000.tar", change)
+    loader = DataLoader(stream(folder), 1, num_workers=1, collate_fn=collate)
+    with pytest.raises(UserError) as caught:
+        Counter(int(batch["row"]) for batch in islice(loader, PHOTOS))
+    assert str(caught.value).startswith(f"{folder}/train-00000.tar, sample train_1: the photo is not the one")
