@@ -100,6 +100,7 @@ def shard(
     scrutiny = Scrutiny(check == "decode", None if masks is None else str(masks.resolve()))
     stamp = f"{photos.stamp()}{masks_stamp(scrutiny.masks)}"
     place = Workplace(str(out), work)
+    _check_apart(source, place)
     finished = _finished(place, arguments)
     if finished is not None and finished["source_stamp"] == stamp:
         say(f"{place.out} is finished already: the same source, the same arguments")
@@ -113,6 +114,8 @@ def shard(
         return take_in(photos, place.path, pool, scrutiny, max_rejects)
 
     with place.locked(shared=share is not None), Workers(workers, preload=(write_tar.__module__,)) as pool:
+        if finished is None and is_finished(place):
+            raise UserError(f"another run has just finished {place.out}; give the command again to compare")
         if finished is not None:
             return _compare(place, finished, look(pool), stamp)
         wanted = {
@@ -171,6 +174,13 @@ def _parse_part(part: str | None) -> tuple[int, int] | None:
     return int(first), int(second)
 
 
+def _check_apart(source: str | Path, place: Workplace) -> None:
+    """Refuse an output inside the source, which would be a part of its own input the next time."""
+    inside = Path(source).resolve()
+    if not is_url(place.out) and inside.is_dir() and Path(place.out).is_relative_to(inside):
+        raise UserError(f"--out {place.out} lies inside --source {source}; choose a folder outside of it")
+
+
 def _finished(place: Workplace, arguments: Arguments) -> dict[str, Any] | None:
     """The summary of a finished output, or None if it can be made.
 
@@ -196,7 +206,7 @@ def _finished(place: Workplace, arguments: Arguments) -> dict[str, Any] | None:
 def _compare(place: Workplace, finished: dict[str, Any], intake: Intake, stamp: str) -> Path | str:
     """The source's files look touched: are the photos still those of the finished output?"""
     if finished["source_sha256"] != intake.sha256:
-        raise UserError(f"{place.out} holds shards of other photos than the source has; {REMEDY}")
+        raise UserError(f"{place.out} holds shards of other photos or masks than the source has; {REMEDY}")
     say(f"{place.out} is finished already: the same photos, the same arguments")
     write_json(place.path / SUMMARY_NAME, {**finished, "source_stamp": stamp})
     open_folder(place.out).put(place.path / SUMMARY_NAME, SUMMARY_NAME)

@@ -33,7 +33,7 @@ def test_another_setting_or_other_data_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"train\.seed=0 \(now 1\)"):
         folder.check(config(seed=1), INDEX)
     with pytest.raises(UserError, match="other shards"):
-        folder.check(config(), Index({}, (), {}, "b" * 64, {}, {}))
+        folder.check(config(), Index({}, (), {}, {}, "1.0", "b" * 64, {}, {}))
 
 
 def test_a_summary_with_steps_means_finished(tmp_path):

@@ -37,7 +37,7 @@ def test_a_finished_folder_is_kept_when_only_the_files_times_changed(tmp_path):
     shard(source, tmp_path / "out", workers=1)
     assert content(tmp_path / "out") == before
     (source / "Oslo-0.jpg").write_bytes(jpeg(99))
-    with pytest.raises(UserError, match="holds shards of other photos"):
+    with pytest.raises(UserError, match="holds shards of other photos or masks"):
         shard(source, tmp_path / "out", workers=1)
     assert content(tmp_path / "out") == before
     assert not list(tmp_path.glob(".*partial*"))
@@ -194,6 +194,13 @@ def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_repair
     assert not partial.exists()
     shard(source, tmp_path / "again", workers=1, shard_mb=0.05)
     assert content(out) == content(tmp_path / "again")
+
+
+def test_an_output_inside_the_source_is_refused(tmp_path):
+    source = write_folder(tmp_path / "in", city_rows(1, 3))
+    for out in (source, source / "shards", source / ".." / "in" / "shards"):
+        with pytest.raises(UserError, match="lies inside --source"):
+            shard(source, out, workers=1)
 
 
 def test_two_runs_of_one_folder_do_not_meet(tmp_path):
