@@ -13,7 +13,8 @@ usage: ./launch.sh COMMAND [options]        `./launch.sh COMMAND --help` explain
   demo       photos -> shards -> train -> evaluate -> export -> predict, in minutes on two cores (--quick: 2 minutes)
   test       ruff, mypy and pytest; further words go to pytest
   doctor     check machine, installation, configurations and data, and say what would happen
-  prep       scenes | masks | shard | merge | audit | verify: make data sets and shards, and look for what is wrong with them
+  prep       scenes | masks | shard | merge | features | audit | verify: make data sets, shards and the feature cache, and look
+             for what is wrong with them
   slurm      submit to a SLURM cluster: ./launch.sh slurm prep --parts N [options of prep shard] [--dry_run]
   train      train a recipe: ./launch.sh train demo [--config_file ACCELERATE.yaml] [--epochs N] [--dry-run] [--room.key VALUE]
   evaluate   score a run on splits it never saw, and write its report
@@ -125,7 +126,13 @@ dispatch() {
     setup) ;;
     demo) demo "$@" ;;
     test) run_tests "$@" ;;
-    prep) module data_prep "$@" ;;
+    prep)
+      if [[ ${1:-} == features ]]; then
+        module pipeline.launcher prep "$@" # on every GPU, as training is
+      else
+        module data_prep "$@"
+      fi
+      ;;
     train) module pipeline.launcher "$@" ;;
     slurm) module data_prep.slurm "$@" ;;
     bench) module benchmarks "$@" ;;

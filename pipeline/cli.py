@@ -92,7 +92,7 @@ def _call(function: Command, arguments: list[str], prog: str) -> Path | str | No
     values = parser.parse_args(gather_lists(function, spell_switches(function, words)))
     silence_libraries()
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the summary's path
-        return function(**values.as_dict())
+        return function(**vars(parser.instantiate(values)))
 
 
 def gather_lists(function: Command, arguments: list[str]) -> list[str]:

@@ -14,8 +14,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipeline.cli import command
-from pipeline.config import read_config
-from pipeline.data.dataset import METADATA_KEYS, VIEW_KEYS, ShardDataset, collate
+from pipeline.config import DataConfig, read_config
+from pipeline.data.dataset import METADATA_KEYS, ShardDataset, collate, photo_inputs
+from pipeline.data.feature_dataset import open_split
+from pipeline.data.feature_key import feature_key
+from pipeline.data.features import FeatureCache, open_cache
 from pipeline.data.index import Index, read_index
 from pipeline.data.inputs import check_inputs, fields_read, leaking_inputs
 from pipeline.errors import UserError, require
@@ -35,6 +38,7 @@ def evaluate(
     run: Path,
     *,
     shards: str | None = None,
+    features: str | None = None,
     baseline: Path | None = None,
     splits: list[str] = ["val", "test"],  # noqa: B006  (a list is what gives the flag several words)
     batch_size: int = 16,
@@ -49,6 +53,8 @@ def evaluate(
     Args:
         run: Run folder.
         shards: Folder of shards, or its URL; by default the one that the run was trained on.
+        features: Feature cache to take the tokens from, a folder or URL, or '' for the photos themselves; by default
+            the one that the run was trained from, as far as it is still there and of these shards.
         baseline: An evaluated run on the same shards, such as one of a baseline head, to be shown beside.
         splits: Splits to measure. Without `val`, the cut is the one of an earlier evaluation or of training.
         batch_size: Photos in one forward pass.
@@ -64,10 +70,15 @@ def evaluate(
     if not run.is_dir():
         raise UserError(f"no run at {run}; name the folder that training wrote")
     start, model = time.monotonic(), load_model(run / "model", pick_device(device))
-    folder = shards or read_config(run / "config.yaml").data.shards
+    config = read_config(run / "config.yaml")
+    folder = shards or config.data.shards
     index = read_index(folder)
     check_metadata(run, index, model.config.sizes)
-    datasets = {name: open_split(folder, index, name, model) for name in splits}
+    for name in splits:
+        check_labelled(folder, index, name)
+    cache = find_cache(features, config.data, index, model)
+    sizes, scale = model.config.sizes, config.data.decode_scale
+    datasets = {name: open_split(folder, index, name, sizes, scale, cache) for name in splits}
     path = run / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     earlier = None if "val" in splits else known_threshold(run, summary)
@@ -101,13 +112,34 @@ def evaluate(
     return written
 
 
-def open_split(folder: str, index: Index, name: str, model: RoadworkModel) -> ShardDataset:
-    """A split's samples; a `UserError` where none is labelled, before any time is spent on it."""
-    split = index.split(name)
-    if not (split.labels >= 0).any():
+def check_labelled(folder: str, index: Index, name: str) -> None:
+    """Refuse a split where nothing is labelled, before any time is spent on it."""
+    if not (index.split(name).labels >= 0).any():
         raise UserError(f"the split {name!r} of {folder} has no labelled photo, so there is nothing to measure on it")
-    config = model.config
-    return ShardDataset(folder, index, name, config.view_side, config.num_views, config.mask_side)
+
+
+def find_cache(given: str | None, data: DataConfig, index: Index, model: RoadworkModel) -> FeatureCache | None:
+    """The feature cache to evaluate from; None where the tokens are to be computed.
+
+    Args:
+        given: What the user asked for; None leaves it to the run.
+        data: Of the run.
+        index: Of the shards.
+        model: The one to be evaluated.
+
+    Raises:
+        UserError: The user asked for a cache that does not fit. The run's own is then passed over, with a word.
+    """
+    try:
+        cache = open_cache(data.features if given is None else given, index)
+        if cache is not None:
+            cache.check(feature_key(model.backbone, model.config.sizes, data.decode_scale))
+    except UserError as problem:
+        if given is not None:
+            raise
+        say(f"computing the tokens anew: {problem}")
+        return None
+    return cache
 
 
 def check_metadata(run: Path, index: Index, model: ModelConfig) -> None:
@@ -196,7 +228,8 @@ def answers(
     exported model gets the same evaluation.
     """
     for batch in loader:
-        encoded = model.encode(**{key: batch[key] for key in VIEW_KEYS})
+        inputs: dict[str, Any] = photo_inputs(batch)
+        encoded = model.encode(**inputs)
         blind = model.answer(encoded, null_metadata=True)
         informed = model.answer(encoded, **{key: batch[key] for key in METADATA_KEYS})
         probabilities = [probability_of(model, output, 0.0) for output in (blind, informed)]

@@ -1,4 +1,4 @@
-"""What training is fed with: batches of this rank, from shards read at random or streamed, or from noise."""
+"""What training is fed with: batches of this rank, from shards at random or streamed, from a cache, or from noise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 
 from pipeline.config import Config
 from pipeline.data.dataset import ShardDataset, collate
+from pipeline.data.feature_dataset import CopySampler, FeatureDataset, open_split
+from pipeline.data.features import FeatureCache
 from pipeline.data.index import Index
 from pipeline.data.sampler import PositionSampler
 from pipeline.data.stand_in import StandIn
@@ -37,7 +39,14 @@ class Feed:
         return iter(self.loader)
 
 
-def open_feed(config: Config, index: Index | None, batch_size: int, rank: int, world_size: int) -> Feed:
+def open_feed(
+    config: Config,
+    index: Index | None,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    cache: FeatureCache | None = None,
+) -> Feed:
     """The training split as `data` says; without shards, noise to try a step on.
 
     Args:
@@ -46,14 +55,15 @@ def open_feed(config: Config, index: Index | None, batch_size: int, rank: int, w
         batch_size: Samples of one micro-batch.
         rank: Of this process.
         world_size: Number of processes.
+        cache: What `data.features` names.
     """
-    sizes = config.model.view_side, config.model.num_views, config.model.mask_side
     if index is None:
         if rank == 0:
             say(f"no shards at {config.data.shards} yet: planning with a stand-in of noise, as if it were all the data")
+        sizes = config.model.view_side, config.model.num_views, config.model.mask_side
         noise = StandIn(2 * config.train.batch_size, *sizes, config.model.text_dim)
         return _random_access(config, noise, np.ones(len(noise)), batch_size, rank, world_size)
-    data = ShardDataset(config.data.shards, index, "train", *sizes)
+    data = open_split(config.data.shards, index, "train", config.model, config.data.decode_scale, cache)
     weights = sampling_weights(config, data.split)
     if config.data.streaming:
         return _streamed(config, data, weights, batch_size, rank, world_size)
@@ -63,9 +73,10 @@ def open_feed(config: Config, index: Index | None, batch_size: int, rank: int, w
 def _random_access(
     config: Config, data: ShardDataset | StandIn, weights: np.ndarray, batch_size: int, rank: int, world_size: int
 ) -> Feed:
-    order = PositionSampler(
+    order = CopySampler(
         weights,
         plan_schedule(config, len(data)).samples_per_epoch,
+        copies=data.copies if isinstance(data, FeatureDataset) else 1,
         seed=config.train.seed, batch_size=batch_size, rank=rank, world_size=world_size,
     )  # fmt: skip
     loader = DataLoader(

@@ -1,4 +1,7 @@
-"""Start training on the hardware at hand, and give its outcome an exit status: `./launch.sh train RECIPE`."""
+"""Start training on the hardware at hand, and give its outcome an exit status: `./launch.sh train RECIPE`.
+
+`./launch.sh prep features` is started in the same way.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +34,8 @@ CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)")
 
 def main(arguments: Sequence[str]) -> int:
     """Run `accelerate launch pipeline/train.py` for a recipe; returns the exit status that `launch.sh` promises."""
-    parser = argparse.ArgumentParser(prog="./launch.sh train", add_help=False, allow_abbrev=False)
+    parser = _parser("./launch.sh train")
     parser.add_argument("recipe", nargs="?", help="A name in pipeline/recipes, or a YAML file.")
-    parser.add_argument(
-        "--config_file", type=Path, help="An accelerate configuration; by default the hardware decides."
-    )
-    parser.add_argument("--num_processes", type=int, help="Processes; by default the accelerate configuration decides.")
-    parser.add_argument("-h", "--help", action="store_true", help="Show this and every configuration key.")
     own, rest = parser.parse_known_args(arguments)
     train = str(ROOT / "pipeline" / "train.py")
     if own.help:
@@ -50,6 +48,32 @@ def main(arguments: Sequence[str]) -> int:
         say(f"error: {error}")
         return EXIT_USER
     return supervise(command)
+
+
+def prep(arguments: Sequence[str]) -> int:
+    """Run `accelerate launch -m data_prep COMMAND` for a command that shares its work among processes; see `main`."""
+    parser = _parser(f"./launch.sh prep {arguments[0]}")
+    own, rest = parser.parse_known_args(arguments)
+    if own.help:
+        print(parser.format_help())
+        return subprocess.run([sys.executable, "-m", "data_prep", *rest, "--help"], check=False).returncode
+    try:
+        command = [*launch_words(own.config_file, own.num_processes), "-m", "data_prep", *rest]
+    except UserError as error:
+        say(f"error: {error}")
+        return EXIT_USER
+    return supervise(command, "and keeping the files that are finished")
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    """The options of the launcher itself; all others are the command's."""
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--config_file", type=Path, help="An accelerate configuration; by default the hardware decides."
+    )
+    parser.add_argument("--num_processes", type=int, help="Processes; by default the accelerate configuration decides.")
+    parser.add_argument("-h", "--help", action="store_true", help="Show this and every configuration key.")
+    return parser
 
 
 def find_recipe(name: str | None) -> Path:
@@ -76,11 +100,15 @@ def launch_words(config_file: Path | None, num_processes: int | None) -> list[st
     return words + (["--num_processes", str(num_processes)] if num_processes else [])
 
 
-def supervise(command: list[str]) -> int:
+def supervise(command: list[str], farewell: str = "at the next step boundary, with a checkpoint") -> int:
     """Run a launch to its end; a request to stop is handed on once, a second Ctrl-C kills.
 
     A worker's exit status does not survive the launcher, which returns 1 and prints a traceback of its own. Workers
     leave their status in a file; where that explains the end, the launcher's words are dropped.
+
+    Args:
+        command: The launch.
+        farewell: What is said about the workers' end when a stop is asked for.
     """
     with tempfile.TemporaryDirectory() as folder:
         state_file = Path(folder) / "state.json"
@@ -97,7 +125,7 @@ def supervise(command: list[str]) -> int:
         with subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
         ) as process:
-            _hand_on_signals(process)
+            _hand_on_signals(process, farewell)
             assert process.stderr is not None
             for line in process.stderr:
                 if not line.startswith(OUTCOMES) and (aside or CHATTER.search(line)):
@@ -114,7 +142,7 @@ def supervise(command: list[str]) -> int:
     return status
 
 
-def _hand_on_signals(process: subprocess.Popen[str]) -> None:
+def _hand_on_signals(process: subprocess.Popen[str], farewell: str) -> None:
     asked = False
 
     def hand_on(number: int, frame: FrameType | None) -> None:
@@ -123,7 +151,7 @@ def _hand_on_signals(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         elif not asked:
             asked = True
-            say("stopping at the next step boundary, with a checkpoint; Ctrl-C again kills")
+            say(f"stopping {farewell}; Ctrl-C again kills")
             process.send_signal(signal.SIGTERM)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
@@ -131,4 +159,5 @@ def _hand_on_signals(process: subprocess.Popen[str]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    words = sys.argv[1:]
+    raise SystemExit(prep(words[1:]) if words[:1] == ["prep"] else main(words))

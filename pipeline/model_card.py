@@ -68,12 +68,15 @@ def model_card(name: str, model: RoadworkModel, summary: dict[str, Any], thresho
     """
     sizes = model.config.sizes
     prunes = sizes.head == "roadwork" and sizes.pruning != "off"
+    kept = str(sizes.keep_views if prunes else sizes.num_views)
+    if prunes and sizes.pruning == "dynamic":
+        kept = f"as many as the answer needs, at most {kept}"
     return CARD.format(
         name=name,
         head=sizes.head,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
         backbone=sizes.backbone,
-        kept=sizes.keep_views if prunes else sizes.num_views,
+        kept=kept,
         views=sizes.num_views,
         results=results_table(summary),
         threshold=threshold,

@@ -186,7 +186,7 @@ def draw_canvas(config: SceneConfig, index: int) -> tuple[np.ndarray, list[tuple
     torch.set_num_threads(1)  # every core already draws
     scene = render(config, index)
     width, height = config.size
-    canvas = resize(torch.from_numpy(scene.image.copy()).permute(2, 0, 1), CANVAS)
+    canvas = resize(torch.from_numpy(scene.image.copy()).permute(2, 0, 1), CANVAS, CANVAS)
     boxes = []
     for item in scene.objects:
         x0, y0, x1, y1 = item.box

@@ -46,6 +46,7 @@ def track(
     what: str,
     unit: str = "images",
     amount: Callable[[T], int] = lambda item: 1,
+    note: Callable[[], str] = lambda: "",
 ) -> Iterator[T]:
     """Pass `items` through and show how far they are.
 
@@ -55,12 +56,20 @@ def track(
         what: Names the work.
         unit: Names what `amount` counts.
         amount: How much of `total` one item stands for.
+        note: What else there is to say at a moment; empty for nothing.
     """
     follow = _track_bar if sys.stderr.isatty() else _track_lines
-    yield from follow(items, total, what, unit, amount)
+    yield from follow(items, total, what, unit, amount, note)
 
 
-def _track_bar(items: Iterable[T], total: int | None, what: str, unit: str, amount: Callable[[T], int]) -> Iterator[T]:
+def _track_bar(
+    items: Iterable[T],
+    total: int | None,
+    what: str,
+    unit: str,
+    amount: Callable[[T], int],
+    note: Callable[[], str],
+) -> Iterator[T]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -74,11 +83,16 @@ def _track_bar(items: Iterable[T], total: int | None, what: str, unit: str, amou
             yield item
             done += amount(item)
             rate = done / max(time.monotonic() - start, 1e-9)
-            bar.update(task, completed=done, rate=f"{rate:.1f} {unit}/s")
+            bar.update(task, completed=done, rate=_and(f"{rate:.1f} {unit}/s", note()))
 
 
 def _track_lines(
-    items: Iterable[T], total: int | None, what: str, unit: str, amount: Callable[[T], int]
+    items: Iterable[T],
+    total: int | None,
+    what: str,
+    unit: str,
+    amount: Callable[[T], int],
+    note: Callable[[], str],
 ) -> Iterator[T]:
     start = last = time.monotonic()
     done = 0
@@ -90,7 +104,11 @@ def _track_lines(
             rate = done / (now - start)
             left = "" if total is None else f", {format_seconds((total - done) / rate)} left"
             of = "" if total is None else f"/{total}"
-            say(f"{what}: {done}{of}, {rate:.1f} {unit}/s{left}")
+            say(_and(f"{what}: {done}{of}, {rate:.1f} {unit}/s{left}", note()))
             last = now
     spent = time.monotonic() - start
-    say(f"{what}: {done} {unit} in {format_seconds(spent)} ({done / max(spent, 1e-9):.1f}/s)")
+    say(_and(f"{what}: {done} {unit} in {format_seconds(spent)} ({done / max(spent, 1e-9):.1f}/s)", note()))
+
+
+def _and(text: str, note: str) -> str:
+    return f"{text}, {note}" if note else text

@@ -14,7 +14,9 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Config, parse_config
-from pipeline.data.dataset import ShardDataset
+from pipeline.data.feature_dataset import open_split
+from pipeline.data.feature_key import feature_key
+from pipeline.data.features import FeatureCache, open_cache
 from pipeline.data.index import INDEX_NAME, read_index
 from pipeline.data.inputs import check_inputs
 from pipeline.data.storage import open_folder
@@ -51,6 +53,7 @@ def train(config: Config, dry_run: bool) -> Path | None:
     index = None if dry_run and not open_folder(shards).exists(INDEX_NAME) else read_index(shards)
     if index is not None:
         check_inputs(index, config.model, config.data.allow_leaks)
+    cache = None if index is None else open_cache(config.data.features, index)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     batching = plan_batches(config.train, world_size)
     precision = resolve_precision(config.train.precision)
@@ -70,7 +73,7 @@ def train(config: Config, dry_run: bool) -> Path | None:
                 say(f"{folder.path} is finished already; for another run choose another --train.run")
             return folder.summary.resolve()
 
-    feed = open_feed(config, index, batching.micro_batch_size, accelerator.process_index, world_size)
+    feed = open_feed(config, index, batching.micro_batch_size, accelerator.process_index, world_size, cache)
     schedule = plan_schedule(config, feed.samples)
     if lead:
         for line in describe_schedule(config, batching, schedule, world_size):
@@ -78,13 +81,13 @@ def train(config: Config, dry_run: bool) -> Path | None:
     torch.manual_seed(config.train.seed)
     model = RoadworkModel.build(config.model, accelerator.device)
     model.loss_config = config.loss
+    check_cache(cache, model, config)
     if lead:
         for line in describe_model(config, model, precision, world_size):
             say(line)
     validation = None
     if index is not None and not dry_run and (index.splits["val"].labels >= 0).any():
-        sizes = config.model.view_side, config.model.num_views, config.model.mask_side
-        held_out = ShardDataset(shards, index, "val", *sizes)
+        held_out = open_split(shards, index, "val", config.model, config.data.decode_scale, cache)
         validation = Validation(
             held_out, batching.micro_batch_size, config.data.workers, accelerator.process_index, world_size
         )
@@ -101,6 +104,12 @@ def train(config: Config, dry_run: bool) -> Path | None:
     summary = trainer.run()
     accelerator.end_training()
     return write_summary(folder.path, summary) if lead else None
+
+
+def check_cache(cache: FeatureCache | None, model: RoadworkModel, config: Config) -> None:
+    """Refuse a cache of other tokens than the model would compute itself. Collective."""
+    if cache is not None:
+        on_rank_zero(lambda: cache.check(feature_key(model.backbone, config.model, config.data.decode_scale)))
 
 
 if __name__ == "__main__":

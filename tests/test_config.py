@@ -71,6 +71,7 @@ def test_every_short_form_stands_for_a_key():
         (["--train.epochs", "many"], r"train.epochs: expected a int"),
         (["--model.view_side", "518"], "model.view_side is 518.* like 512"),
         (["--model.metadata", "[gps, name]"], r"model.metadata is \['name'\]"),
+        (["--data.decode_scale", "third"], "data.decode_scale is 'third', but must be one of full, half"),
         (["--data.sampling", "best"], "data.sampling is 'best', but must be one of weighted, uniform"),
         (["--config", "absent.yaml"], "does not exist"),
     ],

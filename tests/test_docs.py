@@ -1,4 +1,4 @@
-"""The commands of docs/data.md, run as they stand there, on a few small scenes."""
+"""The commands of docs/data.md and docs/features.md, run as they stand there, on a few small scenes."""
 
 import os
 import re
@@ -10,15 +10,19 @@ from pathlib import Path
 import pytest
 
 from data_prep.scenes import scenes
+from data_prep.shards import shard
 from tests.data_prep.photos import content
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = [
-    [line.split("#")[0].strip() for line in block.splitlines()]
-    for block in re.findall(r"```\n(\./launch\.sh.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.DOTALL)
-]
 
 pytestmark = pytest.mark.slow
+
+
+def blocks(page: str) -> list[list[str]]:
+    """The commands of each block of a page."""
+    text = (ROOT / "docs" / page).read_text()
+    found = re.findall(r"```\n(\./launch\.sh.*?)```", text, flags=re.DOTALL)
+    return [[line.split("#")[0].strip() for line in block.splitlines()] for block in found]
 
 
 def run(command: str, folder: Path) -> None:
@@ -32,7 +36,7 @@ def test_the_commands_about_your_photos(tmp_path):
     for name in ("data_prep", "pipeline", "launch.sh"):
         (tmp_path / name).symlink_to(ROOT / name)
     scenes(tmp_path / "photos", images=60, size="320x240")
-    whole, parts = BLOCKS
+    whole, parts = blocks("data.md")
     for command in whole:
         run(command, tmp_path)
     (tmp_path / "data" / "shards").rename(tmp_path / "whole")
@@ -41,3 +45,16 @@ def test_the_commands_about_your_photos(tmp_path):
     for command in parts:
         run(command, tmp_path)
     assert content(tmp_path / "data" / "shards") == content(tmp_path / "whole")
+
+
+def test_the_commands_about_the_feature_cache(tmp_path):
+    for name in ("data_prep", "pipeline", "accelerate_configs", "ds_configs", "launch.sh"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    scenes(tmp_path / "photos", images=60, size="320x240")
+    shard(tmp_path / "photos", tmp_path / "runs" / "demo" / "shards")
+    full_size, demo = blocks("features.md")
+    assert all("cached_30ep" in command for command in full_size)  # whose backbone is not on every machine
+    for command in demo:
+        short = " --shards runs/demo/shards --epochs 1" if " train " in command else ""
+        run(command + short, tmp_path)
+    assert (tmp_path / "runs" / "demo-cached" / "predictions.csv").is_file()

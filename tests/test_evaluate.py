@@ -14,6 +14,7 @@ from pipeline.evaluate import evaluate, score_clusters, score_split
 from pipeline.inference import kept_views, pick_device
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.roadwork import RoadworkModel
+from tests.feature_cache import make_cache
 from tests.small_run import make_backbone, make_model, make_run, make_shards, random_labels
 
 N = {"val": 40, "test": 61}
@@ -200,3 +201,37 @@ def test_a_split_of_one_class_is_json_without_nan():
     text = json.loads(json.dumps(scores, allow_nan=False))
     assert text["auroc"] is None
     assert text["ci95"]["mcc"] is None
+
+
+@pytest.fixture(scope="module")
+def cached(trained, tmp_path_factory):
+    """The same run, as if trained from a cache, and that cache."""
+    folder = tmp_path_factory.mktemp("cached")
+    cache = make_cache(folder / "cache", trained.parent / "shards", str(trained.parent / "backbone"))
+    shutil.copytree(trained, folder / "run")
+    text = (folder / "run" / "config.yaml").read_text()
+    (folder / "run" / "config.yaml").write_text(text.replace("features: ''", f"features: {cache}"))
+    return folder / "run", cache
+
+
+def test_a_run_is_evaluated_from_its_cache_without_the_backbone(evaluated, cached, monkeypatch):
+    monkeypatch.setattr(FrozenBackbone, "__call__", lambda *_: pytest.fail("the cache has these tokens"))
+    evaluate(cached[0], workers=0)
+    found, wanted = pd.read_csv(cached[0] / "predictions.csv"), evaluated[2]
+    assert found["key"].tolist() == wanted["key"].tolist()
+    for column in ("probability", "probability_null"):
+        assert np.abs(found[column] - wanted[column]).max() < 0.02
+        assert wanted[column].std() > 0.05
+
+
+def test_a_cache_that_does_not_fit_is_passed_over_with_a_word_and_refused_when_asked_for(cached, capsys, tmp_path):
+    run = shutil.copytree(cached[0], tmp_path / "run")
+    values = json.loads((run / "model" / "config.json").read_text())
+    (run / "model" / "config.json").write_text(json.dumps({**values, "view_side": 48}))
+    with pytest.raises(UserError, match="is stale: it was made with the view side 32, and not 48"):
+        evaluate(run, splits=["test"], features=str(cached[1]), workers=0)
+    capsys.readouterr()
+    evaluate(run, splits=["test"], workers=0)
+    assert "computing the tokens anew: the feature cache" in capsys.readouterr().err
+    evaluate(run, splits=["test"], features="", workers=0)
+    assert "computing the tokens anew" not in capsys.readouterr().err

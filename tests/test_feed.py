@@ -7,11 +7,13 @@ from itertools import islice
 import pytest
 
 from pipeline.config import Config, DataConfig, TrainConfig
+from pipeline.data.features import open_cache
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
 from pipeline.feed import open_feed
 from tests.data.tampering import distribute
-from tests.small_run import make_shards, small_config
+from tests.feature_cache import make_cache
+from tests.small_run import make_backbone, make_shards, small_config
 
 PHOTOS = 12
 
@@ -23,13 +25,13 @@ def shards(tmp_path):
     return f"file://{tmp_path / 'shards'}"
 
 
-def feed(shards, *, rank=0, world_size=1, **data):
+def feed(shards, *, rank=0, world_size=1, cache=None, **data):
     config = Config(
         data=DataConfig(**{"shards": str(shards), "workers": 0, "epoch_share": 1.0, **data}),
         train=TrainConfig(batch_size=4),
         model=small_config("none"),
     )
-    return open_feed(config, read_index(shards), 2, rank, world_size)
+    return open_feed(config, read_index(shards), 2, rank, world_size, cache)
 
 
 def rows(feed, batches, start=0):
@@ -72,6 +74,24 @@ def test_there_are_no_more_readers_than_tars(shards, capsys):
     assert len(told) == 1
     assert "4 tars with 1 x 4 readers" in told[0]
     assert "a resumed run starts a new pass" in told[0]
+
+
+def test_features_replace_the_photos_and_bring_copies(tmp_path):
+    make_shards(tmp_path / "shards", {"train": [number % 2 for number in range(PHOTOS)]})
+    cache = make_cache(tmp_path / "cache", tmp_path / "shards", make_backbone(tmp_path / "backbone"), copies=2)
+    index = read_index(tmp_path / "shards")
+    fed = feed(tmp_path / "shards", features=str(cache), cache=open_cache(str(cache), index))
+    batches = list(islice(fed.batches(0), 18))
+    assert all("views" not in batch and len(batch["cells"]) == 2 for batch in batches)
+    photos = rows(feed(tmp_path / "shards"), 18)
+    assert [batch["row"].tolist() for batch in batches] == photos  # the same photos in the same order
+    seen = {(row, cls[0].sum().item()) for b in batches for row, cls in zip(b["row"].tolist(), b["cls"], strict=True)}
+    assert len(seen) == 3 * PHOTOS
+
+
+def test_streaming_and_features_exclude_each_other():
+    with pytest.raises(UserError, match=r"data\.streaming is True, but must be false with data\.features"):
+        DataConfig(streaming=True, features="cache")
 
 
 def test_more_processes_than_tars_are_refused(shards):

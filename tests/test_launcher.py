@@ -18,7 +18,7 @@ def test_a_recipe_is_found_by_name_or_path(tmp_path):
     assert find_recipe("demo") == ROOT / "pipeline" / "recipes" / "demo.yaml"
     (tmp_path / "mine.yaml").write_text("{}")
     assert find_recipe(str(tmp_path / "mine.yaml")) == tmp_path / "mine.yaml"
-    with pytest.raises(UserError, match="there are demo"):
+    with pytest.raises(UserError, match="there are cached_30ep, demo"):
         find_recipe("dmo")
 
 

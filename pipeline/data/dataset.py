@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from pipeline.data.index import HEADER_BYTES, Index, Sample
 from pipeline.data.integrity import (
@@ -22,37 +22,80 @@ from pipeline.data.integrity import (
     check_tail,
     read_record,
 )
-from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, decode
+from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, Scratch, decode, probe
 from pipeline.data.record import Metadata, Record
 from pipeline.data.storage import open_folder
-from pipeline.data.views import extract_views, useful_views, view_boxes
+from pipeline.data.views import canvas_side, extract_views, useful_views, view_boxes
 from pipeline.data.vocabulary import DAYTIME, MASK_CLASSES, SCENE, WEATHER
 from pipeline.errors import UserError
 
 VIEW_KEYS = ("views", "boxes", "view_mask")
+TOKEN_KEYS = ("cls", "cells", "regions")
 METADATA_KEYS = ("gps", "weather", "daytime", "scene", "text")
+_SCRATCH = Scratch()
 
 
-def prepare(data: bytes, side: int, num_views: int) -> dict[str, torch.Tensor]:
+def prepare(data: bytes, side: int, num_views: int, decode_scale: str = "full") -> dict[str, torch.Tensor]:
     """Decode a photo and cut its views.
 
     Args:
         data: The photo's file, of any format.
         side: View side S in pixels.
         num_views: V, from the first view on.
+        decode_scale: See `decode_scaled`.
 
     Returns:
-        views uint8 [V, 3, S, S], boxes float32 [V, 4] and view_mask bool [V].
+        views uint8 [V, 3, S, S], channels last in memory, boxes float32 [V, 4] and view_mask bool [V].
 
     Raises:
         BadPhoto: The bytes are no usable photo.
     """
-    image = decode(data)
-    height, width = image.shape[:2]
+    image, size = decode_scaled(data, side, decode_scale, _SCRATCH)
+    return prepare_image(image, side, num_views, size)
+
+
+def decode_scaled(
+    data: bytes, side: int, decode_scale: str, scratch: Scratch | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode a photo as `data.decode_scale` says.
+
+    Args:
+        data: The photo's file.
+        side: View side S in pixels.
+        decode_scale: `full`, or `half`: a JPEG is decoded at half its size where that still reaches the canvas.
+        scratch: See `pipeline.data.photo.decode`.
+
+    Returns:
+        uint8 [H, W, 3], and width and height of the photo in its full size.
+
+    Raises:
+        BadPhoto: The bytes are no usable photo.
+    """
+    if decode_scale == "half":
+        size = probe(data)
+        half = min(size) // 2
+        if half >= canvas_side(side):
+            return decode(data, half, scratch), size
+    image = decode(data, scratch=scratch)
+    return image, (image.shape[1], image.shape[0])
+
+
+def prepare_image(
+    image: np.ndarray, side: int, num_views: int, size: tuple[int, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """Cut the views of a decoded photo; see `prepare` for what is returned.
+
+    Args:
+        image: uint8 [H, W, 3], RGB, contiguous.
+        side: View side S in pixels.
+        num_views: V, from the first view on.
+        size: Width and height of the photo, where `image` is smaller than that.
+    """
+    size = size or (image.shape[1], image.shape[0])
     return {
-        "views": extract_views(image, side, num_views),
-        "boxes": view_boxes(width, height, side)[:num_views],
-        "view_mask": useful_views(width, height, side)[:num_views],
+        "views": extract_views(image, side, num_views, size),
+        "boxes": view_boxes(*size, side)[:num_views],
+        "view_mask": useful_views(*size, side, num_views),
     }
 
 
@@ -85,12 +128,15 @@ def metadata_tensors(
     }
 
 
-def mask_targets(data: bytes | None, side: int) -> torch.Tensor:
+def mask_targets(
+    data: bytes | None, side: int, cut: Callable[[np.ndarray], np.ndarray] = lambda mask: mask
+) -> torch.Tensor:
     """Share of each cell that each class covers: float32 [6, side, side], all NaN without a mask.
 
     Args:
         data: A mask PNG whose value c + 1 marks class c, or None.
         side: Cells per side.
+        cut: What became of the photo's geometry: uint8 [H, W] to [h, w].
 
     Raises:
         BadPhoto: The mask is no image.
@@ -101,6 +147,7 @@ def mask_targets(data: bytes | None, side: int) -> torch.Tensor:
         mask = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
     except PILLOW_ERRORS as error:
         raise BadPhoto(f"the mask cannot be decoded: {error}") from error
+    mask = cut(mask)
     targets = torch.zeros(len(MASK_CLASSES), side, side)
     for class_, target in enumerate(targets):
         covered = mask == class_ + 1
@@ -116,7 +163,16 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
     record against the index. Anything but what the index promises is a `UserError` that names tar and sample.
     """
 
-    def __init__(self, place: Path | str, index: Index, name: str, side: int, num_views: int, mask_side: int):
+    def __init__(
+        self,
+        place: Path | str,
+        index: Index,
+        name: str,
+        side: int,
+        num_views: int,
+        mask_side: int,
+        decode_scale: str = "full",
+    ):
         """See `prepare` and `mask_targets` for the sizes.
 
         Args:
@@ -126,10 +182,12 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
             side: View side S in pixels.
             num_views: V.
             mask_side: Cells per side of the mask targets.
+            decode_scale: See `decode_scaled`.
         """
         self.place, self.folder = place, open_folder(place)
         self.name, self.split = name, index.split(name)
         self.side, self.num_views, self.mask_side = side, num_views, mask_side
+        self.decode_scale = decode_scale
         self.text_dim = int(index.arguments.get("text_dim", 0))
         self.rows_of_shard: list[list[int]] = [[] for _ in self.split.shards]
         for row, sample in enumerate(self.split.samples):
@@ -158,20 +216,39 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         with self.naming(sample.shard, sample):
             record = check_sample(sample, self.name, members)
             return {
-                **prepare(members[sample.photo_extension], self.side, self.num_views),
-                **metadata_tensors(record.metadata, record.text_vector, self.text_dim),
-                "labels": torch.tensor(-1 if sample.label is None else sample.label),
-                "mask_targets": mask_targets(members.get("mask.png"), self.mask_side),
-                "row": torch.tensor(row),
+                **prepare(members[sample.photo_extension], self.side, self.num_views, self.decode_scale),
+                **self.targets(row, record, members.get("mask.png")),
             }
+
+    def targets(
+        self, row: int, record: Record, mask: bytes | None, cut: Callable[[np.ndarray], np.ndarray] = lambda mask: mask
+    ) -> dict[str, torch.Tensor]:
+        """All of a sample but its photo: metadata, `labels`, `mask_targets` and `row`.
+
+        Args:
+            row: Its place in the split.
+            record: Its record.
+            mask: Its mask PNG, or None.
+            cut: See `mask_targets`.
+        """
+        label = self.split.samples[row].label
+        return {
+            **metadata_tensors(record.metadata, record.text_vector, self.text_dim),
+            "labels": torch.tensor(-1 if label is None else label),
+            "mask_targets": mask_targets(mask, self.mask_side, cut),
+            "row": torch.tensor(row),
+        }
 
     def photo(self, row: int) -> bytes:
         """The photo's original bytes."""
+        return self.photo_and_record(row)[0]
+
+    def photo_and_record(self, row: int) -> tuple[bytes, Record]:
+        """The photo's original bytes, and the sample's record."""
         sample = self.split.samples[row]
         members = self._read(row, (sample.photo_extension, "json"))
         with self.naming(sample.shard, sample):
-            check_sample(sample, self.name, members)
-        return members[sample.photo_extension]
+            return members[sample.photo_extension], check_sample(sample, self.name, members)
 
     def record(self, row: int) -> Record:
         """The sample's record."""
@@ -226,10 +303,22 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack samples into a batch, key by key."""
-    return {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    """Stack samples into a batch, key by key; in a worker, straight into memory that is shared with the trainer."""
+    return {key: _stack([sample[key] for sample in samples]) for key in samples[0]}
+
+
+def _stack(values: list[torch.Tensor]) -> torch.Tensor:
+    """Stack; views keep their channels last in memory, which a stack of permuted tensors would undo at great cost."""
+    if values[0].dim() != 4:
+        return default_collate(values)
+    return default_collate([value.movedim(1, -1) for value in values]).movedim(-1, 2)
+
+
+def photo_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model's encoder takes from a batch: views, or their tokens from the feature cache."""
+    return {key: batch[key] for key in (*VIEW_KEYS, *TOKEN_KEYS) if key in batch}
 
 
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model's forward takes from a batch: views and metadata, no targets."""
-    return {key: batch[key] for key in (*VIEW_KEYS, *METADATA_KEYS)}
+    """What the model's forward takes from a batch: views or tokens, and metadata; no targets."""
+    return {**photo_inputs(batch), **{key: batch[key] for key in METADATA_KEYS}}

@@ -17,6 +17,8 @@ VIEW_NAMES = (
     "crop_last",
 )
 NUM_VIEWS = len(VIEW_NAMES)
+TILES = range(1, 1 + TILE_GRID**2)
+CROPS = range(1 + TILE_GRID**2, NUM_VIEWS)
 # Lanczos in `interpolate` came with torch 2.13; before that, Pillow resizes, with the same geometry.
 TORCH_LANCZOS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
@@ -32,7 +34,7 @@ def canvas_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int
         height: Of the photo, in pixels.
         side: View side S in pixels.
     """
-    canvas, stride = round(CANVAS_RATIO * side), round(TILE_STRIDE * side)
+    canvas, stride = canvas_side(side), round(TILE_STRIDE * side)
     tiles = [
         (x, y, x + side, y + side)
         for y in range(0, TILE_GRID * stride, stride)
@@ -44,49 +46,107 @@ def canvas_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int
     return [(0, 0, canvas, canvas), *tiles, *crops]
 
 
+def canvas_side(side: int) -> int:
+    """Side of the canvas in pixels, for views of side S."""
+    return round(CANVAS_RATIO * side)
+
+
 def view_boxes(width: int, height: int, side: int) -> torch.Tensor:
     """Each view's place in the photo: float32 [12, 4] as x0, y0, x1, y1 in [0, 1]."""
-    return torch.tensor(canvas_boxes(width, height, side), dtype=torch.float32) / round(CANVAS_RATIO * side)
+    return torch.tensor(canvas_boxes(width, height, side), dtype=torch.float32) / canvas_side(side)
 
 
-def useful_views(width: int, height: int, side: int) -> torch.Tensor:
-    """Which views show something that the global view does not: bool [12].
+def useful_views(width: int, height: int, side: int, num_views: int = NUM_VIEWS) -> torch.Tensor:
+    """Which views show pixels that no coarser view shows already without shrinking them: bool [num_views].
 
-    Where the photo is no larger than a view, the global one holds all of its pixels and the others only enlarge them.
-    The crops of a square photo are the global view again.
-    """
-    useful = torch.full((NUM_VIEWS,), max(width, height) > side)
-    useful[1 + TILE_GRID**2 :] &= width != height
-    useful[0] = True
-    return useful
+    From coarse to fine:
 
-
-def extract_views(image: np.ndarray, side: int, num_views: int = NUM_VIEWS) -> torch.Tensor:
-    """Cut the views: the photo is resized once, to the canvas; tiles are slices of it, the rest is resized from it.
-
-    All nine tiles share one scale, so no pixel of theirs is resampled twice. The global view and the crops are: they
-    match a resize from the photo itself at 52 dB PSNR or better, in a third of the time.
+    - The global view always counts. Where the photo is no larger than a view, it holds every pixel, and the others
+      would only enlarge them.
+    - The crops of a square photo are the global view again.
+    - Where the short side is no longer than a view, the crops hold every pixel of their squares, and the tiles inside
+      them add nothing: all of them up to an aspect of 2, all but the middle ones up to 2.5.
 
     Args:
-        image: uint8 [H, W, 3], RGB.
+        width: Of the photo, in pixels.
+        height: Of the photo, in pixels.
+        side: View side S in pixels.
+        num_views: How many of the views there are, from the first.
+    """
+    useful = torch.full((NUM_VIEWS,), max(width, height) > side)
+    useful[0] = True
+    useful[CROPS] &= width != height
+    if min(width, height) <= side and num_views == NUM_VIEWS:
+        useful[TILES] &= ~_inside_crops(view_boxes(width, height, side))
+    return useful[:num_views]
+
+
+def _inside_crops(boxes: torch.Tensor) -> torch.Tensor:
+    """Which tiles lie inside the crops, of all boxes [12, 4]: bool [9]."""
+    tiles, (first, last) = boxes[TILES], boxes[CROPS]
+    inside_first = (tiles[:, 2:] <= first[2:]).all(dim=1)
+    inside_last = (tiles[:, :2] >= last[:2]).all(dim=1)
+    they_meet = (first[2:] >= last[:2]).all()
+    return inside_first | inside_last | they_meet
+
+
+def extract_views(
+    image: np.ndarray, side: int, num_views: int = NUM_VIEWS, size: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Cut the useful views: the photo is resized once, to the canvas.
+
+    Tiles are slices of the canvas, the rest is resized from it. All nine tiles share one scale, so no pixel of theirs
+    is resampled twice. The global view and the crops are: they match a resize from the photo itself at 52 dB PSNR or
+    better, in a sixth of the time.
+
+    Args:
+        image: uint8 [H, W, 3], RGB, contiguous.
         side: View side S in pixels, a multiple of 16.
-        num_views: How many of the views, from the first; 1 is the global view alone.
+        num_views: How many of the views V, from the first; 1 is the global view alone.
+        size: Width and height of the photo in pixels, where it was decoded to a smaller image than that.
 
     Returns:
-        uint8 [num_views, 3, S, S].
+        uint8 [V, 3, S, S], channels last in memory; zeros where a view is not useful.
     """
-    height, width = image.shape[:2]
-    canvas = resize(torch.from_numpy(image).permute(2, 0, 1), round(CANVAS_RATIO * side))
-    views = torch.empty((num_views, 3, side, side), dtype=torch.uint8)
-    for view, (x0, y0, x1, y1) in zip(views, canvas_boxes(width, height, side), strict=False):
-        part = canvas[:, y0:y1, x0:x1]
-        view.copy_(part if part.shape[1:] == view.shape[1:] else resize(part, side))
+    width, height = size or (image.shape[1], image.shape[0])
+    useful = useful_views(width, height, side, num_views)
+    allocate = torch.empty if useful.all() else torch.zeros
+    views = allocate((num_views, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)
+    if max(width, height) <= side:  # the global view alone, and no detour over a larger canvas
+        views[0] = resize(pixels, side, side)
+        return views
+    lying, whole = width > height, canvas_side(side)
+    canvas = resize(pixels, whole, whole)
+    # The global view and both crops show the photo's whole short side: it is shrunk once for the three of them.
+    strip = resize(canvas, side, whole) if lying else resize(canvas, whole, side)
+    boxes = canvas_boxes(width, height, side)
+    for number in (0, *CROPS, *TILES):  # first what is cut from the strip, while the processor's cache holds it
+        if number >= num_views or not useful[number]:
+            continue
+        x0, y0, x1, y1 = boxes[number]
+        if number in TILES:
+            views[number] = canvas[:, y0:y1, x0:x1]
+        else:
+            views[number] = resize(strip[:, :, x0:x1] if lying else strip[:, y0:y1], side, side)
     return views
 
 
-def resize(image: torch.Tensor, side: int) -> torch.Tensor:
-    """Antialiased Lanczos resize of uint8 [3, H, W] to [3, side, side]; fastest when channels lie last in memory."""
+def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Antialiased Lanczos resize.
+
+    Args:
+        image: uint8 [3, H, W], channels last in memory: `interpolate` takes a third less time then.
+        height: New height in pixels.
+        width: New width in pixels.
+
+    Returns:
+        uint8 [3, height, width], channels last in memory.
+    """
+    channels_last = image.permute(1, 2, 0)
     if TORCH_LANCZOS:
-        return F.interpolate(image[None], (side, side), mode="lanczos", antialias=True)[0]
-    resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.LANCZOS)
+        # The batch axis goes in front of the rows. In front of the channels, its stride would hide the layout.
+        batch = channels_last[None].permute(0, 3, 1, 2)
+        return F.interpolate(batch, (height, width), mode="lanczos", antialias=True)[0]
+    resized = Image.fromarray(channels_last.numpy()).resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline.errors import require
 
 HEADS = ("roadwork", "single_view", "mean_pool", "attention_mil")
-PRUNING = ("scored", "random", "off")
+PRUNING = ("scored", "dynamic", "off", "random", "fixed", "oracle")
 METADATA_FIELDS = ("gps", "weather", "daytime", "scene", "text")
 NUM_VIEWS = 12
 
@@ -23,9 +23,14 @@ class ModelConfig:
     head: str = "roadwork"
     """`roadwork`, or a baseline: `single_view`, `mean_pool`, `attention_mil`."""
     pruning: str = "scored"
-    """How views are chosen before the backbone sees them: `scored`, `random` (the control) or `off`."""
+    """How views are chosen before the backbone sees them: `scored` keeps the best; `dynamic` takes them in the order of
+    their scores until the answer is certain enough; `off` keeps all. Controls: `random`; `fixed`, the same ones for
+    every photo; `oracle`, by the importance they have among all twelve, which saves nothing and is for study only."""
     keep_views: int = 8
-    """Views kept of the twelve, the global one among them."""
+    """Views kept of the twelve, the global one among them; in `dynamic`, the most."""
+    fixed_views: list[int] = field(default_factory=list)
+    """Order of the mode `fixed`, as numbers of views from 1 to 11, the best first; the global one, 0, is always kept.
+    `calibrate` finds it on the validation split."""
     pool_grid: int = 4
     """Cells per side that a view's patch tokens are pooled to."""
     width: int = 512
@@ -56,7 +61,7 @@ class ModelConfig:
     """Side of the segmentation output in cells."""
 
     def __post_init__(self) -> None:
-        self.metadata = tuple(self.metadata)
+        self.metadata, self.fixed_views = tuple(self.metadata), list(self.fixed_views)
         require(
             self.view_side >= 16 and self.view_side % 16 == 0,
             "model.view_side", self.view_side, f"a multiple of the patch side 16, like {nearest_side(self.view_side)}",
@@ -64,6 +69,13 @@ class ModelConfig:
         require(self.head in HEADS, "model.head", self.head, f"one of {', '.join(HEADS)}")
         require(self.pruning in PRUNING, "model.pruning", self.pruning, f"one of {', '.join(PRUNING)}")
         require(2 <= self.keep_views <= NUM_VIEWS, "model.keep_views", self.keep_views, "in [2, 12]")
+        numbers = set(range(1, NUM_VIEWS))
+        valid = len(set(self.fixed_views)) == len(self.fixed_views) and numbers.issuperset(self.fixed_views)
+        require(valid, "model.fixed_views", self.fixed_views, "different numbers of views from 1 to 11")
+        require(
+            self.pruning != "fixed" or len(self.fixed_views) >= self.keep_views - 1,
+            "model.fixed_views", self.fixed_views, "at least keep_views - 1 of them; `calibrate` finds the best",
+        )  # fmt: skip
         patches = self.view_side // 16
         require(
             self.pool_grid % 2 == 0 and 2 <= self.pool_grid <= patches,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pipeline.model.backbone import FrozenBackbone, pool_cells, pool_regions
-from pipeline.model.config import ModelConfig
-from pipeline.model.pruning import ViewPruner, choose_views
+from pipeline.model.pruning import ViewPruner, choose_views, draw_keep, rank_views, rounds_up_to
 
 
 @dataclass
@@ -23,7 +25,7 @@ class Encoded:
     boxes: torch.Tensor
     """[B, K, 4]."""
     mask: torch.Tensor
-    """bool [B, K], False for views that do not exist."""
+    """bool [B, K], False for views that do not exist or were not kept."""
     indices: torch.Tensor
     """int64 [B, K], which views these are; the global one first."""
     scores: torch.Tensor | None
@@ -33,16 +35,131 @@ class Encoded:
     global view, which is always kept."""
 
 
+class Tokens(NamedTuple):
+    """All that the head ever needs of the backbone, for B photos."""
+
+    cls: torch.Tensor
+    """[B, V, D], zeros for views that do not exist."""
+    cells: torch.Tensor
+    """[B, V, g*g, 2D], likewise."""
+    regions: torch.Tensor
+    """[B, V, D], means of the global view's patch tokens under each view's box."""
+
+
+def all_tokens(
+    backbone: FrozenBackbone, views: torch.Tensor, boxes: torch.Tensor, view_mask: torch.Tensor, pool_grid: int
+) -> Tokens:
+    """Tokens of every view that exists, in one pass of the backbone over the views of all photos.
+
+    Args:
+        backbone: The frozen one.
+        views: uint8 [B, V, 3, S, S]; the global view, which is the first, always exists.
+        boxes: [B, V, 4] as x0, y0, x1, y1 in [0, 1].
+        view_mask: bool [B, V]; masked views do not reach the backbone.
+        pool_grid: Cells per side g.
+
+    Returns:
+        The tokens, in the backbone's precision.
+    """
+    photo, view = (place.to(views.device) for place in view_mask.nonzero(as_tuple=True))
+    cls, cells, regions = view_tokens(backbone, views[photo, view], boxes, view_mask, pool_grid)
+    photo, view = photo.to(cls.device), view.to(cls.device)
+    tokens = Tokens(
+        cls=cls.new_zeros((*view_mask.shape, *cls.shape[1:])),
+        cells=cells.new_zeros((*view_mask.shape, *cells.shape[1:])),
+        regions=regions,
+    )
+    tokens.cls[photo, view], tokens.cells[photo, view] = cls, cells
+    return tokens
+
+
+def view_tokens(
+    backbone: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    views: torch.Tensor,
+    boxes: torch.Tensor,
+    view_mask: torch.Tensor,
+    pool_grid: int,
+) -> Tokens:
+    """`all_tokens` without room for views that do not exist: what the feature cache stores.
+
+    Args:
+        backbone: See `FrozenBackbone.__call__`.
+        views: uint8 [M, 3, S, S], the views that exist, photo after photo.
+        boxes: [B, V, 4].
+        view_mask: bool [B, V], with M of them true.
+        pool_grid: Cells per side g.
+
+    Returns:
+        cls [M, D], cells [M, g*g, 2D] and regions [B, V, D].
+    """
+    is_global = view_mask.nonzero(as_tuple=True)[1] == 0
+    cls, patches = backbone(views)
+    return Tokens(cls, pool_cells(patches, pool_grid), pool_regions(patches[is_global.to(patches.device)], boxes))
+
+
+class TokenSource(Protocol):
+    """Where a batch's tokens come from: the backbone, at the moment they are asked for, or the feature cache."""
+
+    tokens: Tokens
+    """What is there already: the global view and the regions from the start, other views once they were taken."""
+    global_cls: torch.Tensor
+    """[B, D], the global view's own, which stays as it is when others are taken."""
+
+    def take(self, wanted: torch.Tensor) -> None:
+        """See to it that the views of bool [B, V] are there."""
+
+
+class OnlineTokens:
+    """Spends the backbone on a view when it is first taken."""
+
+    def __init__(self, backbone: FrozenBackbone, views: torch.Tensor, boxes: torch.Tensor, pool_grid: int):
+        """Encode the global view; see `all_tokens` for the shapes."""
+        self.backbone, self.views, self.pool_grid = backbone, views, pool_grid
+        cls, patches = backbone(views[:, 0])
+        cells = pool_cells(patches, pool_grid)
+        shape = views.shape[:2]
+        self.tokens = Tokens(
+            cls=cls.new_zeros((*shape, cls.shape[-1])),
+            cells=cells.new_zeros((*shape, *cells.shape[1:])),
+            regions=pool_regions(patches, boxes),
+        )
+        self.tokens.cls[:, 0], self.tokens.cells[:, 0] = cls, cells
+        self.global_cls = cls
+        self.taken = torch.zeros(shape, dtype=torch.bool, device=cls.device)
+        self.taken[:, 0] = True
+
+    def take(self, wanted: torch.Tensor) -> None:
+        """Encode the wanted views of all photos that are not there yet, in one pass of the backbone."""
+        photo, view = (wanted & ~self.taken).nonzero(as_tuple=True)
+        if len(photo):
+            cls, patches = self.backbone(self.views[photo.to(self.views.device), view.to(self.views.device)])
+            self.tokens.cls[photo, view] = cls
+            self.tokens.cells[photo, view] = pool_cells(patches, self.pool_grid)
+            self.taken[photo, view] = True
+
+
+class CachedTokens:
+    """Tokens that were computed before; taking costs nothing."""
+
+    def __init__(self, tokens: Tokens):
+        self.tokens, self.global_cls = tokens, tokens.cls[:, 0]
+
+    def take(self, wanted: torch.Tensor) -> None:
+        """Nothing to do."""
+
+
 class TwoStageEncoder(nn.Module):
     """Scores views from the global view's tokens, and spends the backbone on the best ones only.
 
     Baselines encode every view that they use; only the roadwork head prunes.
     """
 
-    def __init__(self, config: ModelConfig, dim: int):
+    def __init__(self, config: PreTrainedConfig):
+        """Take the model's configuration, not a copy of its sizes: `calibrate` changes how views are pruned."""
         super().__init__()
-        self.config = config
-        self.pruner = ViewPruner(dim, config.num_views) if config.head == "roadwork" else None
+        self.config: Any = config
+        has_pruner = self.config.head == "roadwork"
+        self.pruner = ViewPruner(self.config.backbone_dim, self.config.num_views) if has_pruner else None
         # No nn.Module, so it is in no state_dict and no parameter list.
         self.backbone: FrozenBackbone | None = None
 
@@ -51,66 +168,128 @@ class TwoStageEncoder(nn.Module):
         """Of the head's weights; the baselines' encoder has none and hands on what the backbone computes in."""
         return next((p.dtype for p in self.parameters()), torch.float32)
 
-    def forward(self, views: torch.Tensor, boxes: torch.Tensor, view_mask: torch.Tensor, keep_all: bool) -> Encoded:
-        """Encode.
+    def forward(
+        self,
+        source: TokenSource,
+        boxes: torch.Tensor,
+        view_mask: torch.Tensor,
+        keep_all: bool,
+        importance: torch.Tensor | None = None,
+    ) -> Encoded:
+        """Score, choose, and take what was chosen.
 
         Args:
-            views: uint8 [B, V, 3, S, S].
+            source: Of the tokens.
             boxes: [B, V, 4] as x0, y0, x1, y1 in [0, 1].
             view_mask: bool [B, V].
             keep_all: Prune nothing.
+            importance: [B, V], to choose by in place of the scores.
 
         Returns:
             The kept views' tokens.
         """
-        assert self.backbone is not None
-        device = self.backbone.device
-        boxes, view_mask = boxes.to(device), view_mask.to(device)
-        global_cls, global_patches = self.backbone(views[:, 0])
-        if self.pruner is None:
-            scores = None
-            indices = torch.arange(views.shape[1], device=device).expand(len(views), -1)
+        config, scores = self.config, self.score(source)
+        if scores is None:
+            indices = torch.arange(view_mask.shape[1], device=view_mask.device).expand(len(view_mask), -1)
         else:
-            regions = pool_regions(global_patches, boxes)
-            scores = self.pruner(regions.to(self.dtype), global_cls.to(self.dtype))
-            mode = "off" if keep_all else self.config.pruning
-            indices = choose_views(scores, view_mask, self.config.keep_views, mode, explore=self.training)
-        mask = view_mask.gather(1, indices)
-        cls, cells = self._encode_rest(views, indices, mask, global_cls, global_patches)
+            mode, keep = config.pruning, config.keep_views
+            if mode == "dynamic" and self.training:
+                keep = draw_keep(keep)
+            indices = choose_views(
+                scores if importance is None else importance,
+                view_mask,
+                keep=view_mask.shape[1] if keep_all else keep,
+                mode=mode,
+                explore=self.training and importance is None,
+                fixed_views=config.fixed_views,
+            )
+        return self.gather(source, boxes, scores, indices, view_mask.gather(1, indices))
+
+    def encode_in_rounds(
+        self,
+        source: TokenSource,
+        boxes: torch.Tensor,
+        view_mask: torch.Tensor,
+        certain: Callable[[Encoded, int], torch.Tensor],
+    ) -> Encoded:
+        """Take the views in the order of their scores, a few in each round, until the answer is certain.
+
+        A round encodes the next views of all photos that are still undecided in one pass of the backbone.
+
+        Args:
+            source: Of the tokens.
+            boxes: [B, V, 4].
+            view_mask: bool [B, V].
+            certain: Whether to stop, bool [b], given what was kept so far of b photos and the number of the round,
+                from 0. It is not asked once all of a photo's views, or `keep_views` of them, were taken.
+
+        Returns:
+            The kept views' tokens; K is the most that a photo has kept.
+        """
+        scores = self.score(source)
+        assert scores is not None
+        order = rank_views(scores, view_mask, "scored", explore=False)
+        kept = torch.zeros_like(view_mask)
+        undecided = torch.arange(len(kept), device=kept.device)
+        rounds = rounds_up_to(self.config.keep_views)
+        for number, keep in enumerate(rounds):
+            kept[undecided[:, None], order[undecided, :keep]] = True
+            kept &= view_mask
+            source.take(kept)
+            undecided = undecided[view_mask[undecided].sum(dim=1) > keep]
+            if keep == rounds[-1] or not len(undecided):
+                break
+            seen = self.gather(source, boxes, scores, *first_places(kept[undecided]), undecided)
+            undecided = undecided[~certain(seen, number)]
+        return self.gather(source, boxes, scores, *first_places(kept))
+
+    def online(self, views: torch.Tensor, boxes: torch.Tensor) -> OnlineTokens:
+        """The source of tokens that computes them from uint8 [B, V, 3, S, S]."""
+        assert self.backbone is not None
+        return OnlineTokens(self.backbone, views, boxes, self.config.pool_grid)
+
+    def score(self, source: TokenSource) -> torch.Tensor | None:
+        """The pruner's scores [B, V]; None for baselines."""
+        if self.pruner is None:
+            return None
+        scores: torch.Tensor = self.pruner(source.tokens.regions.to(self.dtype), source.global_cls.to(self.dtype))
+        return scores
+
+    def gather(
+        self,
+        source: TokenSource,
+        boxes: torch.Tensor,
+        scores: torch.Tensor | None,
+        indices: torch.Tensor,
+        mask: torch.Tensor,
+        photos: torch.Tensor | None = None,
+    ) -> Encoded:
+        """Take the chosen views and put their tokens side by side.
+
+        Args:
+            source: Of the tokens of B photos.
+            boxes: [B, V, 4].
+            scores: [B, V], or None.
+            indices: int64 [b, K].
+            mask: bool [b, K], which of these are taken; nobody attends to the others.
+            photos: int64 [b], which photos of the batch these are; all of them if not given.
+        """
+        if photos is None:
+            photos = torch.arange(len(boxes), device=boxes.device)
+        chosen = photos[:, None], indices
+        wanted = torch.zeros(boxes.shape[:2], dtype=torch.bool, device=boxes.device)
+        wanted[chosen] = mask
+        source.take(wanted)
+        scores = None if scores is None else scores[photos]
         return Encoded(
-            cls=cls.to(self.dtype),
-            cells=cells.to(self.dtype),
-            boxes=boxes.gather(1, indices[..., None].expand(-1, -1, 4)),
+            cls=source.tokens.cls[chosen].to(self.dtype),
+            cells=source.tokens.cells[chosen].to(self.dtype),
+            boxes=boxes[chosen],
             mask=mask,
             indices=indices,
             scores=scores,
             gates=self._gates(scores, indices),
         )
-
-    def _encode_rest(
-        self,
-        views: torch.Tensor,
-        indices: torch.Tensor,
-        mask: torch.Tensor,
-        global_cls: torch.Tensor,
-        global_patches: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Second stage: the kept views beside the global one, without those that are masked."""
-        assert self.backbone is not None
-        grid = self.config.pool_grid
-        batch, kept = indices.shape
-        cells_of_global = pool_cells(global_patches, grid)
-        cls = global_cls.new_zeros((batch, kept, global_cls.shape[-1]))
-        cells = cells_of_global.new_zeros((batch, kept, *cells_of_global.shape[1:]))
-        cls[:, 0], cells[:, 0] = global_cls, cells_of_global
-        wanted = mask.clone()
-        wanted[:, 0] = False
-        photo, place = wanted.nonzero(as_tuple=True)
-        if len(photo):
-            chosen = views[photo.to(views.device), indices[photo, place].to(views.device)]
-            chosen_cls, chosen_patches = self.backbone(chosen)
-            cls[photo, place], cells[photo, place] = chosen_cls, pool_cells(chosen_patches, grid)
-        return cls, cells
 
     @staticmethod
     def _gates(scores: torch.Tensor | None, indices: torch.Tensor) -> torch.Tensor:
@@ -118,3 +297,14 @@ class TwoStageEncoder(nn.Module):
             return torch.ones_like(indices, dtype=torch.float32)
         gates = scores.sigmoid().gather(1, indices)
         return torch.cat([torch.ones_like(gates[:, :1]), gates[:, 1:]], dim=1)
+
+
+def first_places(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where bool [B, V] is True, in the order of the views.
+
+    Returns:
+        int64 [B, K] with K the most of any row, and bool [B, K], False where a row has fewer.
+    """
+    most = int(kept.sum(dim=1).max())
+    indices = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+    return indices, kept.gather(1, indices)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+
+# Views seen after each round of the mode `dynamic`. One at a time while many photos are decided; later rounds take two,
+# since each costs a pass of the head and few photos are left to fill the backbone's batch.
+ROUNDS = (1, 2, 3, 4, 5, 6, 7, 8, 10)
 
 
 class ViewPruner(nn.Module):
@@ -40,16 +47,24 @@ class ViewPruner(nn.Module):
 
 
 @torch.no_grad()
-def choose_views(scores: torch.Tensor, view_mask: torch.Tensor, keep: int, mode: str, explore: bool) -> torch.Tensor:
+def choose_views(
+    scores: torch.Tensor,
+    view_mask: torch.Tensor,
+    keep: int,
+    mode: str,
+    explore: bool,
+    fixed_views: Sequence[int] = (),
+) -> torch.Tensor:
     """Indices of the kept views, the global view (0) first, the others in their own order.
 
     Args:
-        scores: [B, V].
+        scores: [B, V], of the pruner or of whatever else ranks the views.
         view_mask: bool [B, V], False for views that do not exist.
         keep: Views to keep, K.
-        mode: `scored`, `random` (the control) or `off`, which keeps all V.
+        mode: `random` and `fixed` are controls that ignore the scores; `off` keeps all V; any other goes by them.
         explore: Add Gumbel noise to the scores, which samples without replacement in proportion to exp(score)
             (Kool et al. 2019, arXiv 1903.06059); for training only.
+        fixed_views: The order of the mode `fixed`, the best view first; views that it lacks come last.
 
     Returns:
         int64 [B, K].
@@ -57,9 +72,65 @@ def choose_views(scores: torch.Tensor, view_mask: torch.Tensor, keep: int, mode:
     batch, views = scores.shape
     if mode == "off" or keep >= views:
         return torch.arange(views, device=scores.device).expand(batch, -1)
-    ranking = torch.zeros_like(scores, dtype=torch.float32) if mode == "random" else scores.float()
-    if explore or mode == "random":
+    kept = rank_views(scores, view_mask, mode, explore, fixed_views)[:, :keep]
+    return kept.sort(dim=1).values
+
+
+@torch.no_grad()
+def rank_views(
+    scores: torch.Tensor, view_mask: torch.Tensor, mode: str, explore: bool, fixed_views: Sequence[int] = ()
+) -> torch.Tensor:
+    """All views, the first to keep first: the global one, then by rank, then those that do not exist.
+
+    See `choose_views` for the arguments.
+
+    Returns:
+        int64 [B, V].
+    """
+    ranking = scores.float()
+    if mode == "random":
+        ranking = torch.zeros_like(ranking)
+    elif mode == "fixed":
+        places = torch.full_like(ranking[0], -ranking.shape[1])
+        places[list(fixed_views)] = -torch.arange(len(fixed_views), dtype=ranking.dtype, device=ranking.device)
+        ranking = places.expand_as(ranking)
+    if mode == "random" or (explore and mode != "fixed"):
         ranking = ranking - torch.empty_like(ranking).exponential_().log()
     ranking = ranking.masked_fill(~view_mask, -torch.inf)
     ranking[:, 0] = torch.inf
-    return ranking.topk(keep, dim=1).indices.sort(dim=1).values
+    return ranking.argsort(dim=1, descending=True, stable=True)
+
+
+def draw_keep(most: int) -> int:
+    """How many views a training step of the mode `dynamic` keeps: any of its `ROUNDS` up to `most`, as likely as any.
+
+    A head that is asked after few views must have learnt to answer from few.
+    """
+    rounds = rounds_up_to(most)
+    return rounds[int(torch.randint(len(rounds), ()))]
+
+
+def rounds_up_to(most: int) -> tuple[int, ...]:
+    """The rounds that keep fewer than `most` views, and `most` itself."""
+    return (*(keep for keep in ROUNDS if keep < most), most)
+
+
+@dataclass(frozen=True)
+class StoppingRule:
+    """When the mode `dynamic` takes no more views: the answer is far enough from where it would change.
+
+    How far depends on the round and on the side. One view is enough to see that there is roadwork, and almost all are
+    needed to see that there is none.
+    """
+
+    cut: float
+    """Log-odds of roadwork at which the answer changes."""
+    margins_none: Sequence[float]
+    """Of each round but the last: the log-odds below the cut from which on *none* is certain."""
+    margins_roadwork: Sequence[float]
+    """Likewise above the cut, for *roadwork*."""
+
+    def certain(self, log_odds: torch.Tensor, number: int) -> torch.Tensor:
+        """Whether to stop after round `number`, counted from 0: bool, in the shape of the log-odds."""
+        above = log_odds - self.cut
+        return (above >= self.margins_roadwork[number]) | (-above >= self.margins_none[number])

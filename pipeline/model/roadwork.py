@@ -17,12 +17,13 @@ from pipeline.model.attention import GatedLayer
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.baselines import build_baseline
 from pipeline.model.config import ModelConfig
-from pipeline.model.encoder import Encoded, TwoStageEncoder
+from pipeline.model.encoder import CachedTokens, Encoded, Tokens, TokenSource, TwoStageEncoder
 from pipeline.model.fusion import GatedFusion
 from pipeline.model.heads import BinaryHead, SegmentationHead, WeatherHead
 from pipeline.model.metadata import METADATA_WIDTH, MetadataEncoder
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.projection import InputProjection
+from pipeline.model.pruning import StoppingRule
 from pipeline.model.pyramid import Pyramid
 
 
@@ -31,12 +32,20 @@ class RoadworkConfig(PreTrainedConfig):
 
     model_type = "roadwork"
 
-    def __init__(self, backbone_dim: int = 0, decision_bias: float = 0.0, **kwargs: Any):
+    def __init__(
+        self,
+        backbone_dim: int = 0,
+        decision_bias: float = 0.0,
+        stopping: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
         """Take the fields of `ModelConfig` as keywords.
 
         Args:
             backbone_dim: Width D of the backbone's tokens; the head's sizes follow from it.
             decision_bias: Subtracted from the log-odds, so that a probability of 0.5 is the best cut; `export` sets it.
+            stopping: The fields of a `StoppingRule`, which `calibrate` sets. Without one the pruning mode `dynamic`
+                never stops before it has `keep_views`.
             **kwargs: `ModelConfig` fields and whatever transformers keeps in a configuration.
         """
         names = ModelConfig.__dataclass_fields__
@@ -45,6 +54,7 @@ class RoadworkConfig(PreTrainedConfig):
             setattr(self, name, value)
         self.backbone_dim = backbone_dim
         self.decision_bias = decision_bias
+        self.stopping = stopping
         kwargs["id2label"] = dict(LABEL_NAMES)
         super().__init__(**kwargs)
 
@@ -124,7 +134,7 @@ class RoadworkModel(PreTrainedModel):
         """Build the head alone; `build` and `from_pretrained` attach the backbone."""
         super().__init__(config)
         sizes = config.sizes
-        self.encoder = TwoStageEncoder(sizes, config.backbone_dim)
+        self.encoder = TwoStageEncoder(config)
         if sizes.head == "roadwork":
             self.head: nn.Module = RoadworkHead(sizes, config.backbone_dim)
         else:
@@ -191,10 +201,58 @@ class RoadworkModel(PreTrainedModel):
         return self
 
     def encode(
-        self, views: torch.Tensor, boxes: torch.Tensor, view_mask: torch.Tensor, keep_all: bool = False
+        self,
+        views: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
+        view_mask: torch.Tensor | None = None,
+        keep_all: bool = False,
+        *,
+        cls: torch.Tensor | None = None,
+        cells: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
     ) -> Encoded:
-        """Run the pruner and the backbone, see `TwoStageEncoder`; several `answer`s may share the result."""
-        encoded: Encoded = self.encoder(views, boxes, view_mask, keep_all)
+        """Run the pruner and, on the views that it keeps, the backbone; several `answer`s may share the result.
+
+        See `forward` for the arguments.
+        """
+        assert boxes is not None
+        assert view_mask is not None
+        boxes, view_mask = boxes.to(self.device), view_mask.to(self.device)
+        return self._choose(self.source(boxes, views, cls, cells, regions), boxes, view_mask, keep_all)
+
+    def source(
+        self,
+        boxes: torch.Tensor,
+        views: torch.Tensor | None = None,
+        cls: torch.Tensor | None = None,
+        cells: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
+    ) -> TokenSource:
+        """Where a batch's tokens come from: its views, or else the cached tokens; see `forward` for the arguments."""
+        if views is not None:
+            return self.encoder.online(views, boxes.to(self.device))
+        assert cls is not None
+        assert cells is not None
+        assert regions is not None
+        return CachedTokens(Tokens(cls.to(self.device), cells.to(self.device), regions.to(self.device)))
+
+    def _choose(self, source: TokenSource, boxes: torch.Tensor, view_mask: torch.Tensor, keep_all: bool) -> Encoded:
+        """Let the encoder choose by itself, or ask the head in the two modes in which it has a say."""
+        mode = "off" if keep_all or self.encoder.pruner is None else self.config.pruning
+        if mode == "dynamic" and self.config.stopping is not None and not self.training:
+            rule = StoppingRule(**self.config.stopping)
+
+            def certain(seen: Encoded, number: int) -> torch.Tensor:
+                # Metadata has no say, as in the headline score: the rule was calibrated without.
+                return rule.certain(self.log_odds(self.answer(seen, null_metadata=True)), number)
+
+            return self.encoder.encode_in_rounds(source, boxes, view_mask, certain)
+        importance = None
+        if mode == "oracle":
+            with torch.no_grad():
+                everything = self.encoder(source, boxes, view_mask, keep_all=True)
+                importance = self.answer(everything, null_metadata=True).view_importance
+        encoded: Encoded = self.encoder(source, boxes, view_mask, keep_all, importance)
         return encoded
 
     def answer(
@@ -216,10 +274,13 @@ class RoadworkModel(PreTrainedModel):
 
     def forward(
         self,
-        views: torch.Tensor,
-        boxes: torch.Tensor,
-        view_mask: torch.Tensor,
+        views: torch.Tensor | None = None,
+        boxes: torch.Tensor | None = None,
+        view_mask: torch.Tensor | None = None,
         *,
+        cls: torch.Tensor | None = None,
+        cells: torch.Tensor | None = None,
+        regions: torch.Tensor | None = None,
         null_metadata: bool = False,
         keep_all: bool = False,
         labels: torch.Tensor | None = None,
@@ -227,12 +288,16 @@ class RoadworkModel(PreTrainedModel):
         target_counts: torch.Tensor | None = None,
         **metadata: torch.Tensor | None,
     ) -> RoadworkOutput:
-        """Answer for a batch of photos.
+        """Answer for a batch of photos, from their views or from all of their cached tokens.
 
         Args:
-            views: uint8 [B, V, 3, S, S], see `pipeline.data.dataset.prepare`.
+            views: uint8 [B, V, 3, S, S], see `pipeline.data.dataset.prepare`; in their place, `cls`, `cells` and
+                `regions`.
             boxes: [B, V, 4].
             view_mask: bool [B, V].
+            cls: [B, V, D], see `pipeline.model.encoder.all_tokens`.
+            cells: [B, V, g*g, 2D].
+            regions: [B, V, D].
             null_metadata: Treat all metadata as NULL.
             keep_all: Prune nothing, whatever the configuration says.
             labels: int64 [B], -1 where unknown; asks for the loss.
@@ -241,7 +306,8 @@ class RoadworkModel(PreTrainedModel):
                 counts of this batch.
             **metadata: gps, weather, daytime, scene, text; weather is a target too.
         """
-        output = self.answer(self.encode(views, boxes, view_mask, keep_all), null_metadata, **metadata)
+        encoded = self.encode(views, boxes, view_mask, keep_all, cls=cls, cells=cells, regions=regions)
+        output = self.answer(encoded, null_metadata, **metadata)
         if labels is None:
             return output
         targets = self._targets(labels, metadata.get("weather"), mask_targets)
@@ -264,3 +330,9 @@ class RoadworkModel(PreTrainedModel):
         """Probability of roadwork: [B, 2] to [B]; 0.5 is the best cut once `export` has set the bias."""
         bias = self.config.decision_bias if decision_bias is None else decision_bias
         return (logits[..., 1].float() - logits[..., 0].float() - bias).sigmoid()
+
+    @staticmethod
+    def log_odds(output: RoadworkOutput) -> torch.Tensor:
+        """Log-odds of roadwork, before any bias: [B], in float32."""
+        assert output.logits is not None
+        return output.logits[:, 1].float() - output.logits[:, 0].float()

@@ -44,6 +44,16 @@ def test_a_sample_is_read_from_its_place_in_the_tar(dataset):
             assert dataset.record(row).key == sample.key
 
 
+def test_half_scale_decoding_reaches_the_views(dataset):
+    side = 12  # whose canvas of 30 px a photo of 96 x 64 still reaches when it is halved
+    full, half = (
+        ShardDataset(dataset.place, read_index(dataset.place), "train", side, 12, 8, scale)[0]
+        for scale in ("full", "half")
+    )
+    assert not torch.equal(full["views"], half["views"])
+    assert {key for key in full if not torch.equal(full[key], half[key]) and not full[key].isnan().any()} == {"views"}
+
+
 def test_an_unknown_label_is_minus_one(dataset):
     batch = collate([dataset[row] for row in range(3)])
     assert batch["labels"].tolist() == [0, 1, -1]

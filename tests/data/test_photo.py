@@ -1,13 +1,14 @@
 import io
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from pipeline.data import photo
-from pipeline.data.photo import BadPhoto, decode, probe
+from pipeline.data.photo import BadPhoto, Scratch, decode, probe
 
 SMOOTH = np.asarray(Image.effect_noise((24, 16), 60).resize((96, 64), Image.Resampling.BICUBIC))
 
@@ -94,3 +95,29 @@ def test_real_photos_decode_as_pillow_decodes_them(street_photos):
     for path in sorted(street_photos.rglob("*.jpg"))[::8]:
         expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
         assert np.abs(decode(path.read_bytes()).astype(int) - expected).mean() < 0.5
+
+
+def sizes_in_turn() -> list[bytes]:
+    large, small = colour_image().resize((200, 150)), colour_image()
+    return [encoded(image, "JPEG", quality=95) for image in (large, small, large)]
+
+
+def test_scratch_memory_changes_no_pixel():
+    scratch = Scratch()
+    for data in sizes_in_turn():
+        np.testing.assert_array_equal(decode(data, scratch=scratch), decode(data))
+
+
+@pytest.mark.parametrize(("limit", "shared"), [(photo.MAX_SCRATCH_BYTES, True), (1000, False)])
+def test_scratch_memory_is_used_again_up_to_a_limit(limit, shared, monkeypatch):
+    monkeypatch.setattr(photo, "MAX_SCRATCH_BYTES", limit)
+    scratch = Scratch()
+    first, second = (decode(sizes_in_turn()[0], scratch=scratch) for _ in range(2))
+    assert np.shares_memory(first, second) is shared
+
+
+def test_threads_do_not_share_scratch_memory():
+    scratch, data = Scratch(), sizes_in_turn()[0]
+    with ThreadPoolExecutor(1) as pool:
+        theirs = pool.submit(decode, data, scratch=scratch).result()
+    assert not np.shares_memory(theirs, decode(data, scratch=scratch))

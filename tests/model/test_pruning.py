@@ -2,7 +2,9 @@ import pytest
 import torch
 from scipy import stats
 
-from pipeline.model.pruning import ViewPruner, choose_views
+from pipeline.errors import UserError
+from pipeline.model.config import ModelConfig
+from pipeline.model.pruning import ViewPruner, choose_views, draw_keep, rank_views, rounds_up_to
 from tests.model.reference import silu
 
 
@@ -84,3 +86,39 @@ def test_random_choice_ignores_the_scores():
     frequency = kept.flatten().bincount(minlength=12)[1:] / draws
     # 7 of 11 are drawn; six standard errors
     torch.testing.assert_close(frequency, torch.full((11,), 7 / 11), rtol=0, atol=6 * 0.0034)
+
+
+def test_fixed_views_are_the_same_for_every_photo_whatever_the_scores():
+    kept = choose_views(torch.randn(20, 12), all_views(20), 4, "fixed", explore=True, fixed_views=(9, 2, 5, 1))
+    assert kept.tolist() == [[0, 2, 5, 9]] * 20
+
+
+def test_a_fixed_view_that_a_photo_lacks_gives_way_to_the_next():
+    mask = all_views(1)
+    mask[0, 9] = False
+    kept = choose_views(torch.zeros(1, 12), mask, 4, "fixed", explore=False, fixed_views=(9, 2, 5, 1))
+    assert kept.tolist() == [[0, 1, 2, 5]]
+
+
+@pytest.mark.parametrize("views", [(0, 1, 2), (1, 1, 2), (12, 1, 2), (1,)])
+def test_fixed_views_that_make_no_sense_are_refused(views):
+    with pytest.raises(UserError, match=r"model\.fixed_views"):
+        ModelConfig(pruning="fixed", keep_views=4, fixed_views=views)
+
+
+def test_views_are_ranked_by_score_after_the_global_one_and_before_those_that_do_not_exist():
+    mask = all_views(1, 5)
+    mask[0, 3] = False
+    assert rank_views(torch.tensor([[-9.0, 1, 3, 9, 2]]), mask, "scored", explore=False).tolist() == [[0, 2, 4, 1, 3]]
+
+
+def test_rounds_end_with_the_most_views_that_are_kept():
+    assert rounds_up_to(12) == (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
+    assert rounds_up_to(8) == (1, 2, 3, 4, 5, 6, 7, 8)
+    assert rounds_up_to(9) == (1, 2, 3, 4, 5, 6, 7, 8, 9)
+
+
+def test_training_draws_every_round_alike():
+    torch.manual_seed(0)
+    drawn = torch.tensor([draw_keep(4) for _ in range(4000)])
+    assert stats.chisquare(drawn.bincount()[1:]).pvalue > 0.01

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -7,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import UserError
 from pipeline.losses import LossConfig, Targets, count_targets
-from pipeline.model.backbone import FrozenBackbone, pool_cells
-from pipeline.model.encoder import Encoded
+from pipeline.model.backbone import FrozenBackbone, pool_cells, pool_regions
+from pipeline.model.encoder import Encoded, all_tokens
+from pipeline.model.pruning import StoppingRule, rank_views
 from pipeline.model.roadwork import RoadworkModel
 from tests.small_run import SIDE, make_backbone, make_model
 
@@ -81,15 +83,158 @@ def test_encoded_views_are_the_backbones(model, photos, backbone):
         torch.testing.assert_close(encoded.cells[photo], pool_cells(patches, 2), atol=1e-5, rtol=1e-4)
 
 
+def backbone_flops(work):
+    """Counted by PyTorch in the backbone alone."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        work()
+    return sum(counter.get_flop_counts()["DINOv3ViTModel"].values())
+
+
+def cached(model, photos):
+    """What stands in for the views of some photos in a batch from the feature cache."""
+    tokens = all_tokens(model.backbone, photos["views"], photos["boxes"], photos["view_mask"], 2)
+    return {**tokens._asdict(), "boxes": photos["boxes"], "view_mask": photos["view_mask"]}
+
+
+@torch.no_grad()
+def test_all_tokens_are_the_backbones(model, photos):
+    photos["view_mask"][1, 4:] = False
+    tokens = all_tokens(model.backbone, **photos, pool_grid=2)
+    for photo, exist in enumerate(photos["view_mask"]):
+        cls, patches = model.backbone(photos["views"][photo, exist])
+        torch.testing.assert_close(tokens.cls[photo, exist], cls, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(tokens.cells[photo, exist], pool_cells(patches, 2), atol=1e-5, rtol=1e-4)
+        regions = pool_regions(patches[:1], photos["boxes"][photo, None])[0]
+        torch.testing.assert_close(tokens.regions[photo], regions, atol=1e-5, rtol=1e-4)
+    assert not tokens.cls[1, 4:].any()
+    assert not tokens.cells[1, 4:].any()
+
+
+@pytest.mark.parametrize("pruning", ["scored", "dynamic", "off", "fixed", "oracle"])
+@torch.no_grad()
+def test_cached_tokens_give_the_same_answer_as_views(backbone, photos, pruning):
+    photos["view_mask"][1, 4:] = False
+    model = make_model(backbone, pruning=pruning, fixed_views=(7, 3, 5, 1))
+    model.config.stopping = halfway_rule(model, photos)
+    online, offline = model(**photos), model(**cached(model, photos))
+    assert torch.equal(online.view_indices, offline.view_indices)
+    for name in ("logits", "view_scores", "view_importance", "mask_logits"):
+        torch.testing.assert_close(offline[name], online[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["single_view", "mean_pool"])
+@torch.no_grad()
+def test_baselines_answer_from_cached_tokens_too(backbone, photos, head):
+    model = make_model(backbone, head=head)
+    photos = {key: value[:, : model.config.num_views] for key, value in photos.items()}
+    torch.testing.assert_close(model(**cached(model, photos)).logits, model(**photos).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pruning", ["scored", "off"])
+def test_views_that_do_not_exist_cost_the_backbone_nothing(backbone, photos, pruning):
+    model = make_model(backbone, pruning=pruning, keep_views=8)
+    photos["view_mask"][:] = torch.tensor([1, 1] + 10 * [0])
+    assert backbone_flops(lambda: model.encode(**photos)) == backbone_flops(
+        lambda: model.backbone(photos["views"][:, :2].flatten(0, 1))
+    )
+    photos["view_mask"][:, 1] = False
+    assert backbone_flops(lambda: all_tokens(model.backbone, **photos, pool_grid=2)) == backbone_flops(
+        lambda: model.backbone(photos["views"][:, 0])
+    )
+
+
+def halfway_rule(model, photos):
+    """A rule under which the global view is enough for some photos only."""
+    first = model.log_odds(model.answer(keep_by_hand(model, photos, 1))).sort().values
+    above = float(first[:2].mean() - first[0]) + 1
+    return {"cut": float(first[0]) - 1, "margins_none": [99.0] * 3, "margins_roadwork": [above, 99.0, 99.0]}
+
+
+def keep_by_hand(model, photos, keep):
+    """The global view and the best of the others, as the scored mode would keep them."""
+    source = model.source(photos["boxes"], photos["views"])
+    order = rank_views(model.encoder.score(source), photos["view_mask"], "scored", explore=False)
+    indices = order[:, :keep].sort(dim=1).values
+    mask = photos["view_mask"].gather(1, indices)
+    return model.encoder.gather(source, photos["boxes"], model.encoder.score(source), indices, mask)
+
+
+@torch.no_grad()
+def test_dynamic_stops_at_the_first_round_that_is_certain_and_answers_as_from_those_views(backbone, photos):
+    model = make_model(backbone, pruning="dynamic")
+    assert model.encode(**photos).mask.sum(dim=1).tolist() == [4, 4, 4], "without a rule it keeps all that it may"
+    model.config.stopping = halfway_rule(model, photos)
+    rule = StoppingRule(**model.config.stopping)
+    by_rounds = [model.log_odds(model.answer(keep_by_hand(model, photos, keep))) for keep in (1, 2, 3, 4)]
+    expected = [
+        next(k for k in (1, 2, 3, 4) if k == 4 or rule.certain(by_rounds[k - 1], k - 1)[row]) for row in range(BATCH)
+    ]
+    assert len(set(expected)) > 1
+    output = model(**photos)
+    assert output.view_mask.sum(dim=1).tolist() == expected
+    answers = torch.stack([by_rounds[keep - 1][row] for row, keep in enumerate(expected)])
+    torch.testing.assert_close(model.log_odds(output), answers, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_dynamic_spends_the_backbone_on_the_views_it_takes_only_and_stops_where_none_are_left(backbone, photos):
+    model = make_model(backbone, pruning="dynamic")
+    model.config.stopping = halfway_rule(model, photos)
+    photos["view_mask"][2, 2:] = False
+    taken = int(model.encode(**photos).mask.sum())
+    assert 3 < taken < 12
+    one = backbone_flops(lambda: model.backbone(photos["views"][:1, 0]))
+    assert backbone_flops(lambda: model.encode(**photos)) == taken * one
+
+
+@torch.no_grad()
+def test_a_round_that_reaches_past_the_last_view_of_a_photo_takes_what_there_is(backbone, photos):
+    model = make_model(backbone, pruning="dynamic", keep_views=12)
+    model.config.stopping = {"cut": 0.0, "margins_none": [99.0] * 9, "margins_roadwork": [99.0] * 9}
+    photos["view_mask"][1, 9:] = False
+    assert model.encode(**photos).mask.sum(dim=1).tolist() == [12, 9, 12]
+
+
+@torch.no_grad()
+def test_each_round_takes_the_views_of_all_undecided_photos_in_one_pass(backbone, photos, monkeypatch):
+    model = make_model(backbone, pruning="dynamic")
+    model.config.stopping = {"cut": 0.0, "margins_none": [99.0] * 3, "margins_roadwork": [99.0] * 3}
+    passes, call = [], FrozenBackbone.__call__
+    monkeypatch.setattr(FrozenBackbone, "__call__", lambda self, v: (passes.append(len(v)), call(self, v))[1])
+    model.encode(**photos)
+    assert passes == [BATCH] * 4
+
+
+def test_training_in_dynamic_mode_asks_the_head_after_different_numbers_of_views(backbone, photos):
+    model = make_model(backbone, pruning="dynamic").train()
+    torch.manual_seed(0)
+    counts = {model.encode(**photos).indices.shape[1] for _ in range(30)}
+    assert counts == {1, 2, 3, 4}
+    assert model.encode(**photos, keep_all=True).indices.shape[1] == VIEWS
+
+
+@torch.no_grad()
+def test_the_oracle_keeps_the_views_that_matter_most_among_all_twelve(backbone, photos):
+    model = make_model(backbone, pruning="oracle")
+    importance = model(**photos, keep_all=True).view_importance
+    best = importance[:, 1:].topk(3).indices + 1
+    assert model.encode(**photos).indices[:, 1:].tolist() == best.sort().values.tolist()
+
+
+@torch.no_grad()
+def test_a_stopping_rule_is_saved_with_the_model(backbone, photos, tmp_path):
+    model = make_model(backbone, pruning="dynamic")
+    model.config.stopping = halfway_rule(model, photos)
+    model.save_pretrained(tmp_path)
+    again = RoadworkModel.from_pretrained(tmp_path)
+    assert again.config.stopping == model.config.stopping
+    assert torch.equal(again(**photos).view_mask, model(**photos).view_mask)
+
+
 def test_eight_of_twelve_views_cost_a_third_less_of_the_backbone(backbone, photos):
-    flops = {}
-    for keep in (8, 12):
-        model = make_model(backbone, keep_views=keep)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.encode(**photos)
-        by_module = counter.get_flop_counts()
-        flops[keep] = sum(by_module["DINOv3ViTModel"].values())
-    assert flops[8] / flops[12] == pytest.approx(8 / 12, rel=1e-3)
+    models = {keep: make_model(backbone, keep_views=keep) for keep in (8, 12)}
+    flops = {keep: backbone_flops(partial(model.encode, **photos)) for keep, model in models.items()}
+    assert flops[8] / flops[12] == pytest.approx(8 / 12, rel=1e-9)
 
 
 def test_the_loss_reaches_every_trained_parameter_and_no_frozen_one(model, photos):

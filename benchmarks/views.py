@@ -1,0 +1,183 @@
+"""Speed and fidelity of `pipeline.data.dataset.prepare`, from the bytes of a JPEG to twelve views, on one core.
+
+Against Pillow, and against the least that any way must do: decode the photo, and resize it once. Fidelity is that of
+the worst of the twelve views of each photo, against Pillow's Lanczos resize of that view from the photo.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+
+from benchmarks import view_peers as peers
+from benchmarks.form import Goal, Report, Row, compare, interleave, machine, one_core, publish, timed, versions
+from data_prep.scenes import KIND, scenes
+from pipeline.cli import command
+from pipeline.data.dataset import prepare
+from pipeline.data.photo import probe
+from pipeline.data.views import CANVAS_RATIO, NUM_VIEWS, canvas_side, resize
+from pipeline.errors import UserError
+from pipeline.progress import say
+
+PACKAGES = ("torch", "pillow", "simplejpeg")
+SIDE = 512
+LEAST_PIXELS = 4_000_000
+FIDELITY_DB, HALF_FIDELITY_DB = 50.0, 43.0
+FAST_REPEATS = 4  # runs of a fast arm for one of a slow one, so that neither is measured on too little
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured."""
+
+    size: str
+    photos: int
+    """At most so many of each kind."""
+    rounds: int
+
+
+FULL = Plan("4032x3024", photos=6, rounds=7)
+QUICK = Plan("4032x3024", photos=2, rounds=3)
+
+
+@dataclass(frozen=True)
+class PhotoSet:
+    """JPEG files of one kind."""
+
+    kind: str
+    files: list[bytes]
+
+    @property
+    def half_side(self) -> int:
+        """The largest view side up to `SIDE` at which all of them may be decoded at half scale."""
+        shortest = min(min(probe(data)) for data in self.files) // 2
+        return min(SIDE, int(shortest / CANVAS_RATIO) // 16 * 16)
+
+
+def views(quick: bool = False, out: Path | None = None, photos: Path | None = None, seed: int = 0) -> Path:
+    """Measure how fast one core makes twelve views of a photo, and how close they are to Pillow's.
+
+    Args:
+        quick: Fewer photos and rounds, in 90 seconds on two cores.
+        out: Folder for views.json; benchmarks/results if not given, or runs/benchmarks with --quick.
+        photos: Folder of real JPEG photos of 4 megapixels or more to measure on, beside procedural ones.
+        seed: Of the scenes and of the order of measuring.
+    """
+    plan = QUICK if quick else FULL
+    sets = [draw(plan, seed)]
+    if photos is None:
+        say("without --photos FOLDER, procedural scenes are all that is measured")
+    else:
+        sets.append(read(photos, plan))
+    with one_core():
+        rows = [row for photo_set in sets for row in measure(photo_set, plan.rounds, seed)]
+    return publish(Report("views", machine(), versions(PACKAGES), seed, tuple(rows)), out, quick)
+
+
+def draw(plan: Plan, seed: int) -> PhotoSet:
+    """Procedural scenes."""
+    with tempfile.TemporaryDirectory(prefix="roadwork-views-") as place:
+        scenes(Path(place), plan.photos, plan.size, seed=seed, workers=1)
+        files = [path.read_bytes() for path in sorted((Path(place) / "images").iterdir())]
+    return PhotoSet(f"{plan.size} {KIND}", files)
+
+
+def read(folder: Path, plan: Plan) -> PhotoSet:
+    """The first large photos of a folder and those below it.
+
+    Raises:
+        UserError: There are none.
+    """
+    found = (path.read_bytes() for path in sorted(folder.rglob("*.jpg")))
+    files = [data for data in found if np.prod(probe(data)) >= LEAST_PIXELS][: plan.photos]
+    if not files:
+        raise UserError(f"--photos {folder} has no .jpg of {LEAST_PIXELS / 1e6:.0f} megapixels or more; name another")
+    sizes = sorted({"x".join(map(str, probe(data))) for data in files})
+    return PhotoSet(f"{' and '.join(sizes)} real photos", files)
+
+
+def measure(photos: PhotoSet, rounds: int, seed: int) -> list[Row]:
+    """All rows for one kind of photo."""
+    half_side = photos.half_side
+    arms = {
+        "ours": partial(seconds, photos, partial(prepare, side=SIDE, num_views=NUM_VIEWS), FAST_REPEATS),
+        "least": partial(seconds, photos, partial(decode_and_resize, side=SIDE), FAST_REPEATS),
+        "once": partial(seconds, photos, partial(peers.decode_once, side=SIDE)),
+        "reopen": partial(seconds, photos, partial(peers.reopen, side=SIDE)),
+        "half": partial(seconds, photos, partial(halved, side=half_side), FAST_REPEATS),
+        "once for half": partial(seconds, photos, partial(peers.decode_once, side=half_side)),
+    }
+    for arm in arms.values():
+        arm()
+    taken = interleave(arms, rounds, seed)
+    rates = {name: [1 / second for second in times] for name, times in taken.items()}
+    ms = {name: [1e3 * second for second in times] for name, times in taken.items()}
+    counted = f"{len(photos.files)} photos, {rounds} rounds"
+    what, half = f"12 views of {SIDE} px, {photos.kind}", f"half scale, {half_side} px, {photos.kind}"
+    unit = "photos/s per core"
+    once, floor = "Pillow: decode once, Lanczos per view", "decoding and one resize to the canvas"
+    return [
+        compare(what, once, rates["ours"], rates["once"], unit, Goal(7), counted),
+        compare(what, "Pillow: re-open per view", rates["ours"], rates["reopen"], unit, Goal(30), counted),
+        compare(
+            what, floor, ms["ours"], ms["least"], "ms per photo", Goal(1.15, at_most=True),
+            f"{counted}; theirs is simplejpeg, then torch's Lanczos on channels-last memory, to 1 of 12 views",
+        ),
+        fidelity(what, photos, SIDE, "full", FIDELITY_DB),
+        compare(
+            half, once, rates["half"], rates["once for half"], unit, Goal(10),
+            f"{counted}; the largest views up to {SIDE} px at which such photos, halved, reach the canvas",
+        ),
+        fidelity(half, photos, half_side, "half", HALF_FIDELITY_DB),
+    ]  # fmt: skip
+
+
+def seconds(photos: PhotoSet, work: Callable[[bytes], object], repeats: int = 1) -> float:
+    """Time that a photo takes of the core."""
+
+    def run() -> None:
+        for _ in range(repeats):
+            for data in photos.files:
+                work(data)
+
+    return timed(run).core_s / repeats / len(photos.files)
+
+
+def halved(data: bytes, side: int) -> dict[str, torch.Tensor]:
+    """What is measured as half scale."""
+    return prepare(data, side, NUM_VIEWS, "half")
+
+
+def decode_and_resize(data: bytes, side: int) -> torch.Tensor:
+    """The least that any way to twelve views does."""
+    image = torch.from_numpy(simplejpeg.decode_jpeg(data)).permute(2, 0, 1)
+    return resize(image, canvas_side(side), canvas_side(side))
+
+
+def fidelity(what: str, photos: PhotoSet, side: int, scale: str, floor_db: float) -> Row:
+    """How close each photo's worst view is to Pillow's, against what is asked for."""
+    per_view = np.array([view_psnr(data, side, scale) for data in photos.files])
+    worst = per_view.min(axis=1)
+    note = (
+        f"PSNR of each photo's worst view against Pillow, worst of all {worst.min():.1f} dB; mean over global view, "
+        f"tiles and crops {per_view[:, 0].mean():.1f}, {per_view[:, 1:10].mean():.1f}, {per_view[:, 10:].mean():.1f} dB"
+    )
+    return compare(what, f"{floor_db:g} dB", worst.tolist(), [floor_db] * len(worst), "dB", Goal(1), note)
+
+
+def view_psnr(data: bytes, side: int, scale: str) -> list[float]:
+    """PSNR of each view against Pillow's, in dB."""
+    ours = prepare(data, side, NUM_VIEWS, scale)["views"].double()
+    errors = (ours - peers.decode_once(data, side).double()).square().mean(dim=(1, 2, 3))
+    return (10 * torch.log10(255**2 / errors)).tolist()
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(views))

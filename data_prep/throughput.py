@@ -1,0 +1,48 @@
+"""How fast a backbone could be: counted operations, and the rate at which this GPU multiplies matrices."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, PreTrainedConfig
+
+MATMUL_SIDE = 8192  # large enough that an H100 reaches its plateau
+MATMULS = 24
+MATMUL_ROUNDS = 3
+
+
+def flops_per_view(config: PreTrainedConfig, side: int) -> int:
+    """Floating-point operations of one view, counted on tensors without content.
+
+    The attention counts whatever kernel computes it, and as the two products it is in all of them.
+
+    Args:
+        config: Of the backbone.
+        side: View side S in pixels.
+    """
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, attn_implementation="sdpa").eval()
+        view = torch.empty(1, 3, side, side)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(pixel_values=view)
+    return int(counter.get_total_flops())
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Measured FLOP/s of bf16 matrix products, the best of a few rounds; takes about a second on a GPU.
+
+    Measured, because a table's peak is for other clocks, power limits and cards.
+    """
+    left, right = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(left)
+    best_s = float("inf")
+    for _ in range(1 + MATMUL_ROUNDS):  # the first one warms up and is never the best
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(MATMULS):
+            torch.mm(left, right, out=out)
+        torch.cuda.synchronize(device)
+        best_s = min(best_s, time.perf_counter() - start)
+    return 2 * MATMUL_SIDE**3 * MATMULS / best_s

@@ -1,0 +1,113 @@
+"""Training and validating from the feature cache: the shards give metadata and targets, the cache gives tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.data.copies import placement_of
+from pipeline.data.dataset import ShardDataset
+from pipeline.data.features import FeatureCache, FeatureReader, stale
+from pipeline.data.index import Index
+from pipeline.data.integrity import read_record
+from pipeline.data.sampler import PositionSampler
+from pipeline.model.config import ModelConfig
+
+
+class FeatureDataset(ShardDataset):
+    """A split of the shards whose photos are never opened.
+
+    A photo has several rows in the cache, itself and its augmented copies. The loader asks for one by the number
+    `copy * len(self) + row`, so that the photos themselves have the numbers that they have without a cache.
+    """
+
+    def __init__(self, *shards: Any, cache: FeatureCache, **options: Any):
+        """See `ShardDataset`, which gets all but the cache.
+
+        Raises:
+            UserError: The cache lacks photos of the split, or is damaged.
+        """
+        super().__init__(*shards, **options)
+        self.reader = FeatureReader(cache, self.name, [sample.key for sample in self.split.samples])
+
+    @property
+    def copies(self) -> int:
+        """Rows of every photo: itself and its augmented copies."""
+        return self.reader.copies
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """Tokens, metadata and targets; see `ShardDataset`, and `PhotoTokens` in the place of views.
+
+        The mask of a copy is cut as the copy was.
+        """
+        copy, row = divmod(number, len(self))
+        sample = self.split.samples[row]
+        members = self._read(row, [name for name in sample.members if name != sample.photo_extension])
+        with self.naming(sample.shard, sample):
+            record = read_record(sample, self.name, members["json"])
+        if record.sha256 != self.reader.photo(row).sha256:
+            raise stale(self.reader.place, f"it holds another photo as {sample.key}")
+        tokens = self.reader.read(row, copy)
+
+        def cut(mask: np.ndarray) -> np.ndarray:
+            return placement_of(mask.shape[1], mask.shape[0], record.sha256, copy).mask(mask) if copy else mask
+
+        return {
+            **{name: value[: self.num_views] for name, value in vars(tokens).items()},
+            **self.targets(row, record, members.get("mask.png"), cut),
+        }
+
+
+class CopySampler(PositionSampler):
+    """Numbers of rows of a `FeatureDataset`: in every epoch another copy of a photo, each one in its turn.
+
+    Which copy comes first is drawn for each photo from the seed, so every epoch holds all kinds, and the copy follows
+    from the position in the sequence alone, as the photo does.
+    """
+
+    def __init__(self, weights: np.ndarray, samples_per_epoch: int, *, copies: int, seed: int, **share: int):
+        """See `PositionSampler`.
+
+        Args:
+            weights: float [N], above 0.
+            samples_per_epoch: Photos of one epoch.
+            copies: Rows of each photo.
+            seed: Of the run.
+            **share: batch_size, rank and world_size.
+        """
+        super().__init__(weights, samples_per_epoch, seed=seed, **share)
+        self.copies = copies
+        self.first = np.random.default_rng([seed, copies]).integers(copies, size=len(weights))
+
+    def row_at(self, position: int) -> int:
+        """Number of the row at a position of the sequence."""
+        row, epoch = super().row_at(position), position // self.samples_per_epoch
+        copy = int(self.first[row] + epoch) % self.copies
+        return copy * len(self.weights) + row
+
+
+def open_split(
+    shards: Path | str,
+    index: Index,
+    name: str,
+    model: ModelConfig,
+    decode_scale: str,
+    cache: FeatureCache | None = None,
+) -> ShardDataset:
+    """The samples of a split as a model wants them, from the cache where there is one.
+
+    Args:
+        shards: Folder or URL.
+        index: Theirs.
+        name: Of the split.
+        model: Its sizes.
+        decode_scale: See `data.decode_scale`.
+        cache: Of the photos in the shards, with the model's key.
+    """
+    sizes = model.view_side, model.num_views, model.mask_side
+    if cache is None:
+        return ShardDataset(shards, index, name, *sizes, decode_scale)
+    return FeatureDataset(shards, index, name, *sizes, decode_scale, cache=cache)

@@ -1,0 +1,264 @@
+"""The feature cache: the same tokens as without it, or one sentence that says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.feature_dataset import CopySampler, open_split
+from pipeline.data.feature_key import feature_key, geometry_fingerprint, weights_fingerprint
+from pipeline.data.features import open_cache, read_features
+from pipeline.data.index import read_index
+from pipeline.data.sampler import PositionSampler
+from pipeline.errors import UserError
+from pipeline.model.backbone import FrozenBackbone
+from pipeline.model.encoder import all_tokens
+from tests.feature_cache import make_cache
+from tests.small_run import make_backbone, make_model, make_shards, small_config
+
+PHOTOS, COPIES = 6, 2
+# Half a unit in the last of bf16's 8 digits, and room for the fp32 sums that another batch size rounds differently.
+ROUNDING = {"rtol": 2**-8, "atol": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Shards, a backbone and a cache with copies; nobody may change them."""
+    folder = tmp_path_factory.mktemp("features")
+    make_shards(folder / "shards", {"train": [0, 1] * (PHOTOS // 2), "val": [0, 1, 0]})
+    make_backbone(folder / "backbone")
+    make_cache(folder / "cache", folder / "shards", str(folder / "backbone"), copies=COPIES)
+    return folder
+
+
+def split(world, name="train", cached=True, place=None, **changes):
+    index = read_index(world / "shards")
+    cache = open_cache(str(place or world / "cache"), index) if cached else None
+    return open_split(world / "shards", index, name, small_config(str(world / "backbone"), **changes), "full", cache)
+
+
+@pytest.fixture
+def spoilt(world, tmp_path):
+    """A copy of the cache to be damaged."""
+    return shutil.copytree(world / "cache", tmp_path / "cache")
+
+
+def key_of(world, **changes):
+    model = small_config(str(world / "backbone"), **changes)
+    return feature_key(FrozenBackbone(model.backbone), model, "full")
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_cached_tokens_are_those_of_the_backbone_in_bf16(world, name):
+    cached, online = split(world, name), split(world, name, cached=False)
+    backbone = FrozenBackbone(str(world / "backbone"))
+    for row in range(len(online)):
+        found, photo = cached[row], collate([online[row]])
+        assert "views" not in found
+        wanted = all_tokens(backbone, photo["views"], photo["boxes"], photo["view_mask"], pool_grid=2)
+        for key, value in wanted._asdict().items():
+            assert found[key].dtype == torch.bfloat16
+            torch.testing.assert_close(found[key].float(), value[0], **ROUNDING)
+
+
+def test_everything_but_the_photo_is_the_same_with_and_without_the_cache(world):
+    cached, online = split(world)[2], split(world, cached=False)[2]
+    for key in online.keys() - {"views"}:
+        torch.testing.assert_close(cached[key], online[key], equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("head", ["roadwork", "attention_mil"])
+def test_a_model_answers_alike_with_and_without_the_cache(world, head):
+    model = make_model(str(world / "backbone"), head=head)
+    with torch.no_grad():
+        cached, online = (
+            model(**model_inputs(collate([data[row] for row in range(PHOTOS)]))).logits
+            for data in (split(world, head=head), split(world, cached=False, head=head))
+        )
+    assert online.std(0).max() > 0.01  # the answers differ from photo to photo
+    torch.testing.assert_close(cached, online, rtol=0.02, atol=0.02)
+
+
+def test_a_baseline_reads_its_one_view_from_a_cache_of_twelve(world):
+    assert key_of(world).difference(key_of(world, head="single_view")) is None
+    one, twelve = split(world, head="single_view")[1], split(world)[1]
+    for key in ("cls", "cells", "regions", "boxes", "view_mask"):
+        assert len(one[key]) == 1
+        assert torch.equal(one[key][0], twelve[key][0])
+    assert key_of(world, head="single_view").difference(key_of(world)) == "number of views 1, and not 12"
+
+
+def test_training_photos_have_copies_that_differ(world):
+    data = split(world)
+    assert (data.copies, split(world, "val").copies) == (1 + COPIES, 1)
+    rows = [data[copy * len(data) + 3] for copy in range(1 + COPIES)]
+    assert [row["row"].item() for row in rows] == [3, 3, 3]
+    assert not any(torch.allclose(rows[0]["cls"][0], row["cls"][0], atol=0.05) for row in rows[1:])
+
+
+def test_each_epoch_has_another_copy_until_all_were_seen():
+    sampler = CopySampler(np.ones(10), 10, copies=3, seed=5, batch_size=1, rank=0, world_size=1)
+    epochs = [[divmod(sampler.row_at(10 * epoch + place), 10) for place in range(10)] for epoch in range(6)]
+    for first in (0, 3):
+        seen = [pair for epoch in epochs[first : first + 3] for pair in epoch]
+        assert sorted(seen) == [(copy, row) for copy in range(3) for row in range(10)]
+    assert len({copy for copy, _ in epochs[0]}) > 1
+
+
+def test_copies_do_not_depend_on_the_number_of_processes_and_one_copy_is_none():
+    share = {"seed": 1, "batch_size": 2}
+    alone = CopySampler(np.ones(12), 9, copies=4, rank=0, world_size=1, **share)
+    pair = [CopySampler(np.ones(12), 9, copies=4, rank=rank, world_size=2, **share) for rank in range(2)]
+    numbers = [alone.row_at(position) for position in range(40)]
+    assert [pair[position % 2].row_at(position) for position in range(40)] == numbers
+    plain = PositionSampler(np.ones(12), 9, rank=0, world_size=1, **share)
+    single = CopySampler(np.ones(12), 9, copies=1, rank=0, world_size=1, **share)
+    assert [single.row_at(position) for position in range(40)] == [plain.row_at(position) for position in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"weights": "f" * 64}, r"made with the backbone .*backbone \(\w{12}\), and not .* \(ffffffffffff\)"),
+        ({"view_side": 64}, "view side 32, and not 64"),
+        ({"num_views": 13}, "number of views 12, and not 13"),
+        ({"pool_grid": 4}, "pooled grid 2, and not 4"),
+        ({"geometry": "other"}, "view geometry .*, and not other"),
+        ({"resize": "bicubic"}, "resize kernel .* lanczos, and not bicubic"),
+        ({"decode_scale": "half"}, "decode scale full, and not half"),
+        ({"dtype": "float16"}, "dtype bfloat16, and not float16"),
+    ],
+)
+def test_a_stale_cache_is_named_in_one_sentence_with_what_differs(world, changes, named):
+    cache = open_cache(str(world / "cache"), read_index(world / "shards"))
+    cache.check(key_of(world))
+    pattern = rf"feature cache .*cache is stale: .*{named}; remove .* make it anew"
+    with pytest.raises(UserError, match=pattern) as caught:
+        cache.check(dataclasses.replace(key_of(world), **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_of_weights_follows_any_weight_and_not_the_precision_it_is_held_in(world):
+    backbone = FrozenBackbone(str(world / "backbone"))
+    before = weights_fingerprint(backbone)
+    backbone.model.bfloat16()
+    assert weights_fingerprint(backbone) == before
+    next(iter(backbone.model.parameters())).view(-1)[0] += 1
+    assert weights_fingerprint(backbone) != before
+    backbone = FrozenBackbone(str(world / "backbone"))
+    backbone.config.rope_theta += 1
+    assert weights_fingerprint(backbone) != before
+
+
+def test_the_fingerprint_of_the_geometry_follows_boxes_and_useful_views(monkeypatch):
+    before = geometry_fingerprint(512)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.feature_key.useful_views", lambda *size: torch.ones(12, dtype=torch.bool))
+        assert geometry_fingerprint(512) != before
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.feature_key.canvas_boxes", lambda *size: [(0, 0, 1, 1)] * 12)
+        assert geometry_fingerprint(512) != before
+    assert geometry_fingerprint(512) == before
+
+
+def test_a_cache_of_other_shards_is_named(world, tmp_path):
+    index = dataclasses.replace(read_index(world / "shards"), source_sha256="cd" * 32)
+    with pytest.raises(UserError, match=r"stale: it was made from other shards \(abababababab, and not cdcdcdcdcdcd\)"):
+        open_cache(str(world / "cache"), index)
+    make_shards(tmp_path / "more", {"train": [0, 1] * PHOTOS, "val": [0, 1, 0]})
+    cache = open_cache(str(world / "cache"), read_index(tmp_path / "more"))
+    with pytest.raises(UserError, match=r"it lacks 6 of 12 photos of the split 'train'"):
+        open_split(tmp_path / "more", read_index(tmp_path / "more"), "train", small_config("none"), "full", cache)
+
+
+def test_a_photo_that_changed_under_its_key_is_named(world, spoilt):
+    values = json.loads((spoilt / "index.json").read_text())
+    values["shards"][0]["photos"][0]["sha256"] = "0" * 64
+    (spoilt / "index.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="it holds another photo as train_0"):
+        split(world, place=spoilt)[0]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_shard_that_is_not_whole_is_named_before_anything_is_read(world, spoilt, damage):
+    path = spoilt / "train-00001.safetensors"
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"train-00001\.safetensors: it is missing or not \d+ bytes long; remove"):
+        split(world, place=spoilt)
+    assert len(split(world, "val", place=spoilt)) == 3  # whose files are whole
+
+
+def test_a_byte_that_changed_is_found_when_its_photo_is_read(world, spoilt):
+    path = spoilt / "train-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    found = split(world, place=spoilt)
+    said = []
+    for number in range(len(found) * found.copies):
+        try:
+            found[number]
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) == 1
+    assert said[0].startswith(f"{path}, sample train_")
+    assert "its bytes have changed" in said[0]
+
+
+@pytest.mark.parametrize("at", [0, 9])
+def test_a_broken_header_is_named(world, spoilt, at):
+    path = spoilt / "train-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[at : at + 2] = b"\xff\xff"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"train-00000\.safetensors, sample train_0: its header cannot be read"):
+        split(world, place=spoilt)[0]
+
+
+def test_tensors_of_another_shape_are_named(world, spoilt):
+    name = "train-00000.safetensors"
+    data = (spoilt / name).read_bytes()
+    (spoilt / name).write_bytes(data.replace(b'"BF16"', b'"F16" '))
+    with pytest.raises(UserError, match="its tensors are not those that the index describes"):
+        split(world, place=spoilt)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (None, "no finished feature cache in .*: there is no index.json"),
+        ("{", "is no JSON"),
+        ("[]", "no feature cache of this program's format"),
+        ('{"format": "roadwork features 1"}', "does not describe a feature cache"),
+    ],
+)
+def test_a_folder_without_a_usable_index_is_named(tmp_path, text, named):
+    if text is not None:
+        (tmp_path / "index.json").write_text(text)
+    with pytest.raises(UserError, match=named):
+        read_features(tmp_path)
+
+
+def test_an_index_cannot_name_a_file_elsewhere(spoilt):
+    text = (spoilt / "index.json").read_text()
+    (spoilt / "index.json").write_text(text.replace("train-00000.safetensors", "../x.safetensors"))
+    with pytest.raises(UserError, match="no plain file name"):
+        read_features(spoilt)
+
+
+def test_a_cache_behind_a_url_gives_the_same_rows(world):
+    remote, local = split(world, place=f"file://{world / 'cache'}"), split(world)
+    assert torch.equal(remote[4]["cells"], local[4]["cells"])
+
+
+def test_without_a_cache_a_split_is_read_from_the_photos(world):
+    assert type(split(world, cached=False)) is ShardDataset

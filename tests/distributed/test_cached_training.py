@@ -1,0 +1,64 @@
+"""Training from the feature cache takes the road that training from the photos takes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import Config, DataConfig, OptimConfig, TrainConfig, to_yaml
+from tests.feature_cache import make_cache
+from tests.small_run import make_backbone, make_shards, random_labels, small_config
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Shards, a cache of them and a recipe of six steps."""
+    folder = tmp_path_factory.mktemp("world")
+    make_shards(folder / "shards", {"train": random_labels(24, 0), "val": random_labels(9, 1)})
+    backbone = make_backbone(folder / "backbone")
+    make_cache(folder / "cache", folder / "shards", backbone)
+    recipe = Config(
+        train=TrainConfig(epochs=2, batch_size=8, micro_batch_size=4, log_every=1, wandb=False, patience=0),
+        data=DataConfig(shards=str(folder / "shards"), epoch_share=1.0, workers=0),
+        model=small_config(backbone),
+        optim=OptimConfig(lr=3e-3),
+    )
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    return folder
+
+
+def train(world, run, *words):
+    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), "--config", str(world / "recipe.yaml")]
+    command += ["--run", str(run), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def curve(run, kind):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == kind]
+
+
+def test_losses_and_validation_are_those_of_training_from_the_photos(world):
+    for run, words in (("photos", []), ("cached", ["--data.features", str(world / "cache")])):
+        done = train(world, world / run, *words)
+        assert done.returncode == 0, done.stderr
+    for kind, number in (("train", 6), ("val", 2)):
+        photos, cached = curve(world / "photos", kind), curve(world / "cached", kind)
+        assert len(photos) == number
+        assert cached == pytest.approx(photos, rel=0.02)
+        assert cached != photos  # tokens rounded to bf16 were read
+
+
+def test_a_stale_cache_ends_a_run_in_one_sentence_before_it_has_a_folder(world):
+    done = train(world, world / "stale", "--data.features", str(world / "cache"), "--model.view_side", "48")
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert f"the feature cache {world / 'cache'} is stale: it was made with the view side 32, and not 48;" in said[0]
+    assert "Traceback" not in done.stderr
+    assert not (world / "stale").exists()
