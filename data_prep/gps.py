@@ -79,7 +79,7 @@ def choose_clusters(points: np.ndarray, seed: int) -> int:
     with threadpool_limits(1):
         distances = haversine_distances(np.radians(points))
         for count in range(2, min(most, len(np.unique(vectors, axis=0))) + 1):
-            members = KMeans(count, n_init=RESTARTS, random_state=seed).fit_predict(vectors)
+            members = KMeans(count, n_init=1, random_state=seed).fit_predict(vectors)
             score = silhouette_score(distances, members, metric="precomputed")
             if score > best_score:
                 best, best_score = count, score

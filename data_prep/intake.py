@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.inspection import Facts, Reject, Scrutiny, inspect, mask_location
-from data_prep.journal import Journal, key_of
+from data_prep.journal import Journal, key_of, status_of
 from data_prep.metadata import BadLabel, Parsed, parse
 from data_prep.parallel import Workers
 from data_prep.sources import Content, Location, Source
@@ -32,6 +32,8 @@ class Photo:
     name: str
     location: Location
     mask: Content | None
+    status: list[int] | None
+    """Of its file, before it was read; see `status_of`."""
     facts: Facts
     parsed: Parsed
 
@@ -67,6 +69,8 @@ class Candidate:
     location: Location
     mask: Content | None
     parsed: Parsed
+    status: list[int] | None
+    """Of the photo's file."""
     key: str | None
     """In the journal."""
     known: Facts | Reject | None
@@ -163,9 +167,10 @@ def _candidates(source: Source, spool: Spool, journal: Journal) -> Iterator[Cand
             yield Failed(item.name, item.fields, Reject(item.name, str(error), "metadata"))
             continue
         mask = None if item.mask is None else spool.keep(item.mask)
-        photo, key = spool.keep(item.photo), key_of(item.name, item.photo, item.mask)
+        photo, status = spool.keep(item.photo), status_of(item.photo)
         assert isinstance(photo, Location)  # other contents are masks only
-        yield Candidate(item.name, item.fields, photo, mask, parsed, key, journal.get(key))
+        key = key_of(item.name, item.photo, status, item.mask)
+        yield Candidate(item.name, item.fields, photo, mask, parsed, status, key, journal.get(key))
 
 
 def _look(scrutiny: Scrutiny, item: Candidate | Failed) -> Facts | Reject:
@@ -185,7 +190,7 @@ def _accept(intake: Intake, number: int, item: Candidate, facts: Facts, scrutiny
         intake.unknown_words.setdefault(name, Counter())[word] += 1
     if parsed.gps_problem is not None:
         intake.gps_problems[parsed.gps_problem] += 1
-    intake.photos.append(Photo(number, item.name, item.location, mask, facts, parsed))
+    intake.photos.append(Photo(number, item.name, item.location, mask, item.status, facts, parsed))
 
 
 def _identity(item: Candidate | Failed, result: Facts | Reject) -> bytes:

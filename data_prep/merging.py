@@ -14,7 +14,7 @@ from data_prep.writer import has_receipt, read_entries, read_receipt
 from pipeline.data.index import INDEX_NAME, SPLITS, Cluster, Field, Index, Sample, Shard, Split, read_index
 from pipeline.data.storage import is_url, open_folder
 from pipeline.errors import UserError
-from pipeline.files import write_json, write_summary
+from pipeline.files import write_summary, write_text
 from pipeline.progress import say
 
 
@@ -93,7 +93,7 @@ def finish(place: Workplace, header: dict[str, Any], wall_s: float) -> Path | st
         "images_per_s": round(summary["inputs"] / max(wall_s, 1e-3), 2),
     }
     write_summary(place.path, summary)
-    write_json(place.path / INDEX_NAME, index.to_json())
+    write_text(place.path / INDEX_NAME, index.to_json())
     path = publish(place, index)
     _tell(summary, place.out)
     return path

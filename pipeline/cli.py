@@ -62,8 +62,9 @@ def explain(message: str, known: list[str]) -> str:
 
 
 def command(function: Command) -> int:
-    """Run one function from `sys.argv`; returns the exit status."""
-    return run(lambda: _call(function, sys.argv[1:], f"python -m pipeline.{function.__name__}"))
+    """Run one function, that of the module which Python was started with, from `sys.argv`; returns the exit status."""
+    started = sys.modules["__main__"].__spec__
+    return run(lambda: _call(function, sys.argv[1:], f"python -m {started.name if started else function.__name__}"))
 
 
 def commands(functions: dict[str, Command], prog: str, description: str) -> int:
@@ -121,10 +122,10 @@ def spell_switches(function: Command, arguments: list[str]) -> list[str]:
     """Let a flag of a `bool` parameter stand alone: `--plan` becomes `--plan=true`, which jsonargparse wants."""
     hints = typing.get_type_hints(function)
     switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
-    following = [*arguments[1:], "--"]
+    following = [*arguments, "--"][1:]
     return [
         f"{word}=true" if word in switches and after.startswith("--") else word
-        for word, after in zip(arguments, following, strict=True)
+        for word, after in zip(arguments, following, strict=False)
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,9 @@ class Index:
     unknown_words: dict[str, dict[str, int]]
     """Metadata field to the words that the vocabulary lacks, with their counts."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for `json.dumps`."""
-        return {"format_version": FORMAT_VERSION, **asdict(self)}
+    def to_json(self) -> str:
+        """The text of `index.json`: one line, since indented it takes ten times as long and twice the space."""
+        return json.dumps({"format_version": FORMAT_VERSION, **vars(self)}, default=vars, allow_nan=False) + "\n"
 
     def split(self, name: str) -> Split:
         """A split by name; an absent or empty one is a `UserError`."""

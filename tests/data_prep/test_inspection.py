@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
-from data_prep.inspection import Facts, Reject, exif_gps, inspect, thumbnail
+from data_prep import inspection
+from data_prep.inspection import Facts, Reject, inspect, thumbnail
 from data_prep.sources import Location
+from pipeline.data.photo import open_header
 from tests.data_prep.photos import encode, jpeg, pixels
 
 
@@ -21,6 +23,10 @@ def look_at(folder: Path, data: bytes, mask: bytes | None = None) -> Facts | Rej
     if mask is not None:
         (folder / "mask").write_bytes(mask)
     return inspect("photo", Location(str(folder / "photo")), Location(str(folder / "mask")) if mask else None)
+
+
+def exif_gps(data: bytes) -> tuple[float, float] | None:
+    return inspection.exif_gps(open_header(data))
 
 
 def with_gps(latitude: object, north: object, longitude: object, east: object) -> bytes:
