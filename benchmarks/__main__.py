@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from benchmarks.prep import prep
-from benchmarks.tables import tables
 from pipeline.cli import commands
 
 if __name__ == "__main__":
     raise SystemExit(
         commands(
-            {"prep": prep, "tables": tables},
+            {"prep": "benchmarks.prep:prep", "tables": "benchmarks.tables:tables"},
             prog="python -m benchmarks",
             description="Measure beside other tools in the same run; --quick is rough and takes a minute or two.",
         )

@@ -113,7 +113,7 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
         if from_folder:
             mask_data = _mask_of(digest, scrutiny.masks or "")
         if mask_data is not None:
-            check_mask(mask_data)
+            check_mask(mask_data, (width, height))
     except OSError as error:
         return Reject(name, f"its mask cannot be read: {error.strerror or error}", "read")
     except BadPhoto as error:
@@ -156,7 +156,7 @@ def _thumbnail_of(data: bytes) -> np.ndarray:
 def _mask_of(sha256: str, masks: str) -> bytes | None:
     try:
         return mask_location(masks, sha256).read()
-    except OSError:
+    except FileNotFoundError:
         return None  # no mask was made for this photo
 
 
@@ -174,19 +174,32 @@ def extension_of(data: bytes) -> str:
     raise BadPhoto("neither JPEG, PNG nor WebP")
 
 
-def check_mask(data: bytes) -> None:
-    """A mask is a grey PNG whose values are 0 and the numbers of the classes.
+def check_mask(data: bytes, size: tuple[int, int] | None = None) -> None:
+    """A mask is a grey PNG of its photo's size whose values are 0 and the numbers of the classes.
+
+    Args:
+        data: The mask's file.
+        size: Width and height of the upright photo in pixels; None where it is not known.
 
     Raises:
-        BadPhoto: It is not.
+        BadPhoto: It is not. Its header alone decides where that is enough.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-        values = np.asarray(image)
+        with warnings.catch_warnings():
+            # Pillow's, for what `open_header` accepts as a photo.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
     except PILLOW_ERRORS as error:
         raise BadPhoto("the mask is not an image") from error
     if image.format != "PNG" or image.mode != "L":
         raise BadPhoto("the mask is not an 8-bit grey PNG")
+    if size is not None and image.size != size:
+        sizes = f"{image.width}x{image.height}, the photo is {size[0]}x{size[1]}"
+        raise BadPhoto(f"the mask is of another size: {sizes}")
+    try:
+        values = np.asarray(image)
+    except PILLOW_ERRORS as error:
+        raise BadPhoto(f"the mask cannot be decoded: {error}") from error
     if values.max() > len(MASK_CLASSES):
         raise BadPhoto(f"the mask holds values above {len(MASK_CLASSES)}, the number of classes")
 

@@ -12,6 +12,8 @@ from typing import Any
 from data_prep.inspection import Facts, Reject
 from data_prep.sources import Content, Location, content_to_json
 
+JOURNAL_NAME = "journal.jsonl"
+
 
 class Journal:
     """Facts and rejects of photos that are whole files, a line for each, found again by name and status.
@@ -30,7 +32,7 @@ class Journal:
         self._known: dict[str, Facts | Reject] = {}
         header = json.dumps(conditions, sort_keys=True)
         good = self._read(path, header) if path.exists() else 0
-        self._stream = path.open("r+b" if good else "wb", buffering=0)
+        self._stream = path.open("r+b" if good else "wb")
         self._stream.seek(good)
         self._stream.truncate()
         if not good:
@@ -65,10 +67,20 @@ class Journal:
             return
         known = {"facts": found.to_json()} if isinstance(found, Facts) else {"facts": None, "reject": asdict(found)}
         self._stream.write(json.dumps({"key": key, **known}).encode() + b"\n")
+        self._stream.flush()
 
     def close(self) -> None:
         """End writing."""
         self._stream.close()
+
+
+def is_worth_keeping(path: Path) -> bool:
+    """Whether a journal has more than its first line."""
+    try:
+        with path.open("rb") as stream:
+            return stream.readline() != b"" != stream.readline()
+    except FileNotFoundError:
+        return False
 
 
 def status_of(content: Content) -> list[int] | None:

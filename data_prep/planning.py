@@ -200,6 +200,7 @@ def _entry(photo: Photo, row: int, decisions: Decisions, texts: TextVectors | No
         "photo": content_to_json(photo.location),
         "status": photo.status,
         "mask": None if photo.mask is None else content_to_json(photo.mask),
+        "mask_sha256": photo.facts.mask_sha256,
     }
 
 

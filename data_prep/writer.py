@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import tarfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 from data_prep.journal import status_of
 from data_prep.planning import TARS_FOLDER, PlannedTar
 from data_prep.sources import content_from_json
+from pipeline.data.photo import BadPhoto
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
 from pipeline.files import sha256_of, sync, write_text
@@ -104,6 +106,22 @@ def has_receipt(folder: Path, tar: PlannedTar) -> bool:
     return _receipt_path(folder, tar).exists()
 
 
+def missing_tars(folder: Path, tars: list[PlannedTar], upload: str | None) -> list[str]:
+    """Names of the tars without a receipt, or that are not where it says, or not as long.
+
+    Args:
+        folder: Where the plan lies.
+        tars: Those of the plan.
+        upload: Where finished tars went instead of staying in the folder.
+    """
+    sizes = open_folder(upload or folder).sizes([tar.name for tar in tars])
+    return [
+        tar.name
+        for tar, size in zip(tars, sizes, strict=True)
+        if not has_receipt(folder, tar) or read_receipt(folder, tar).bytes != size
+    ]
+
+
 def read_receipt(folder: Path, tar: PlannedTar) -> Receipt:
     """What was written down about a finished tar. Raises FileNotFoundError."""
     values = json.loads(_receipt_path(folder, tar).read_text())
@@ -149,24 +167,33 @@ def _receipt_path(folder: Path, tar: PlannedTar) -> Path:
 
 def _members(entry: dict[str, Any]) -> dict[str, bytes]:
     """Extension to bytes, in the order in which they come to lie in the tar."""
-    members = {entry["extension"]: _photo(entry), "json": json.dumps(entry["record"], allow_nan=False).encode()}
+    record = entry["record"]
+    photo = _read(entry["photo"], record["sha256"], entry["status"], f"the photo {record['source']}")
+    members = {entry["extension"]: photo, "json": json.dumps(record, allow_nan=False).encode()}
     if entry["mask"] is not None:
-        members["mask.png"] = content_from_json(entry["mask"]).read()
+        members["mask.png"] = _read(entry["mask"], entry["mask_sha256"], None, f"the mask of {record['source']}")
     return dict(sorted(members.items()))
 
 
-def _photo(entry: dict[str, Any]) -> bytes:
-    """The photo's bytes, if they are still those that were looked at."""
-    source, record = content_from_json(entry["photo"]), entry["record"]
-    try:
-        photo = source.read()
-    except FileNotFoundError:
-        photo = b""
-    # A file whose status is the same after it was read need not be hashed once more.
-    untouched = entry["status"] is not None and status_of(source) == entry["status"]
-    if not untouched and hashlib.sha256(photo).hexdigest() != record["sha256"]:
-        raise UserError(f"the photo {record['source']} changed while it was being sharded; give the same command again")
-    return photo
+def _read(content: dict[str, Any], sha256: str, status: list[int] | None, what: str) -> bytes:
+    """Bytes, if they are still those that were looked at.
+
+    Args:
+        content: Where they are.
+        sha256: Of what was looked at.
+        status: Of the file then; one whose status is the same after it was read need not be hashed once more.
+        what: Names it for the user.
+
+    Raises:
+        UserError: They are others, or gone.
+    """
+    source, data = content_from_json(content), b""
+    with suppress(FileNotFoundError, BadPhoto):
+        data = source.read()
+    untouched = status is not None and status_of(source) == status
+    if not untouched and hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{what} changed while it was being sharded; give the same command again")
+    return data
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:

@@ -83,7 +83,7 @@ def make_shards(
     folder.mkdir(parents=True)
     splits = {name: _write_split(folder, name, labels.get(name, []), text_dim) for name in SPLITS}
     clusters = (Cluster(None, "mixed", 0, 0, 0), Cluster((55.7, 13.2), "mixed", 0, 0, 0))
-    arguments = {"source_kind": "noise <of> photos", "text_dim": text_dim, "text_weights": "noise@1"}
+    arguments = {"source_kind": "noise <of> photos", "text_dim": text_dim, "text_encoder": "noise@1"}
     fields = {name: Field(0.5, 0.9, None, why) for name, why in (leaks or {}).items()}
     index = Index(splits, clusters, fields, arguments, "1.0", "ab" * 32, {}, {})
     write_text(folder / "index.json", index.to_json())

@@ -28,7 +28,9 @@ def test_a_small_run_compares_all_arms():
     rows = measure(Plan((TINY,), rounds=2), seed=0)
     assert [row.against for row in rows] == [case.against for case in (*SHARDING, *READING)]
     assert all(0 < row.interval[0] <= row.ratio <= row.interval[1] for row in rows)
-    assert all("320x240 procedural scenes" in row.what and "8 photos made of 6 scenes, 2 rounds" in row.note for row in rows)
+    assert all(
+        "320x240 procedural scenes" in row.what and "8 photos made of 6 scenes, 2 rounds" in row.note for row in rows
+    )
     assert [row.against for row in rows if row.goal] == ["datasets, imagefolder", "datasets, paths", "datasets, bytes"]
 
 
