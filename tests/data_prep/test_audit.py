@@ -328,7 +328,11 @@ def remove_the_tar(shards: Path, offset: int, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("member", "damage", "reason"),
-    [("jpg", cut_the_photo, "audited: "), ("json", cut_the_photo, "record"), ("jpg", remove_the_tar, "the tar is missing")],
+    [
+        ("jpg", cut_the_photo, "audited: "),
+        ("json", cut_the_photo, "record"),
+        ("jpg", remove_the_tar, "the tar is missing"),
+    ],
 )
 def test_damaged_shards_are_refused_with_the_sample_and_the_way_to_find_all(tmp_path, member, damage, reason):
     shards = make_shards(tmp_path, clean_rows())

@@ -12,19 +12,16 @@ import pytest
 from data_prep.audit.checks import label_conflicts, look_alikes, photos_alike
 from data_prep.audit.command import describe_splits
 from data_prep.audit.photos import Entry, Photos
-from pipeline.data.record import Metadata, Record
-
-NOWHERE = Metadata(gps=None, weather=None, daytime=None, scene=None, city=None, description=None)
-PLAIN: dict[str, Any] = {"sha256": "", "width": 64, "height": 64, "gps_cluster": 0, "sample_weight": 1.0, "video": None,
-                         "metadata": NOWHERE, "text_vector": None}  # fmt: skip
+from pipeline.data.record import Record
 
 
 def make_photos(
     splits: Sequence[str], hashes: Sequence[int], *, labels: Sequence[int | None] = (), files: Sequence[str] = ()
 ) -> Photos:
     """Photos of one brightness that look the same where up to four bits of their hashes differ."""
+    given = {"sha256": "", "width": 64, "height": 64, "gps_cluster": 0, "sample_weight": 1.0}
     records = [
-        Record(key=f"{row}", label=label, split=split, source=f"{row}.jpg", group=row, **PLAIN)
+        Record(key=f"{row}", label=label, split=split, source=f"{row}.jpg", group=row, **given)
         for row, (split, label) in enumerate(zip(splits, labels or [None] * len(splits), strict=True))
     ]
     return Photos(

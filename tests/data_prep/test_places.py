@@ -61,6 +61,13 @@ def test_any_radius_from_nothing_to_the_whole_earth(radius_m):
     assert np.array_equal(components(60, [*near_pairs(points, radius_m)]), expected)
 
 
+def test_a_large_radius_is_measured_along_the_ground():
+    points = np.array([(0.0, 0.0), (0.0, 100.0), (0.0, -130.0)])
+    quarter_m = EARTH_RADIUS_M * np.pi / 2
+    assert components(3, [*near_pairs(points, quarter_m)]).tolist() == [0, 1, 2]
+    assert components(3, [*near_pairs(points, quarter_m * 101 / 90)]).tolist() == [0, 0, 1]
+
+
 def test_without_gps_nothing_is_near():
     assert [*near_pairs(np.full((3, 2), np.nan), 100.0)] == []
 
