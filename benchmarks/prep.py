@@ -51,7 +51,7 @@ class Plan:
     rounds: int
 
 
-FULL = Plan((PhotoSet("1024x768", 4000, 2000), PhotoSet("4032x3024", 400, 200)), rounds=5)
+FULL = Plan((PhotoSet("1024x768", 3000, 750), PhotoSet("4032x3024", 240, 60)), rounds=5)
 QUICK = Plan((PhotoSet("1024x768", 320, 80), PhotoSet("4032x3024", 24, 6)), rounds=3)
 
 
