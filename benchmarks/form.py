@@ -144,7 +144,7 @@ def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
         theirs: As many, each measured beside the one of `ours` at the same position.
     """
     logs = np.log(ours) - np.log(theirs)
-    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * logs.std(ddof=0) / np.sqrt(len(logs))
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1) * logs.std(ddof=1) / np.sqrt(len(logs))
     ratio, low, high = np.exp([logs.mean(), logs.mean() - half, logs.mean() + half]).tolist()
     return ratio, (low, high)
 

@@ -2,66 +2,107 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from itertools import pairwise
 
 import numpy as np
+
+from data_prep.links import chain, join
 
 # Copies at JPEG quality 20, or at a third of the size, differ in 0 to 4 bits and by up to 1 grey level;
 # different photos, even of one street, in more than 10 bits or by more than 4 levels.
 HASH_BITS_APART = 4
-GREY_LEVELS_APART = 3.0
+GREY_LEVELS_APART = 3
 BAND_EDGES = (0, 13, 26, 39, 52, 64)  # one band more than bits apart
+# Each photo is compared with so many that follow it in order of the hashes before it is compared with all: the frames
+# of a camera that stood still are linked by then, as a rule.
+NEIGHBOURS = 16
+PAIRS_AT_ONCE = 1 << 18
+THUMBNAILS_AT_ONCE = 1 << 14  # of 256 cells: 8 MB
 
 
 def near_duplicates(hashes: np.ndarray, thumbnails: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield pairs whose hashes differ in at most 4 of 64 bits and whose thumbnails differ by at most 3 grey levels.
+    """Link photos whose hashes differ in at most 4 of 64 bits and whose thumbnails differ by at most 3 grey levels.
 
-    The hash proposes and the thumbnail confirms: street scenes share their layout, sky above road, and many
-    bits with it. Two hashes that differ in 4 bits agree in at least one of five bands of bits, so only photos
-    that share a band are compared: time grows with the number of such pairs, not with the square of the set.
+    The hash proposes and the thumbnail confirms: street scenes share their layout, sky above road, and many bits with
+    it. Compared are photos that share a band of bits and are about equally bright, and of these only such as no link
+    connects yet: n frames of a camera that stood still are n^2 / 2 pairs that look the same, and need n - 1 links.
 
     Args:
         hashes: uint64 [N].
         thumbnails: uint8 [N, C].
 
     Yields:
-        int64 [pairs, 2], again and again, since frames of a camera that stood still may be millions of pairs. A pair
-        comes once for every band that it shares.
+        int64 [pairs, 2], again and again: fewer than N pairs in all. Each looks the same, and together they connect
+        what the pairs of a comparison of all with all would connect.
     """
     # Exact copies are linked in a chain and compared once: a thousand black frames are half a million pairs.
-    looks = np.concatenate([hashes[:, None].view(np.uint8).reshape(len(hashes), -1), thumbnails], axis=1)
+    looks = np.concatenate([hashes[:, None].view(np.uint8).reshape(len(hashes), 8), thumbnails], axis=1)
     _, first, same = np.unique(looks, axis=0, return_index=True, return_inverse=True)
     yield chain(same.ravel())
-    hashes, thumbnails = hashes[first], thumbnails[first].astype(np.int16)
-    for low, high in pairwise(BAND_EDGES):
-        values = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        for sharing in _sharing(values):
-            close = np.bitwise_count(hashes[sharing[:, 0]] ^ hashes[sharing[:, 1]]) <= HASH_BITS_APART
-            left, right = sharing[close].T
-            alike = np.abs(thumbnails[left] - thumbnails[right]).mean(axis=1) <= GREY_LEVELS_APART
-            yield first[sharing[close][alike]]
+    hashes, thumbnails, component = hashes[first], thumbnails[first].astype(np.int16), np.arange(len(first))
+    for key in _keys(hashes, thumbnails):
+        # `component` changes in place: `_across` looks at it when the neighbours are done.
+        for pairs in itertools.chain(_neighbours(key, hashes), _across(key, component)):
+            apart = pairs[component[pairs[:, 0]] != component[pairs[:, 1]]]
+            alike = apart[_look_alike(hashes, thumbnails, apart)]
+            if len(alike):
+                component[:], needed = join(component, alike)
+                yield first[alike[needed]]
 
 
-def chain(values: np.ndarray) -> np.ndarray:
-    """Pairs that link all positions of equal value, one after the other: int64 [pairs, 2]."""
-    order = np.argsort(values, kind="stable")
-    equal = values[order[1:]] == values[order[:-1]]
-    return np.stack([order[:-1][equal], order[1:][equal]], axis=1)
+def _keys(hashes: np.ndarray, thumbnails: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield numbers one of which two photos share if they look the same: uint64 [2 N], N photos and again the same N.
 
-
-def _sharing(values: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield pairs of positions, int64 [pairs, 2], until every pair of equal values has come up once.
-
-    In sorted order equal values stand together: each round compares everything with its d-th neighbour.
+    Two hashes that differ in 4 bits agree in at least one of five bands of bits. Means differ by no more than the
+    thumbnails do: in steps of 3 levels they are equal or one step apart, and every photo has its own and the next one.
     """
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    left, distance = np.arange(len(order)), 1
-    while True:
-        left = left[left + distance < len(order)]
-        left = left[ordered[left] == ordered[left + distance]]
-        if not len(left):
-            return
-        yield np.stack([order[left], order[left + distance]], axis=1)
-        distance += 1
+    step = thumbnails.sum(axis=1) // (GREY_LEVELS_APART * thumbnails.shape[1])
+    for low, high in itertools.pairwise(BAND_EDGES):
+        band = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        own = (band << np.uint64(8)) | step.astype(np.uint64)
+        yield np.concatenate([own, own + np.uint64(1)])
+
+
+def _look_alike(hashes: np.ndarray, thumbnails: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Whether each pair looks the same: bool [pairs].
+
+    Args:
+        hashes: uint64 [N].
+        thumbnails: int16 [N, C].
+        pairs: int64 [pairs, 2].
+    """
+    left, right = pairs.T
+    alike = np.bitwise_count(hashes[left] ^ hashes[right]) <= HASH_BITS_APART
+    most = GREY_LEVELS_APART * thumbnails.shape[1]
+    close = np.flatnonzero(alike)
+    for start in range(0, len(close), THUMBNAILS_AT_ONCE):
+        some = close[start : start + THUMBNAILS_AT_ONCE]
+        alike[some] = np.abs(thumbnails[left[some]] - thumbnails[right[some]]).sum(axis=1) <= most
+    return alike
+
+
+def _neighbours(key: np.ndarray, hashes: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield pairs of one key that stand close to each other in order of the hashes, int64 [pairs, 2]."""
+    photo = np.tile(np.arange(len(hashes)), 2)
+    order = np.lexsort((hashes[photo], key))
+    for distance in range(1, NEIGHBOURS + 1):
+        left, right = order[:-distance], order[distance:]
+        equal = key[left] == key[right]
+        yield photo[np.stack([left[equal], right[equal]], axis=1)]
+
+
+def _across(key: np.ndarray, component: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield all pairs of one key and different components, int64 [pairs, 2]."""
+    photo = np.tile(np.arange(len(component)), 2)
+    order = np.lexsort((component[photo], key))
+    _, run = np.unique(key[order], return_inverse=True)  # of one key; the components in it are blocks
+    block = np.cumsum(np.r_[False, (np.diff(run) > 0) | (np.diff(component[photo[order]]) != 0)])
+    beyond = np.searchsorted(block, block, side="right")  # where the next block begins
+    counts = np.searchsorted(run, run, side="right") - beyond
+    edges = np.searchsorted(np.cumsum(counts), np.arange(PAIRS_AT_ONCE, counts.sum(), PAIRS_AT_ONCE))
+    for start, end in itertools.pairwise([0, *edges, len(order)]):
+        some = counts[start:end]
+        left = np.repeat(np.arange(start, end), some)
+        number = np.arange(len(left)) - np.repeat(np.cumsum(some) - some, some)
+        yield photo[np.stack([order[left], order[beyond[left] + number]], axis=1)]

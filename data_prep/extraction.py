@@ -65,7 +65,7 @@ class Photos(Dataset[list[dict[str, Any]]]):
         """Per row `photo`, `sha256`, useful `views` uint8 [M, 3, S, S], `boxes` [V, 4] and `view_mask` [V]."""
         item = self.items[number]
         data = self.data[item.split]
-        photo, record = data.photo_and_record(item.row)
+        record, photo = data.sample(item.row)
         with data.naming(data.split.samples[item.row].shard, data.split.samples[item.row]):
             image, size = decode_scaled(photo, data.side, data.decode_scale)
         rows = [prepare_image(image, data.side, data.num_views, size)]

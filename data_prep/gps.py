@@ -18,7 +18,7 @@ from pipeline.progress import say
 
 MOST_CLUSTERS = 30
 PHOTOS_PER_CLUSTER = 20
-SILHOUETTE_SAMPLE = 2000
+SILHOUETTE_SAMPLE = 1000
 # Photos spread evenly over a square reach 0.44, over a bell 0.39: below this, what K-Means cuts is one area
 # (Kaufman & Rousseeuw 1990, "Finding Groups in Data", chapter 2, calls more than 0.5 a reasonable structure).
 SEPARATED = 0.5
@@ -68,7 +68,7 @@ def choose_clusters(points: np.ndarray, seed: int) -> int:
     next one. From 2 clusters to 30, or one for every 20 photos if less; the smaller number where two are equal.
 
     Args:
-        points: Degrees, [N, 2], without NULL; of more than 2,000, a sample decides.
+        points: Degrees, [N, 2], without NULL; of more than 1,000, a sample decides.
         seed: Of the sample and of K-Means.
     """
     most = min(MOST_CLUSTERS, len(points) // PHOTOS_PER_CLUSTER)
@@ -79,7 +79,7 @@ def choose_clusters(points: np.ndarray, seed: int) -> int:
     with threadpool_limits(1):
         distances = haversine_distances(np.radians(points))
         for count in range(2, min(most, len(np.unique(vectors, axis=0))) + 1):
-            members = KMeans(count, n_init=RESTARTS, random_state=seed).fit_predict(vectors)
+            members = KMeans(count, n_init=1, random_state=seed).fit_predict(vectors)
             score = silhouette_score(distances, members, metric="precomputed")
             if score > best_score:
                 best, best_score = count, score

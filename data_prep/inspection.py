@@ -7,7 +7,7 @@ import io
 import os
 import re
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from scipy.fft import dctn
 
 from data_prep.metadata import check_gps
 from data_prep.sources import Content, Location
-from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, decode, probe
+from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, decode, open_header, upright_size
 from pipeline.data.vocabulary import MASK_CLASSES
 
 MAX_FILE_BYTES = 256 << 20  # before it is read into memory; 100 megapixels are less, even as PNG
@@ -67,7 +67,7 @@ class Facts:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
-        return {**asdict(self), "thumbnail": self.thumbnail.hex()}
+        return {**vars(self), "thumbnail": self.thumbnail.hex()}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Facts:
@@ -105,14 +105,15 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
         return data
     try:
         mask_data = mask if mask is None or isinstance(mask, bytes) else mask.read()
-        width, height = probe(data)
+        header = open_header(data)
+        width, height = upright_size(header)
         extension, digest = extension_of(data), hashlib.sha256(data).hexdigest()
         small = _thumbnail_of(data) if scrutiny.decode else None
         from_folder = mask_data is None and scrutiny.masks is not None
         if from_folder:
             mask_data = _mask_of(digest, scrutiny.masks or "")
         if mask_data is not None:
-            check_mask(mask_data)
+            check_mask(mask_data, (width, height))
     except OSError as error:
         return Reject(name, f"its mask cannot be read: {error.strerror or error}", "read")
     except BadPhoto as error:
@@ -123,7 +124,7 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
         extension=extension,
         width=width,
         height=height,
-        gps=exif_gps(data),
+        gps=exif_gps(header),
         phash=None if small is None else perceptual_hash(small),
         thumbnail=b"" if small is None else thumbnail(small, THUMBNAIL_SIDE).tobytes(),
         mask_sha256=None if mask_data is None else hashlib.sha256(mask_data).hexdigest(),
@@ -155,7 +156,7 @@ def _thumbnail_of(data: bytes) -> np.ndarray:
 def _mask_of(sha256: str, masks: str) -> bytes | None:
     try:
         return mask_location(masks, sha256).read()
-    except OSError:
+    except FileNotFoundError:
         return None  # no mask was made for this photo
 
 
@@ -173,29 +174,42 @@ def extension_of(data: bytes) -> str:
     raise BadPhoto("neither JPEG, PNG nor WebP")
 
 
-def check_mask(data: bytes) -> None:
-    """A mask is a grey PNG whose values are 0 and the numbers of the classes.
+def check_mask(data: bytes, size: tuple[int, int] | None = None) -> None:
+    """A mask is a grey PNG of its photo's size whose values are 0 and the numbers of the classes.
+
+    Args:
+        data: The mask's file.
+        size: Width and height of the upright photo in pixels; None where it is not known.
 
     Raises:
-        BadPhoto: It is not.
+        BadPhoto: It is not. Its header alone decides where that is enough.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-        values = np.asarray(image)
+        with warnings.catch_warnings():
+            # Pillow's, for what `open_header` accepts as a photo.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
     except PILLOW_ERRORS as error:
         raise BadPhoto("the mask is not an image") from error
     if image.format != "PNG" or image.mode != "L":
         raise BadPhoto("the mask is not an 8-bit grey PNG")
+    if size is not None and image.size != size:
+        sizes = f"{image.width}x{image.height}, the photo is {size[0]}x{size[1]}"
+        raise BadPhoto(f"the mask is of another size: {sizes}")
+    try:
+        values = np.asarray(image)
+    except PILLOW_ERRORS as error:
+        raise BadPhoto(f"the mask cannot be decoded: {error}") from error
     if values.max() > len(MASK_CLASSES):
         raise BadPhoto(f"the mask holds values above {len(MASK_CLASSES)}, the number of classes")
 
 
-def exif_gps(data: bytes) -> tuple[float, float] | None:
+def exif_gps(image: Image.Image) -> tuple[float, float] | None:
     """Latitude and longitude in degrees from a photo's EXIF; None when absent or broken."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about broken EXIF, which is no news here
-            block = Image.open(io.BytesIO(data)).getexif().get_ifd(GPS_BLOCK)
+            block = image.getexif().get_ifd(GPS_BLOCK)
         latitude = _degrees(block[LATITUDE], block[LATITUDE_REF], positive="N", negative="S")
         longitude = _degrees(block[LONGITUDE], block[LONGITUDE_REF], positive="E", negative="W")
     except (*PILLOW_ERRORS, KeyError, TypeError, ZeroDivisionError):
@@ -206,7 +220,8 @@ def exif_gps(data: bytes) -> tuple[float, float] | None:
 def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
     """Mean grey level of each of side x side cells: uint8 [side, side], from uint8 [H, W] or [H, W, 3]."""
     image = Image.fromarray(pixels)
-    image.thumbnail((8 * side, 8 * side), Image.Resampling.BOX)  # before the conversion: a fraction of the pixels
+    # Before the conversion: a fraction of the pixels. In one step, since a rough first one would shift the cells.
+    image.thumbnail((8 * side, 8 * side), Image.Resampling.BOX, reducing_gap=None)
     return np.asarray(image.convert("L").resize((side, side), Image.Resampling.BOX))
 
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.inspection import Facts, Reject, Scrutiny, inspect, mask_location
-from data_prep.journal import Journal, key_of
+from data_prep.journal import JOURNAL_NAME, Journal, key_of, status_of
 from data_prep.metadata import BadLabel, Parsed, parse
 from data_prep.parallel import Workers
 from data_prep.sources import Content, Location, Source
 from pipeline.errors import UserError
-from pipeline.progress import track
+from pipeline.progress import say, track
 
-JOURNAL_NAME, SPOOL_NAME = "journal.jsonl", "spool"
+SPOOL_NAME = "spool"
 GPS_FIELDS = frozenset({"gps", "latitude", "longitude"})
 
 
@@ -32,13 +32,15 @@ class Photo:
     name: str
     location: Location
     mask: Content | None
+    status: list[int] | None
+    """Of its file, before it was read; see `status_of`."""
     facts: Facts
     parsed: Parsed
 
 
 @dataclass
 class Intake:
-    """Everything that the source gave. Photos stay on the disk; about a kilobyte is held for each."""
+    """Everything that the source gave. Photos stay on the disk; about two kilobytes are held for each."""
 
     photos: list[Photo] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
@@ -67,6 +69,8 @@ class Candidate:
     location: Location
     mask: Content | None
     parsed: Parsed
+    status: list[int] | None
+    """Of the photo's file."""
     key: str | None
     """In the journal."""
     known: Facts | Reject | None
@@ -87,7 +91,7 @@ class Spool:
 
     def __init__(self, path: Path):
         self.path = path
-        self._stream = path.open("wb", buffering=0)  # other processes read what was just written
+        self._stream = path.open("wb")
 
     def keep(self, content: Content) -> Content:
         """Where the content can be read again."""
@@ -95,6 +99,7 @@ class Spool:
             return content
         offset = self._stream.tell()
         self._stream.write(content)
+        self._stream.flush()  # other processes read it next
         return Location(str(self.path), offset, len(content))
 
     def close(self) -> None:
@@ -124,7 +129,8 @@ def take_in(
         results = workers.map(partial(_look, scrutiny), _candidates(source, spool, journal))
         for number, (item, result) in enumerate(track(results, source.total, "checking")):
             digest.update(_identity(item, result))
-            if isinstance(item, Candidate):
+            # A file that could not be read may be readable the next time, and look the same.
+            if isinstance(item, Candidate) and not (isinstance(result, Reject) and result.stage == "read"):
                 journal.add(item.key, result)
             if isinstance(item, Candidate) and isinstance(result, Facts):
                 _accept(intake, number, item, result, scrutiny)
@@ -137,6 +143,7 @@ def take_in(
     _check_limit(intake, max_rejects, intake.inputs)
     intake.sha256 = digest.hexdigest()
     _check_usable(intake)
+    _tell_oddities(intake, source, scrutiny)
     return intake
 
 
@@ -163,9 +170,10 @@ def _candidates(source: Source, spool: Spool, journal: Journal) -> Iterator[Cand
             yield Failed(item.name, item.fields, Reject(item.name, str(error), "metadata"))
             continue
         mask = None if item.mask is None else spool.keep(item.mask)
-        photo, key = spool.keep(item.photo), key_of(item.name, item.photo, item.mask)
+        photo, status = spool.keep(item.photo), status_of(item.photo)
         assert isinstance(photo, Location)  # other contents are masks only
-        yield Candidate(item.name, item.fields, photo, mask, parsed, key, journal.get(key))
+        key = key_of(item.name, item.photo, status, item.mask)
+        yield Candidate(item.name, item.fields, photo, mask, parsed, status, key, journal.get(key))
 
 
 def _look(scrutiny: Scrutiny, item: Candidate | Failed) -> Facts | Reject:
@@ -185,7 +193,7 @@ def _accept(intake: Intake, number: int, item: Candidate, facts: Facts, scrutiny
         intake.unknown_words.setdefault(name, Counter())[word] += 1
     if parsed.gps_problem is not None:
         intake.gps_problems[parsed.gps_problem] += 1
-    intake.photos.append(Photo(number, item.name, item.location, mask, facts, parsed))
+    intake.photos.append(Photo(number, item.name, item.location, mask, item.status, facts, parsed))
 
 
 def _identity(item: Candidate | Failed, result: Facts | Reject) -> bytes:
@@ -210,6 +218,19 @@ def _check_usable(intake: Intake) -> None:
         )
     if not intake.photos:
         raise UserError(f"nothing to write: {_why(intake)}")
+
+
+def _tell_oddities(intake: Intake, source: Source, scrutiny: Scrutiny) -> None:
+    """Say what may be meant, and may be a slip."""
+    if all(photo.parsed.label is None for photo in intake.photos):
+        why = source.explain_unlabelled()
+        if why:
+            say(f"no photo has a label: {why}")
+    if scrutiny.masks is not None and not any(photo.facts.mask_from_folder for photo in intake.photos):
+        say(
+            f"0 of {len(intake.photos)} photos have their mask from {scrutiny.masks}; "
+            "masks there are named by the SHA-256 of their photos"
+        )
 
 
 def _why(intake: Intake) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 from data_prep.inspection import Facts, Reject
 from data_prep.sources import Content, Location, content_to_json
 
+JOURNAL_NAME = "journal.jsonl"
+
 
 class Journal:
-    """Facts and rejects of photos that are whole files, a line for each, found again by name, size and time.
+    """Facts and rejects of photos that are whole files, a line for each, found again by name and status.
 
     Lines reach the system one by one, so a killed process loses none that it wrote; one that a power cut tore
     ends the reading, and what stood behind it is looked at again.
@@ -30,7 +32,7 @@ class Journal:
         self._known: dict[str, Facts | Reject] = {}
         header = json.dumps(conditions, sort_keys=True)
         good = self._read(path, header) if path.exists() else 0
-        self._stream = path.open("r+b" if good else "wb", buffering=0)
+        self._stream = path.open("r+b" if good else "wb")
         self._stream.seek(good)
         self._stream.truncate()
         if not good:
@@ -65,26 +67,48 @@ class Journal:
             return
         known = {"facts": found.to_json()} if isinstance(found, Facts) else {"facts": None, "reject": asdict(found)}
         self._stream.write(json.dumps({"key": key, **known}).encode() + b"\n")
+        self._stream.flush()
 
     def close(self) -> None:
         """End writing."""
         self._stream.close()
 
 
-def key_of(name: str, photo: Content, mask: Content | None) -> str | None:
-    """What a photo is found by again: its name and what its files' status says; None for one out of a stream."""
-    files = [content for content in (photo, mask) if content is not None]
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape"))
-    for content in files:
-        if isinstance(content, bytes):
-            return None
-        if not isinstance(content, Location) or content.size is not None:
-            digest.update(json.dumps(content_to_json(content)).encode())
-        if not isinstance(content, Location):
-            continue
-        try:
-            status = os.stat(content.path)
-        except OSError:
-            return None
-        digest.update(f"\0{content.path}\0{status.st_size}\0{status.st_mtime_ns}".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:32]
+def is_worth_keeping(path: Path) -> bool:
+    """Whether a journal has more than its first line."""
+    try:
+        with path.open("rb") as stream:
+            return stream.readline() != b"" != stream.readline()
+    except FileNotFoundError:
+        return False
+
+
+def status_of(content: Content) -> list[int] | None:
+    """Size, times of modification and of change, and inode of a whole file; None for what is none, or is not there.
+
+    Nobody can write to a file and leave all four as they were.
+    """
+    if not isinstance(content, Location) or content.size is not None:
+        return None
+    try:
+        status = os.stat(content.path)
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def key_of(name: str, photo: Content, status: list[int] | None, mask: Content | None) -> str | None:
+    """What a photo is found by again; None for one that is no whole file.
+
+    Args:
+        name: Of the input.
+        photo: Where its bytes are.
+        status: Of the photo.
+        mask: Where its mask is, if it has one.
+    """
+    if status is None or isinstance(mask, bytes):
+        return None
+    known: list[Any] = [name, content_to_json(photo), status]
+    if mask is not None:
+        known += [content_to_json(mask), status_of(mask)]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:32]

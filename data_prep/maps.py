@@ -27,6 +27,7 @@ MARGIN = 0.08
 NARROWEST, WIDEST = 1.25, 1.6  # width to height of the map on the ground
 LARGEST_DISC = 900.0  # square points
 LABEL_SIZE = (0.045, 0.04)  # shares of the map's width and height
+FRAME = {"left": 0.05, "right": 0.995, "top": 0.945, "bottom": 0.09, "wspace": 0.2}  # shares of the figure
 LEAST_ROWS = 8  # room for as many bars, so that two are not as thick as towers
 
 
@@ -50,8 +51,9 @@ def draw_map(
 
     style: Any = {**STYLE, "font.size": 9, "axes.grid": False}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=SIZE, layout="constrained")
-        place, counts, means = figure.subplots(1, 3, width_ratios=(3.2, 1.3, 0.8))
+        figure = Figure(figsize=SIZE)
+        # Fixed places: matplotlib's own layout draws everything three times.
+        place, counts, means = figure.subplots(1, 3, width_ratios=(3.2, 1.3, 0.8), gridspec_kw=FRAME)
         counts.sharey(means)
         middle = _draw_places(place, points, splits, weights)
         if len(centres):
@@ -59,7 +61,7 @@ def draw_map(
         _draw_clusters(counts, means, *cluster_rows(splits, clusters, weights, len(centres)))
         dots = zip(SPLITS, SPLIT_COLOURS, SPLIT_MARKERS, strict=True)
         handles = [Line2D([], [], linestyle="", color=c, marker=m, markersize=5, label=name) for name, c, m in dots]
-        figure.legend(handles=handles, loc="outside lower left", ncols=len(SPLITS), handletextpad=0)
+        figure.legend(handles=handles, loc="lower left", ncols=len(SPLITS), handletextpad=0)
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
     write_bytes(path, stream.getvalue())

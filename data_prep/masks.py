@@ -25,6 +25,7 @@ from PIL import Image
 from data_prep.inspection import Reject, mask_location, read_photo
 from data_prep.parallel import Workers
 from data_prep.sources import Input, Location, Source, open_source
+from data_prep.workplace import check_apart
 from pipeline.data.photo import BadPhoto, decode
 from pipeline.data.vocabulary import MASK_CLASSES
 from pipeline.errors import UserError, require
@@ -124,6 +125,7 @@ def masks(
     require(max_images is None or max_images >= 1, "--max_images", max_images, "1 or more")
     phrases = _complete(prompts or {})
     photos = open_source(source, metadata, revision)
+    check_apart(source, out)
 
     from data_prep.sam3 import Segmenter  # takes seconds, and only this command needs it
     from pipeline.inference import pick_device

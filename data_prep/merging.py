@@ -10,11 +10,11 @@ from typing import Any
 
 from data_prep.planning import read_plan, tars_of
 from data_prep.workplace import REJECTS_NAME, SUMMARY_NAME, Workplace
-from data_prep.writer import has_receipt, read_entries, read_receipt
+from data_prep.writer import missing_tars, read_entries, read_receipt
 from pipeline.data.index import INDEX_NAME, SPLITS, Cluster, Field, Index, Sample, Shard, Split, read_index
 from pipeline.data.storage import is_url, open_folder
 from pipeline.errors import UserError
-from pipeline.files import write_json, write_summary
+from pipeline.files import write_summary, write_text
 from pipeline.progress import say
 
 
@@ -70,11 +70,11 @@ def finish(place: Workplace, header: dict[str, Any], wall_s: float) -> Path | st
         UserError: Tars are missing.
     """
     tars = tars_of(header)
-    missing = [tar.name for tar in tars if not has_receipt(place.path, tar)]
+    missing = missing_tars(place.path, tars, place.upload)
     if missing:
         some = ", ".join(missing[:3])
         raise UserError(
-            f"{len(missing)} of {len(tars)} tars are not written yet ({some}); "
+            f"{len(missing)} of {len(tars)} tars are not there yet ({some}); "
             "give `shard` with the --part that they belong to"
         )
     index = _index(place.path, header)
@@ -93,7 +93,7 @@ def finish(place: Workplace, header: dict[str, Any], wall_s: float) -> Path | st
         "images_per_s": round(summary["inputs"] / max(wall_s, 1e-3), 2),
     }
     write_summary(place.path, summary)
-    write_json(place.path / INDEX_NAME, index.to_json())
+    write_text(place.path / INDEX_NAME, index.to_json())
     path = publish(place, index)
     _tell(summary, place.out)
     return path
@@ -126,7 +126,7 @@ def _index(folder: Path, header: dict[str, Any]) -> Index:
                     height=r["height"],
                 )
             )
-    extra = {name: header[name] for name in ("source_kind", "text_dim", "text_weights")}
+    extra = {name: header[name] for name in ("source_kind", "text_dim")}
     return Index(
         splits={name: Split(tuple(shards[name]), tuple(samples[name])) for name in SPLITS},
         clusters=tuple(Cluster(**cluster) for cluster in header["clusters"]),
@@ -149,7 +149,7 @@ def _tell(summary: dict[str, Any], out: str) -> None:
         say(f"{rejected} rejected, listed in {REJECTS_NAME}: {reasons}")
     for field, words in summary["unknown_words"].items():
         most = sorted(words, key=lambda word: -words[word])[:5]
-        say(f"{field}: {sum(words.values())} unknown words became NULL, such as {', '.join(map(repr, most))}")
+        say(f"{field}: {sum(words.values())} unknown words are left out, such as {', '.join(map(repr, most))}")
     if summary["straddling_groups"]:
         say(f"{summary['straddling_groups']} groups of near-duplicates lie in several of the source's splits")
     for name, field in summary["fields"].items():

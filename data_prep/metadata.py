@@ -29,6 +29,8 @@ COLUMNS = {
     "sequence": ("sequence", "seq_id", "video_info.seq_id"),
     "split": ("split",),
     "mask": ("mask",),
+    # Of the objects whose category nobody knows. COCO sources fill it; there is no such column.
+    "category": (),
 }
 NULL_WORDS = frozenset({"", "nan", "none", "null", "na", "n/a", "[]", "()"})
 LABEL_WORDS = {
@@ -73,6 +75,18 @@ def select_fields(row: dict[str, Any]) -> dict[str, Any]:
     return {field: by_name[names[0]] for field, names in found.items() if names}
 
 
+def explain_unlabelled(table: str, columns: Iterable[str]) -> str:
+    """Why a table gives no photo a label.
+
+    Args:
+        table: What the user calls it.
+        columns: Their names in the table.
+    """
+    if "label" in select_fields(dict.fromkeys(columns)):
+        return f"the column 'label' of {table} is empty"
+    return f"{table} has no column 'label'; its columns are {', '.join(columns)}"
+
+
 def parse(fields: dict[str, Any]) -> Parsed:
     """Type the fields of one row, named as in `COLUMNS`; absent ones are NULL.
 
@@ -99,6 +113,7 @@ def parse(fields: dict[str, Any]) -> Parsed:
         "daytime": unknown_daytime,
         "scene": unknown_scene,
         "split": unknown_split,
+        "category": fields.get("category", ()),
     }
     return Parsed(
         metadata=metadata,

@@ -198,7 +198,9 @@ def _entry(photo: Photo, row: int, decisions: Decisions, texts: TextVectors | No
         "record": _record(photo, row, decisions, texts).to_json(),
         "extension": photo.facts.extension,
         "photo": content_to_json(photo.location),
+        "status": photo.status,
         "mask": None if photo.mask is None else content_to_json(photo.mask),
+        "mask_sha256": photo.facts.mask_sha256,
     }
 
 

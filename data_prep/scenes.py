@@ -122,9 +122,11 @@ def _is_finished(out: Path, arguments: dict[str, Any]) -> bool:
         return False
     if not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
-    summary = out / "summary.json"
-    if summary.exists() and json.loads(summary.read_text()).get("arguments") == arguments:
-        return True
+    try:
+        if json.loads((out / "summary.json").read_text())["arguments"] == arguments:
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # another program's, or damaged: not ours to overwrite
     if any(out.iterdir()):
         raise UserError(
             f"{out} is not empty and holds no finished run of the same arguments; choose another --out or remove it"

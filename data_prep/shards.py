@@ -16,13 +16,14 @@ from typing import Any, Literal
 
 from data_prep.gps import read_target
 from data_prep.inspection import Scrutiny
-from data_prep.intake import JOURNAL_NAME, Intake, masks_stamp, take_in
+from data_prep.intake import Intake, masks_stamp, take_in
+from data_prep.journal import JOURNAL_NAME
 from data_prep.maps import draw_map
 from data_prep.merging import finish, is_assembled, is_finished, planned, publish, summary_path
 from data_prep.parallel import Workers
 from data_prep.planning import Arguments, decide, tars_of, write_plan
 from data_prep.sources import open_source
-from data_prep.workplace import MAP_NAME, REJECTS_NAME, SUMMARY_NAME, Workplace
+from data_prep.workplace import MAP_NAME, REJECTS_NAME, SUMMARY_NAME, Workplace, check_apart
 from data_prep.writer import Job, has_receipt, write_tar
 from pipeline.data.index import read_index
 from pipeline.data.storage import is_url, open_folder
@@ -88,19 +89,22 @@ def shard(
         max_rejects: Stop at more rejects than this: a share below 1, or a number. Unlimited if not given.
         plan: Stop when it is decided where each photo goes, so that parts can be written elsewhere.
         part: Of a planned run, as i/n: write every n-th tar from the i-th on. The command merge ends the run.
-        work: Folder for what is under way, on a disk that all parts see; beside out if not given.
+        work: Folder for what is under way, on a disk that all parts see; if not given, the folder that out is in, or
+            the current one for a URL.
     """
     start, share = time.monotonic(), _parse_part(part)
+    require(not (plan and share), "--part", part, "absent with --plan: first one, then the other")
     check_options(masks, target_gps, workers, max_rejects)
     target_digest = sha256_of(target_gps) if target_gps is not None else ""
+    place = Workplace(str(out), work)
+    encoder = _identify(text_encoder, place, share)
     arguments = Arguments(
-        splits, val_share, test_share, distance_m, clusters, temper, target_digest, text_encoder, check, shard_mb, seed
+        splits, val_share, test_share, distance_m, clusters, temper, target_digest, encoder, check, shard_mb, seed
     )
     photos = open_source(source, metadata, revision)
     scrutiny = Scrutiny(check == "decode", None if masks is None else str(masks.resolve()))
     stamp = f"{photos.stamp()}{masks_stamp(scrutiny.masks)}"
-    place = Workplace(str(out), work)
-    _check_apart(source, place)
+    check_apart(source, place.path, *([] if is_url(place.out) else [Path(place.out)]))
     finished = _finished(place, arguments)
     if finished is not None and finished["source_stamp"] == stamp:
         say(f"{place.out} is finished already: the same source, the same arguments")
@@ -123,6 +127,7 @@ def shard(
             "version": version("roadwork"),
             "source": str(Path(source).resolve() if Path(source).exists() else source),
             "source_stamp": stamp,
+            "text_encoder": text_encoder,
         }
         if share is None and is_assembled(place, wanted):
             return publish(place, read_index(place.path))
@@ -174,11 +179,16 @@ def _parse_part(part: str | None) -> tuple[int, int] | None:
     return int(first), int(second)
 
 
-def _check_apart(source: str | Path, place: Workplace) -> None:
-    """Refuse an output inside the source, which would be a part of its own input the next time."""
-    inside = Path(source).resolve()
-    if not is_url(place.out) and inside.is_dir() and Path(place.out).is_relative_to(inside):
-        raise UserError(f"--out {place.out} lies inside --source {source}; choose a folder outside of it")
+def _identify(text_encoder: str, place: Workplace, share: tuple[int, int] | None) -> str:
+    """The encoder's name and fingerprint; a part, on a node without network perhaps, takes them from its plan."""
+    if not text_encoder:
+        return ""
+    if share is not None:
+        header = planned(place, {"text_encoder": text_encoder})
+        return "" if header is None else str(header["arguments"]["text_encoder"])
+    from data_prep.text import identify  # transformers: more than a second, which no other run should wait for
+
+    return identify(text_encoder)
 
 
 def _finished(place: Workplace, arguments: Arguments) -> dict[str, Any] | None:
@@ -200,12 +210,17 @@ def _finished(place: Workplace, arguments: Arguments) -> dict[str, Any] | None:
     for tar in (tar for split in index.splits.values() for tar in split.shards):
         if not folder.exists(tar.name) or folder.size(tar.name) != tar.bytes:
             raise UserError(f"{place.out} is damaged, {tar.name} is missing or not {tar.bytes} bytes long; {REMEDY}")
-    return dict(json.loads(folder.read(SUMMARY_NAME)))
+    try:
+        summary: dict[str, Any] = json.loads(folder.read(SUMMARY_NAME))
+        return {**summary, "source_stamp": summary["source_stamp"], "source_sha256": summary["source_sha256"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{place.out} is damaged, its {SUMMARY_NAME} cannot be read; {REMEDY}") from error
 
 
 def _compare(place: Workplace, finished: dict[str, Any], intake: Intake, stamp: str) -> Path | str:
     """The source's files look touched: are the photos still those of the finished output?"""
     if finished["source_sha256"] != intake.sha256:
+        place.remove()
         raise UserError(f"{place.out} holds shards of other photos or masks than the source has; {REMEDY}")
     say(f"{place.out} is finished already: the same photos, the same arguments")
     write_json(place.path / SUMMARY_NAME, {**finished, "source_stamp": stamp})
@@ -220,10 +235,10 @@ def _plan(
     """Decide, and put what was decided on the disk."""
     target = None if target_gps is None else read_target(target_gps)
     texts = None
-    if arguments.text_encoder:
-        from data_prep.text import embed  # transformers: more than a second, which no other run should wait for
+    if wanted["text_encoder"]:
+        from data_prep.text import embed
 
-        texts = embed([photo.parsed.metadata.description for photo in intake.photos], arguments.text_encoder)
+        texts = embed([photo.parsed.metadata.description for photo in intake.photos], wanted["text_encoder"])
     decisions = decide(intake.photos, arguments, target)
     draw_map(
         place.path / MAP_NAME,
@@ -245,7 +260,6 @@ def _plan(
         {
             **wanted,
             "text_dim": 0 if texts is None else texts.dim,
-            "text_weights": "" if texts is None else texts.encoder,
             "source_kind": kind_of(wanted["source"]),
         },
     )

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from sklearn.neighbors import BallTree
 
-from data_prep.duplicates import chain
-from data_prep.gps import EARTH_RADIUS_M
+from data_prep.links import chain, components
+from data_prep.places import near_pairs
 from pipeline.data.index import SPLITS
 from pipeline.errors import UserError
 
@@ -21,9 +18,6 @@ BLOCK_RADII_M = (25_000, 10_000, 3_000, 1_000)
 MIN_BLOCKS = 3
 # A split is filled when it has at least this part of its share; coarser blocks are worth some imbalance.
 FILLED = 1 / 3
-CELLS_PER_RADIUS = 20
-POINTS_AT_ONCE = 256
-PAIRS_HELD = 4_000_000  # 64 MB
 ATTEMPTS = 64
 BLOCKS_TO_TRY = 20_000  # in all attempts together, beyond the first: thousands of blocks fill evenly anyway
 
@@ -49,37 +43,12 @@ def link_groups(
         points: Latitude and longitude in degrees, [N, 2], NaN for NULL.
         videos: Name of each photo's video, or None.
         duplicates: Pairs that look the same, [pairs, 2] each.
-        distance_m: Between two photos of one place, in metres; 0 links only photos at the same coordinates.
+        distance_m: Between two photos of one place, in metres; 0 links only those at the same coordinates.
 
     Returns:
         int64 [N], from 0, in the order in which groups first appear.
     """
-    return _components(len(points), itertools.chain([_same_word(videos)], duplicates, near_pairs(points, distance_m)))
-
-
-def near_pairs(points: np.ndarray, radius_m: float) -> Iterator[np.ndarray]:
-    """Yield pairs of photos within a great-circle distance; those at the same coordinates are linked in a chain.
-
-    Args:
-        points: Degrees, [N, 2], NaN for NULL, which is near nothing.
-        radius_m: In metres.
-
-    Yields:
-        int64 [pairs, 2], again and again, since a camera that stood still makes millions.
-    """
-    known = np.flatnonzero(~np.isnan(points[:, 0]))
-    if not len(known):
-        return
-    places, first, place = np.unique(points[known], axis=0, return_index=True, return_inverse=True)
-    yield known[chain(place.ravel())]
-    tree = BallTree(np.radians(places), metric="haversine")
-    for start in range(0, len(places), POINTS_AT_ONCE):
-        some = np.radians(places[start : start + POINTS_AT_ONCE])
-        neighbours = tree.query_radius(some, radius_m / EARTH_RADIUS_M)
-        left = np.repeat(np.arange(start, start + len(some)), [len(found) for found in neighbours])
-        right = np.concatenate(neighbours)
-        once = left < right
-        yield known[np.stack([first[left[once]], first[right[once]]], axis=1)]
+    return components(len(points), itertools.chain([_same_word(videos)], duplicates, near_pairs(points, distance_m)))
 
 
 def keep_splits(
@@ -141,15 +110,15 @@ def geographic_splits(
     together = chain(groups)
     names = _same_word([None if city is None else city.casefold() for city in cities])
     candidates: list[tuple[str, Iterable[np.ndarray]]] = [
-        ("cities", itertools.chain([together, names], _area_pairs(points, BLOCK_RADII_M[0]))),
-        *((f"areas {r / 1000:g} km apart", itertools.chain([together], _area_pairs(points, r))) for r in BLOCK_RADII_M),
+        ("cities", itertools.chain([together, names], near_pairs(points, BLOCK_RADII_M[0]))),
+        *((f"areas {r / 1000:g} km apart", itertools.chain([together], near_pairs(points, r))) for r in BLOCK_RADII_M),
         ("groups", [together]),
     ]
     placed = ~np.isnan(points[:, 0])
     named = np.array([city is not None for city in cities], dtype=bool)
     best_filling, best = -1.0, None
     for rule, links in candidates:
-        blocks = _components(len(points), links)
+        blocks = components(len(points), links)
         places = np.unique(blocks[placed | named if rule == "cities" else placed])
         if len(places) < MIN_BLOCKS and rule != "groups":
             continue
@@ -226,32 +195,6 @@ def _fill(counts: np.ndarray, wanted: np.ndarray, order: np.ndarray) -> tuple[fl
     return float((missing**2).sum()), chosen
 
 
-def _area_pairs(points: np.ndarray, radius_m: float) -> Iterator[np.ndarray]:
-    """Like `near_pairs`, to a twentieth of the radius: a city has few such cells, however many photos."""
-    cell = np.degrees(radius_m / EARTH_RADIUS_M) / CELLS_PER_RADIUS
-    return near_pairs(np.round(points / cell) * cell, radius_m)
-
-
 def _same_word(words: Sequence[str | None]) -> np.ndarray:
     known = np.array([row for row, word in enumerate(words) if word is not None], dtype=np.int64)
     return known[chain(np.array([word for word in words if word is not None], dtype=object))]
-
-
-def _components(nodes: int, links: Iterable[np.ndarray]) -> np.ndarray:
-    """Connected components, numbered in the order in which they first appear: int64 [nodes].
-
-    Args:
-        nodes: How many there are.
-        links: Pairs, int64 [pairs, 2] each. Whenever many have come, they are replaced by the few that say the same.
-    """
-    component, held = np.arange(nodes), [np.empty((0, 2), dtype=np.int64)]
-    for pairs in itertools.chain(links, [None]):
-        if pairs is not None:
-            held.append(pairs)
-        if pairs is None or sum(map(len, held)) > PAIRS_HELD:
-            left, right = np.concatenate(held).T
-            graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(nodes, nodes))
-            component = connected_components(graph, directed=False)[1]
-            held = [chain(component)]
-    _, first, component = np.unique(component, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[component.ravel()]

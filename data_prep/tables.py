@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow
 import pyarrow.parquet
@@ -14,9 +17,21 @@ import pyarrow.parquet
 from pipeline.errors import UserError
 
 CSV_FIELD_LIMIT = 2**24  # characters; the module's own limit is shorter than some polygon lists
+DELIMITERS = (",", ";", "\t")
 ROWS_AT_ONCE = 1024
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TornRow:
+    """A row of a CSV file with more or fewer cells than the header: any of them may be of another column."""
+
+    line: int
+    """In the file, from 1 on; where the row begins."""
+    cells: Row
+    """By position, None where they are missing."""
+    problem: str
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -24,6 +39,18 @@ def read_rows(path: Path) -> Iterator[Row]:
 
     Raises:
         UserError: The file is absent, of another kind, or malformed; the sentence says where.
+    """
+    for row in scan_rows(path):
+        if isinstance(row, TornRow):
+            raise UserError(f"line {row.line} of {path} has {row.problem}; correct it")
+        yield row
+
+
+def scan_rows(path: Path) -> Iterator[Row | TornRow]:
+    """The rows of a table as `read_rows` has them, and also those that cannot be used.
+
+    Raises:
+        UserError: The file is absent, of another kind, or malformed beyond single rows.
     """
     reader = READERS.get(path.suffix.lower())
     if reader is None:
@@ -34,7 +61,9 @@ def read_rows(path: Path) -> Iterator[Row]:
         yield from reader(path)
     except OSError as error:
         raise UserError(f"the metadata file {path} cannot be read: {error.strerror or error}") from error
-    except (UnicodeDecodeError, csv.Error, pyarrow.ArrowException) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"the metadata file {path} is malformed: {error}; save it as UTF-8") from error
+    except (csv.Error, pyarrow.ArrowException) as error:
         raise UserError(f"the metadata file {path} is malformed: {error}") from error
 
 
@@ -49,11 +78,45 @@ def flatten(row: Row, prefix: str = "") -> Row:
     return flat
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
+def _read_csv(path: Path) -> Iterator[Row | TornRow]:
     csv.field_size_limit(CSV_FIELD_LIMIT)
     with path.open(encoding="utf-8-sig", newline="") as stream:
-        for row in csv.DictReader(stream):
-            yield {name: value for name, value in row.items() if name is not None}
+        header: list[str] = []
+        for line, cells in _read_cells(stream, _sniff_delimiter(stream)):
+            if not header:
+                header = cells
+                _check_names(header, path)
+                continue
+            row = {**dict.fromkeys(header), **dict(zip(header, cells, strict=False))}
+            if len(cells) == len(header):
+                yield row
+            else:
+                yield TornRow(line, row, f"{len(cells)} cells, the header has {len(header)}")
+
+
+def _sniff_delimiter(stream: TextIO) -> str:
+    """The most frequent delimiter in the header; the stream stands at its beginning afterwards."""
+    header = next((line for line in stream if line.strip()), "")
+    stream.seek(0)
+    return max(DELIMITERS, key=re.sub(r'"[^"]*"', "", header).count)
+
+
+def _read_cells(stream: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are no blank lines, and the lines where they begin; cells in quotes may hold line breaks."""
+    reader = csv.reader(stream, delimiter=delimiter)
+    line = 1
+    for cells in reader:
+        if cells:
+            yield line, cells
+        line = reader.line_num + 1
+
+
+def _check_names(names: Iterable[str], path: Path) -> None:
+    """Refuse columns of which only one would be read; those without a name are read by nobody."""
+    counts = Counter(name.strip().lower() for name in names)
+    doubled = next((name for name, count in counts.items() if name and count > 1), None)
+    if doubled is not None:
+        raise UserError(f"the metadata file {path} has {counts[doubled]} columns {doubled!r}; leave only one of them")
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -63,11 +126,12 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+                flat = flatten(row) if isinstance(row, dict) else None
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"line {number} of {path} is not JSON: {error}") from error
-            if not isinstance(row, dict):
+            if flat is None:
                 raise UserError(f"line {number} of {path} is not a JSON object, but {line.strip()[:40]!r}")
-            yield flatten(row)
+            yield flat
 
 
 def iterate_parquet(path: Path, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[Row]:
@@ -84,10 +148,11 @@ def iterate_parquet(path: Path, rows_at_once: int = ROWS_AT_ONCE) -> Iterator[Ro
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    return map(flatten, iterate_parquet(path))
+    _check_names(pyarrow.parquet.read_schema(path).names, path)
+    yield from map(flatten, iterate_parquet(path))
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+READERS: dict[str, Callable[[Path], Iterator[Row | TornRow]]] = {
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,

@@ -78,6 +78,15 @@ def embed(texts: Sequence[str | None], encoder: str) -> TextVectors:
     return TextVectors(Vectors(matrix, rows), sentence_encoder.dim, sentence_encoder.identity)
 
 
+def identify(encoder: str) -> str:
+    """Name and fingerprint of an encoder, which are the same wherever it lies.
+
+    Raises:
+        UserError: See `embed`.
+    """
+    return SentenceEncoder(encoder).identity
+
+
 class SentenceEncoder:
     """A transformers encoder, mean pooling over its tokens, and normalisation to length 1.
 

@@ -8,15 +8,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import BinaryIO
 
 from data_prep.inspection import check_mask
 from data_prep.parallel import Workers
+from data_prep.reports import report_folder
 from pipeline.data.index import Sample, Shard, read_index
-from pipeline.data.integrity import Damage, check_layout, check_sample
+from pipeline.data.integrity import MOST_TAIL_BYTES, Damage, check_layout, check_sample, check_tail
 from pipeline.data.photo import BadPhoto
-from pipeline.data.storage import explained, is_url, open_folder
-from pipeline.errors import AuditFailed, UserError, require
+from pipeline.data.storage import explained, open_folder
+from pipeline.errors import AuditFailed, require
 from pipeline.files import write_summary
 from pipeline.progress import say, track
 
@@ -44,14 +45,15 @@ def verify(shards: str, out: Path | None = None, workers: int = 0) -> Path:
         workers: Processes; 0 takes every core.
     """
     require(workers >= 0, "--workers", workers, "0 for every core, or the number of processes")
-    require(out is not None or not is_url(shards), "--out", out, "a folder of this machine when the shards are not")
+    shards = open_folder(shards).place
     start, index = time.monotonic(), read_index(shards)
+    out = report_folder(shards, out, "verify")
     checks = []
     for name, split in index.splits.items():
         samples: list[list[Sample]] = [[] for _ in split.shards]
         for sample in split.samples:
             samples[sample.shard].append(sample)
-        checks += [Check(str(shards), name, *pair) for pair in zip(split.shards, map(tuple, samples), strict=True)]
+        checks += [Check(shards, name, *pair) for pair in zip(split.shards, map(tuple, samples), strict=True)]
     with Workers(workers) as pool:
         results = track(pool.map(check_shard, checks), len(checks), "verifying", unit="tars")
         problems = [problem for _, found in results for problem in found]
@@ -62,7 +64,7 @@ def verify(shards: str, out: Path | None = None, workers: int = 0) -> Path:
         "problems": problems,
         "wall_s": round(time.monotonic() - start, 3),
     }
-    path = write_summary(out or Path(shards) / "verify", summary)
+    path = write_summary(out, summary)
     if problems:
         raise AuditFailed(f"{len(problems)} problems in {shards}, the first: {problems[0]}", path)
     say(f"{shards}: {summary['samples']} samples in {len(checks)} shards are what the index says")
@@ -70,35 +72,49 @@ def verify(shards: str, out: Path | None = None, workers: int = 0) -> Path:
 
 
 def check_shard(check: Check) -> list[str]:
-    """Every difference between a tar and its description, one sentence each."""
+    """Every difference between a tar and its description, one sentence each.
+
+    Raises:
+        UserError: The tar is there and may not be read, or its store does not answer: that says nothing about it.
+    """
     name, folder = check.expected.name, open_folder(check.place)
     try:
         size = folder.size(name)
         if size != check.expected.bytes:
             return [f"{name} is {size} bytes long, the index says {check.expected.bytes}"]
-        with explained(check.place), folder.stream(name) as stream:
-            hashed = Hashed(stream)
+        with folder.stream(name) as stream:
+            hashed = Hashed(stream, check.place)
             problems = [f"{name}{problem}" for problem in Scan(check).problems(hashed)]
             if hashed.finish() != check.expected.sha256:
                 problems.insert(0, f"{name} has another sha256 than the index says")
     except FileNotFoundError:
         return [f"{name} is missing"]
-    except UserError as error:
-        return [f"{name}: {error}"]
     return problems
 
 
 class Hashed:
     """A stream that is hashed while it is read."""
 
-    def __init__(self, stream: BinaryIO):
-        self._stream, self._sha256 = stream, hashlib.sha256()
+    def __init__(self, stream: BinaryIO, place: str):
+        """Begin.
+
+        Args:
+            stream: Of a folder's file.
+            place: The folder, for what is said when it cannot be read.
+        """
+        self._stream, self._place, self._sha256 = stream, place, hashlib.sha256()
 
     def read(self, size: int) -> bytes:
-        """The next bytes."""
-        data = self._stream.read(size)
+        """The next bytes. Raises UserError and FileNotFoundError as folders do."""
+        with explained(self._place):
+            data = self._stream.read(size)
         self._sha256.update(data)
         return data
+
+    def skip(self, size: int) -> None:
+        """Read over some bytes, which may be more than memory holds, or than there are."""
+        while size > 0 and (data := self.read(min(size, READ_BYTES))):
+            size -= len(data)
 
     def finish(self) -> str:
         """Read what is left; the SHA-256 of everything, in hexadecimal."""
@@ -124,35 +140,52 @@ class Scan:
         except Damage as damage:
             yield f": {damage}"
         try:
-            with tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|", bufsize=READ_BYTES) as tar:
-                for member in tar:
-                    yield from self._member(tar, member)
-        except tarfile.TarError as error:
+            yield from self._members(stream)
+        except tarfile.HeaderError as error:
             yield f" is no readable tar behind its first {len(self.seen)} members ({error})"
         for name, (sample, _) in self.awaited.items():
             if name not in self.seen:
                 yield f", {sample.key}: {name} is missing"
 
-    def _member(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> Iterator[str]:
-        if member.name not in self.awaited:
-            yield f" holds {member.name!r}, which the index does not name"
-            return
-        sample, extension = self.awaited[member.name]
-        about = f", {sample.key}: {member.name}"
-        if member.name in self.seen:
-            yield f"{about} is there twice"
-            return
-        self.seen.add(member.name)
-        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-            yield f"{about} is not a file, but a link, a folder or a device"
-            return
-        if (member.offset_data, member.size) != sample.members[extension]:
-            yield f"{about} is {member.size} bytes at {member.offset_data}, the index says otherwise"
-            return
-        data = tar.extractfile(member)
-        assert data is not None  # it is a regular file
+    def _members(self, stream: Hashed) -> Iterator[str]:
+        """Go from header to header. Whatever extends the format is a member too, and none that the index names."""
+        offset = 0
+        while any(block := stream.read(tarfile.BLOCKSIZE)):
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            offset += tarfile.BLOCKSIZE
+            padded = -(-max(header.size, 0) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            problem = self._problem_of(header, offset)
+            if problem is None:
+                yield from self._take(header, stream.read(padded))
+            else:
+                yield problem
+                stream.skip(padded)
+            offset += padded
+        try:
+            check_tail(stream.read(MOST_TAIL_BYTES))
+        except Damage as damage:
+            yield f": {damage}"
+
+    def _problem_of(self, header: tarfile.TarInfo, offset: int) -> str | None:
+        """Why a member is not one that the index names, if so."""
+        if header.name not in self.awaited:
+            return f" holds {header.name!r}, which the index does not name"
+        sample, extension = self.awaited[header.name]
+        about = f", {sample.key}: {header.name}"
+        if header.name in self.seen:
+            return f"{about} is there twice"
+        self.seen.add(header.name)
+        if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            return f"{about} is not a file, but a link, a folder or a device"
+        if (offset, header.size) != sample.members[extension]:
+            return f"{about} is {header.size} bytes at {offset}, the index says otherwise"
+        return None
+
+    def _take(self, header: tarfile.TarInfo, data: bytes) -> Iterator[str]:
+        """Keep a member until its sample is complete."""
+        sample, extension = self.awaited[header.name]
         parts = self.parts.setdefault(sample.key, {})
-        parts[extension] = data.read()
+        parts[extension] = data[: header.size]
         if len(parts) == len(sample.members):
             yield from self._sample(sample, self.parts.pop(sample.key))
 
@@ -160,6 +193,6 @@ class Scan:
         try:
             check_sample(sample, self.check.split, members)
             if "mask.png" in members:
-                check_mask(members["mask.png"])
+                check_mask(members["mask.png"], (sample.width, sample.height))
         except (Damage, BadPhoto) as problem:
             yield f", {sample.key}: {problem}"

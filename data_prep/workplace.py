@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_prep.journal import JOURNAL_NAME, is_worth_keeping
 from data_prep.planning import HEADER_NAME
 from pipeline.data.index import INDEX_NAME
 from pipeline.data.storage import is_url, open_folder
@@ -27,22 +29,28 @@ class Workplace:
     """
 
     def __init__(self, out: str, work: Path | None):
-        if not is_url(out):
-            out = str(Path(out).resolve())
-        self.out = out
-        if work is not None:
-            self.path = work.resolve()
-        else:
-            parent = Path.cwd() if is_url(out) else Path(out).parent
-            self.path = parent / f".{out.rstrip('/').rpartition('/')[2]}.partial"
+        """Name the folder; nothing is made yet.
+
+        Args:
+            out: Folder or URL of the output.
+            work: Folder to make the hidden one in; beside the output if None, or in the current folder for a URL.
+        """
+        self.out = out if is_url(out) else str(Path(out).resolve())
         self.upload = out if is_url(out) else None
+        name = self.out.rstrip("/").rpartition("/")[2]
+        if work is None and self.upload is None:
+            self.path = Path(self.out).parent / f".{name}.partial"
+        else:
+            # Outputs of one name may share the folder.
+            unique = hashlib.sha256(self.out.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+            self.path = (work or Path.cwd()).resolve() / f".{name}-{unique}.partial"
 
     @contextmanager
     def locked(self, shared: bool = False) -> Iterator[Path]:
         """Hold the folder while it is worked in; the lock ends with the process.
 
-        A user's mistake before anything is planned leaves nothing behind. Whatever else ends the work leaves what is
-        done for the next run.
+        Whatever ends the work leaves what is done for the next run; a user's mistake before anything is planned leaves
+        what was found out about photos, if anything was.
 
         Args:
             shared: Others may hold it too, each for its own part.
@@ -66,7 +74,9 @@ class Workplace:
                 yield self.path
             except UserError:
                 if self.path.exists() and not (self.path / HEADER_NAME).exists():
-                    self.remove()
+                    self.clear(keep=frozenset({JOURNAL_NAME}))
+                    if not is_worth_keeping(self.path / JOURNAL_NAME):
+                        self.remove()
                 raise
         finally:
             os.close(lock)
@@ -93,12 +103,16 @@ class Workplace:
         Raises:
             UserError: Less than `needed` bytes are free.
         """
-        free = shutil.disk_usage(self.path).free
-        if free < needed + SPARE_BYTES:
-            raise UserError(
-                f"the disk of {self.path} has {free / 1e9:.2f} GB free and the shards need "
-                f"{(needed + SPARE_BYTES) / 1e9:.2f} GB; free some space, or choose another --out"
-            )
+        places = [self.path]
+        if self.upload is None:
+            places.append(nearest_folder(Path(self.out)))
+        for place in places:
+            free = shutil.disk_usage(place).free
+            if free < needed + SPARE_BYTES:
+                raise UserError(
+                    f"the disk of {place} has {free / 1e9:.2f} GB free and the shards need "
+                    f"{(needed + SPARE_BYTES) / 1e9:.2f} GB; free some space, or choose another --out"
+                )
 
     def publish(self, tars: list[str]) -> None:
         """Make the finished output appear, after everything in it is on the disk; then remove what was for the work.
@@ -120,6 +134,28 @@ class Workplace:
             sync(self.path)
             os.replace(self.path, out)  # over an empty folder too
             sync(out.parent)
-        else:
+            return
+        try:
             replace_folder(out, lambda fresh: shutil.copytree(self.path, fresh, dirs_exist_ok=True))
-            self.remove()
+        except (OSError, shutil.Error) as error:
+            raise UserError(
+                f"{out} cannot be written ({error}); what is done stays in {self.path}, so give the command again"
+            ) from error
+        self.remove()
+
+
+def check_apart(source: str | Path, *places: Path) -> None:
+    """Refuse to write inside the source, where the output would be a part of its own input the next time.
+
+    Raises:
+        UserError: A place lies in the source, or is it.
+    """
+    inside = Path(source).resolve()
+    for place in places:
+        if inside.is_dir() and place.resolve().is_relative_to(inside):
+            raise UserError(f"{place} lies inside --source {source}; choose a folder outside of it")
+
+
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the first one above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())

@@ -9,20 +9,22 @@ import json
 import os
 import socket
 import tarfile
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from webdataset.writer import TarWriter
-
+from data_prep.journal import status_of
 from data_prep.planning import TARS_FOLDER, PlannedTar
 from data_prep.sources import content_from_json
+from pipeline.data.photo import BadPhoto
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
-from pipeline.files import sha256_of, sync, write_json
+from pipeline.files import sha256_of, sync, write_text
 
 RECEIPTS_FOLDER = "receipts"
-OWNER = "roadwork"  # a fixed owner and time, or two equal runs differ
+OWNER, MODE = "roadwork", 0o444  # a fixed owner and time, or two equal runs differ
+COPIED_AT_ONCE = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Receipt:
     members: tuple[dict[str, tuple[int, int]], ...]
 
 
-class HashingStream(io.RawIOBase):
+class HashingStream(io.BufferedIOBase):
     """Passes bytes on to a file and hashes them, which saves reading the file again."""
 
     def __init__(self, stream: io.BufferedWriter):
@@ -56,9 +58,9 @@ class HashingStream(io.RawIOBase):
         self.digest.update(data)
         return self.stream.write(data)
 
-    def writable(self) -> bool:
-        """True."""
-        return True
+    def tell(self) -> int:
+        """Bytes written."""
+        return self.stream.tell()
 
 
 def write_tar(job: Job) -> bool:
@@ -104,6 +106,22 @@ def has_receipt(folder: Path, tar: PlannedTar) -> bool:
     return _receipt_path(folder, tar).exists()
 
 
+def missing_tars(folder: Path, tars: list[PlannedTar], upload: str | None) -> list[str]:
+    """Names of the tars without a receipt, or that are not where it says, or not as long.
+
+    Args:
+        folder: Where the plan lies.
+        tars: Those of the plan.
+        upload: Where finished tars went instead of staying in the folder.
+    """
+    sizes = open_folder(upload or folder).sizes([tar.name for tar in tars])
+    return [
+        tar.name
+        for tar, size in zip(tars, sizes, strict=True)
+        if not has_receipt(folder, tar) or read_receipt(folder, tar).bytes != size
+    ]
+
+
 def read_receipt(folder: Path, tar: PlannedTar) -> Receipt:
     """What was written down about a finished tar. Raises FileNotFoundError."""
     values = json.loads(_receipt_path(folder, tar).read_text())
@@ -119,18 +137,20 @@ def read_entries(folder: Path, tar: PlannedTar) -> list[dict[str, Any]]:
 
 def _write(job: Job) -> None:
     folder, name = Path(job.folder), job.tar.name
-    entries = read_entries(folder, job.tar)
     # Two machines may be told to write the same tar; neither must see the other's unfinished file.
     temporary = folder / f".{name}.{socket.gethostname()}-{os.getpid()}.tmp"
     try:
         with temporary.open("wb") as file:
-            stream = HashingStream(file)
-            with TarWriter(stream, encoder=False, mtime=0, user=OWNER, group=OWNER, compress=False) as tar:
-                for entry in entries:
-                    tar.write(_members(entry))
+            stream, members = HashingStream(file), []
+            with tarfile.TarFile(
+                fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=COPIED_AT_ONCE
+            ) as tar:
+                for entry in read_entries(folder, job.tar):
+                    key = entry["record"]["key"]
+                    members.append({e: _add(tar, f"{key}.{e}", data) for e, data in _members(entry).items()})
             file.flush()
             os.fsync(file.fileno())
-        receipt = Receipt(temporary.stat().st_size, stream.digest.hexdigest(), _places(temporary, entries))
+        receipt = Receipt(temporary.stat().st_size, stream.digest.hexdigest(), tuple(members))
         if job.upload is not None:
             open_folder(job.upload).put(temporary, name)
         else:
@@ -138,38 +158,49 @@ def _write(job: Job) -> None:
             sync(folder)
     finally:
         temporary.unlink(missing_ok=True)
-    write_json(_receipt_path(folder, job.tar), asdict(receipt))
+    write_text(_receipt_path(folder, job.tar), json.dumps(vars(receipt)))
 
 
 def _receipt_path(folder: Path, tar: PlannedTar) -> Path:
     return (folder / RECEIPTS_FOLDER / tar.name).with_suffix(".json")
 
 
-def _members(entry: dict[str, Any]) -> dict[str, str | bytes]:
+def _members(entry: dict[str, Any]) -> dict[str, bytes]:
+    """Extension to bytes, in the order in which they come to lie in the tar."""
     record = entry["record"]
-    changed = f"the photo {record['source']} changed while it was being sharded; give the same command again"
-    try:
-        photo = content_from_json(entry["photo"]).read()
-        mask = None if entry["mask"] is None else content_from_json(entry["mask"]).read()
-    except FileNotFoundError as error:
-        raise UserError(changed) from error
-    if hashlib.sha256(photo).hexdigest() != record["sha256"]:
-        raise UserError(changed)
-    members: dict[str, str | bytes] = {
-        "__key__": record["key"],
-        entry["extension"]: photo,
-        "json": json.dumps(record, allow_nan=False).encode(),
-    }
-    if mask is not None:
-        members["mask.png"] = mask
-    return members
+    photo = _read(entry["photo"], record["sha256"], entry["status"], f"the photo {record['source']}")
+    members = {entry["extension"]: photo, "json": json.dumps(record, allow_nan=False).encode()}
+    if entry["mask"] is not None:
+        members["mask.png"] = _read(entry["mask"], entry["mask_sha256"], None, f"the mask of {record['source']}")
+    return dict(sorted(members.items()))
 
 
-def _places(path: Path, entries: list[dict[str, Any]]) -> tuple[dict[str, tuple[int, int]], ...]:
-    """Offset and size of every member of every sample, from the tar's own headers."""
-    places: dict[str, dict[str, tuple[int, int]]] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            key, extension = member.name.split(".", 1)
-            places.setdefault(key, {})[extension] = (member.offset_data, member.size)
-    return tuple(places[entry["record"]["key"]] for entry in entries)
+def _read(content: dict[str, Any], sha256: str, status: list[int] | None, what: str) -> bytes:
+    """Bytes, if they are still those that were looked at.
+
+    Args:
+        content: Where they are.
+        sha256: Of what was looked at.
+        status: Of the file then; one whose status is the same after it was read need not be hashed once more.
+        what: Names it for the user.
+
+    Raises:
+        UserError: They are others, or gone.
+    """
+    source, data = content_from_json(content), b""
+    with suppress(FileNotFoundError, BadPhoto):
+        data = source.read()
+    untouched = status is not None and status_of(source) == status
+    if not untouched and hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"{what} changed while it was being sharded; give the same command again")
+    return data
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
+    """Add a file to a tar; returns where its data lie and how many they are."""
+    header = tarfile.TarInfo(name)
+    header.size, header.mode, header.mtime = len(data), MODE, 0
+    header.uname = header.gname = OWNER
+    start = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(header, io.BytesIO(data))
+    return start, len(data)

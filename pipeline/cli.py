@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import json
 import re
 import sys
@@ -62,27 +63,41 @@ def explain(message: str, known: list[str]) -> str:
 
 
 def command(function: Command) -> int:
-    """Run one function from `sys.argv`; returns the exit status."""
-    return run(lambda: _call(function, sys.argv[1:], f"python -m pipeline.{function.__name__}"))
+    """Run one function, that of the module which Python was started with, from `sys.argv`; returns the exit status."""
+    started = sys.modules["__main__"].__spec__
+    return run(lambda: _call(function, sys.argv[1:], f"python -m {started.name if started else function.__name__}"))
 
 
-def commands(functions: dict[str, Command], prog: str, description: str) -> int:
-    """Run the function that the first word of `sys.argv` names; returns the exit status."""
+def commands(places: dict[str, str], prog: str, description: str) -> int:
+    """Run the function that the first word of `sys.argv` names; returns the exit status.
+
+    Args:
+        places: The word for each function, and where it is, as `package.module:function`: only the one that is wanted
+            is imported, and an interrupted import ends like any other work.
+        prog: What the user typed before the word.
+        description: One line.
+    """
 
     def main() -> Path | str | None:
         words = sys.argv[1:]
         if not words or words[0] in ("-h", "--help"):
             print(f"usage: {prog} COMMAND [options]; `{prog} COMMAND --help` lists them\n\n{description}\n")
-            for name, function in functions.items():
-                print(f"  {name:<10} {_summary(function)}")
+            for name, place in places.items():
+                print(f"  {name:<10} {_summary(_load(place))}")
             return None
-        if words[0] not in functions:
-            near = difflib.get_close_matches(words[0], functions, n=1)
+        if words[0] not in places:
+            near = difflib.get_close_matches(words[0], places, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UserError(f"unknown command {words[0]!r}{hint} (there are {', '.join(functions)})")
-        return _call(functions[words[0]], words[1:], f"{prog} {words[0]}")
+            raise UserError(f"unknown command {words[0]!r}{hint} (there are {', '.join(places)})")
+        return _call(_load(places[words[0]]), words[1:], f"{prog} {words[0]}")
 
     return run(main)
+
+
+def _load(place: str) -> Command:
+    module, _, name = place.partition(":")
+    function: Command = getattr(importlib.import_module(module), name)
+    return function
 
 
 def _call(function: Command, arguments: list[str], prog: str) -> Path | str | None:
@@ -121,10 +136,10 @@ def spell_switches(function: Command, arguments: list[str]) -> list[str]:
     """Let a flag of a `bool` parameter stand alone: `--plan` becomes `--plan=true`, which jsonargparse wants."""
     hints = typing.get_type_hints(function)
     switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
-    following = [*arguments[1:], "--"]
+    following = [*arguments, "--"][1:]
     return [
         f"{word}=true" if word in switches and after.startswith("--") else word
-        for word, after in zip(arguments, following, strict=True)
+        for word, after in zip(arguments, following, strict=False)
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -19,6 +20,15 @@ RANK_ZERO_FIRST_S = 3.0
 
 # A worker's own exit status does not survive `accelerate launch`, so it is written to this file too.
 STATE_FILE_VARIABLE = "ROADWORK_STATE_FILE"
+
+
+# What the user must mend: a disk that is full or read-only, rights, a file where a folder should be.
+OF_THE_MACHINE = frozenset(
+    {
+        errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+        errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+    }
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -53,7 +63,8 @@ def run(main: Callable[[], Path | str | None]) -> int:
     """Run a command's main function and turn its end into an exit status.
 
     A `UserError` becomes one line on stderr and status 2, a failed audit status 3, a stop request status 75.
-    Anything else is a bug and keeps its traceback. When `main` has a summary, its path or URL is printed as the last
+    What the system refuses for a reason that the user can mend, such as a full disk, is a user's mistake too. Anything
+    else is a bug and keeps its traceback. When `main` has a summary, its path or URL is printed as the last
     line of stdout.
     """
     status, message, summary = EXIT_OK, None, None
@@ -63,6 +74,10 @@ def run(main: Callable[[], Path | str | None]) -> int:
         status, message, summary = EXIT_AUDIT, f"found: {error}", error.summary
     except UserError as error:
         status, message = EXIT_USER, f"error: {error}"
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        status, message = EXIT_USER, f"error: {explain(error)}"
     except (Stopped, KeyboardInterrupt) as stop:
         reason = str(stop) or "interrupted; the same command goes on from here"
         status, message = EXIT_STOPPED, f"stopped: {reason}"
@@ -80,6 +95,14 @@ def run(main: Callable[[], Path | str | None]) -> int:
         print(summary, flush=True)
     _write_state(status, message)
     return status
+
+
+def explain(error: OSError) -> str:
+    """What the system refused and where, in one sentence."""
+    reason = (error.strerror or str(error)).lower()
+    if error.filename is None:
+        return f"{reason}; what is done so far is kept, so mend that and give the same command again"
+    return f"{os.fsdecode(error.filename)}: {reason}; mend that and give the same command again"
 
 
 def _write_state(status: int, message: str | None) -> None:

@@ -146,8 +146,8 @@ def check_metadata(run: Path, index: Index, model: ModelConfig) -> None:
     """See `check_inputs`. A leak is told and no more: the headline is the score with all metadata NULL."""
     weights = None
     if "text" in fields_read(model):
-        weights = json.loads((run / "provenance.json").read_text())["data"]["arguments"]["text_weights"]
-    check_inputs(index, model, allow_leaks=True, text_weights=weights)
+        weights = json.loads((run / "provenance.json").read_text())["data"]["arguments"]["text_encoder"]
+    check_inputs(index, model, allow_leaks=True, text_encoder=weights)
     for name, why in leaking_inputs(index, model).items():
         say(f"do not trust the score with metadata: in these shards {name} gives the label away ({why})")
 

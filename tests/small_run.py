@@ -18,7 +18,7 @@ from pipeline.config import Config, DataConfig, to_yaml
 from pipeline.data.dataset import collate, prepare
 from pipeline.data.index import SPLITS, Cluster, Field, Index, Sample, Shard, Split
 from pipeline.data.record import Metadata, Record
-from pipeline.files import write_json
+from pipeline.files import write_json, write_text
 from pipeline.model.config import ModelConfig
 from pipeline.model.roadwork import RoadworkModel
 
@@ -83,10 +83,10 @@ def make_shards(
     folder.mkdir(parents=True)
     splits = {name: _write_split(folder, name, labels.get(name, []), text_dim) for name in SPLITS}
     clusters = (Cluster(None, "mixed", 0, 0, 0), Cluster((55.7, 13.2), "mixed", 0, 0, 0))
-    arguments = {"source_kind": "noise <of> photos", "text_dim": text_dim, "text_weights": "noise@1"}
+    arguments = {"source_kind": "noise <of> photos", "text_dim": text_dim, "text_encoder": "noise@1"}
     fields = {name: Field(0.5, 0.9, None, why) for name, why in (leaks or {}).items()}
     index = Index(splits, clusters, fields, arguments, "1.0", "ab" * 32, {}, {})
-    write_json(folder / "index.json", index.to_json())
+    write_text(folder / "index.json", index.to_json())
 
 
 def _write_split(folder: Path, name: str, labels: list[int | None], text_dim: int) -> Split:

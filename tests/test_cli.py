@@ -25,7 +25,7 @@ def paint(out: Path, colour: Literal["red", "blue"] = "red", max_coats: int = 2)
 
 def run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["prog", *words])
-    return commands({"paint": paint}, "prog", "Paints.")
+    return commands({"paint": f"{__name__}:paint"}, "prog", "Paints.")
 
 
 def test_the_last_line_of_stdout_is_the_summary_and_nothing_else(monkeypatch, capsys, tmp_path):
@@ -40,6 +40,7 @@ def test_the_last_line_of_stdout_is_the_summary_and_nothing_else(monkeypatch, ca
     [
         (["pant"], "unknown command 'pant'; did you mean 'paint'?"),
         (["paint"], "arguments are required: out"),
+        (["paint", "--out"], "expected one argument"),
         (["paint", "--out", "x", "--color", "red"], "did you mean 'colour'"),
         (["paint", "--out", "x", "--colour", "green"], "colour: expected"),
         (["paint", "--out", "x", "stray"], "unknown option 'stray'"),
@@ -80,6 +81,33 @@ def test_each_end_has_its_status_and_leaves_it_for_the_launcher(monkeypatch, tmp
     monkeypatch.setattr(sys, "argv", ["prog"])
     assert command(fail) == status
     assert json.loads((tmp_path / "state.json").read_text())["exit_status"] == status
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(28, "No space left on device"), "error: no space left on device; what is done so far is kept"),
+        (PermissionError(13, "Permission denied", "/closed/x"), "error: /closed/x: permission denied; mend that"),
+    ],
+)
+def test_what_the_system_refuses_for_a_reason_that_users_can_mend_is_one_sentence(monkeypatch, capsys, error, sentence):
+    def fail() -> Path:
+        """Fail."""
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    assert command(fail) == 2
+    assert capsys.readouterr().err.startswith(sentence)
+
+
+def test_another_error_of_the_system_is_a_bug(monkeypatch):
+    def fail() -> Path:
+        """Fail."""
+        raise OSError(9, "Bad file descriptor")
+
+    monkeypatch.setattr(sys, "argv", ["prog"])
+    with pytest.raises(OSError, match="Bad file"):
+        command(fail)
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -12,6 +12,7 @@ from sklearn.neighbors import BallTree
 from data_prep.audit.photos import Photos
 from data_prep.duplicates import near_duplicates
 from data_prep.gps import EARTH_RADIUS_M
+from data_prep.links import components
 from pipeline.data.index import SPLITS
 
 
@@ -24,6 +25,8 @@ class Finding:
     note: str
     distance_m: float | None = None
     """On the ground, where that is what was found."""
+    hash_bits: int | None = None
+    """In how many bits of the perceptual hash the two photos differ, where that is what was found."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,13 @@ class Distances:
 
 
 def make_sections(
-    photos: Photos, pairs: np.ndarray, distances: Sequence[Distances], distance_m: float
+    photos: Photos, alike: np.ndarray, distances: Sequence[Distances], distance_m: float
 ) -> tuple[Section, ...]:
     """Run every check.
 
     Args:
         photos: All of them.
-        pairs: Of look-alikes, int64 [pairs, 2].
+        alike: Photos that look like others, int64 [n].
         distances: Between the splits.
         distance_m: Up to which two photos show one place.
     """
@@ -89,20 +92,34 @@ def make_sections(
         Section(
             "look_alikes", "Look-alikes across splits",
             "Re-encoded or resized copies, or frames of a camera that stood still.",
-            "pair across splits looks the same", "pairs across splits look the same", look_alikes(photos, pairs),
+            "set of look-alikes lies in two splits", "sets of look-alikes lie in two splits",
+            look_alikes(photos, alike),
         ),
         Section(
             "label_conflicts", "The same picture with both labels",
-            "No leak, but one of the two labels is wrong: such pairs bound what any model can reach.",
-            "pair of look-alikes has both labels", "pairs of look-alikes have both labels", label_conflicts(photos),
-            leak=False,
+            "No leak, but some of the labels are wrong, and bound what any model can reach.",
+            "set of look-alikes has both labels", "sets of look-alikes have both labels",
+            label_conflicts(photos, alike), leak=False,
         ),
     )  # fmt: skip
 
 
-def look_alike_pairs(hashes: np.ndarray, thumbnails: np.ndarray) -> np.ndarray:
-    """`near_duplicates`, each pair once: int64 [pairs, 2]."""
-    return np.unique(np.sort(np.concatenate([*near_duplicates(hashes, thumbnails)]), axis=1), axis=0)
+def link_look_alikes(photos: Photos, rows: np.ndarray) -> np.ndarray:
+    """Pairs of photos that look the same, as few as connect all that do, by their positions in `rows`.
+
+    Args:
+        photos: All of them.
+        rows: Those to be compared, int64 [n].
+
+    Returns:
+        int64 [pairs, 2].
+    """
+    return np.concatenate([*near_duplicates(photos.hashes[rows], photos.thumbnails[rows])])
+
+
+def photos_alike(photos: Photos, rows: np.ndarray) -> np.ndarray:
+    """Those of some photos that look like another of them, int64 [n]."""
+    return rows[np.unique(link_look_alikes(photos, rows))]
 
 
 def shared_videos(photos: Photos) -> list[Finding]:
@@ -124,27 +141,40 @@ def exact_copies(photos: Photos) -> list[Finding]:
     ]
 
 
-def look_alikes(photos: Photos, pairs: np.ndarray) -> list[Finding]:
-    """Pairs across splits that show the same picture and are not the same file.
+def look_alikes(photos: Photos, alike: np.ndarray) -> list[Finding]:
+    """For every two splits, sets of photos that look the same, lie in both splits and are not all one file.
 
     Args:
         photos: All of them.
-        pairs: Of look-alikes, int64 [pairs, 2].
+        alike: Those that look like others, int64 [n].
     """
-    left, right = pairs.T
-    apart = (photos.splits[left] != photos.splits[right]) & (photos.sha256[left] != photos.sha256[right])
-    return _as_findings(photos, pairs[apart])
+    found = []
+    for earlier, later in combinations(range(len(SPLITS)), 2):
+        rows = alike[np.isin(photos.splits[alike], (earlier, later))]
+        _, first, file = np.unique(photos.sha256[rows], return_index=True, return_inverse=True)
+        links = link_look_alikes(photos, rows[first])
+        # Of each file, a photo in the earlier split and one in the later.
+        homes = np.full((len(first), 2), -1)
+        homes[file, (photos.splits[rows] == later).astype(np.int64)] = rows
+        pairs = np.stack([homes[links, 0], homes[links[:, ::-1], 1]], axis=-1).reshape(-1, 2)
+        pairs = pairs[(pairs >= 0).all(axis=1)]
+        found += _closest(photos, rows, components(len(first), [links])[file], pairs, _census)
+    return sorted(found, key=lambda finding: finding.hash_bits or 0)
 
 
-def label_conflicts(photos: Photos) -> list[Finding]:
-    """Pairs that show the same picture, one labelled roadwork and the other none, in whatever splits."""
-    rows = np.flatnonzero(photos.labels >= 0)
-    if not len(rows):
-        return []
+def label_conflicts(photos: Photos, alike: np.ndarray) -> list[Finding]:
+    """Sets of photos that look the same, some labelled roadwork and some not, in whatever splits.
+
+    Args:
+        photos: All of them.
+        alike: Those that look like others, int64 [n].
+    """
     # Unlabelled copies are left out before, or one between two others in a chain would hide that these disagree.
-    pairs = rows[look_alike_pairs(photos.hashes[rows], photos.thumbnails[rows])]
-    left, right = pairs.T
-    return _as_findings(photos, pairs[photos.labels[left] != photos.labels[right]])
+    rows = alike[photos.labels[alike] >= 0]
+    links = link_look_alikes(photos, rows)
+    pairs = rows[links]
+    pairs = pairs[photos.labels[pairs[:, 0]] != photos.labels[pairs[:, 1]]]
+    return _closest(photos, rows, components(len(rows), [links]), pairs, _label_census)
 
 
 def nearest_distances(photos: Photos) -> list[Distances]:
@@ -173,13 +203,36 @@ def near_places(distances: Sequence[Distances], distance_m: float) -> list[Findi
     return [Finding((near, row), f"{metres:.1f} m apart", round(metres, 2)) for metres, near, row in found]
 
 
-def _as_findings(photos: Photos, pairs: np.ndarray) -> list[Finding]:
-    """The pairs that differ least first."""
-    left, right = pairs.T
-    bits = np.bitwise_count(photos.hashes[left] ^ photos.hashes[right])
+def _closest(
+    photos: Photos,
+    rows: np.ndarray,
+    component: np.ndarray,
+    pairs: np.ndarray,
+    census: Callable[[np.ndarray, Photos], str],
+) -> list[Finding]:
+    """A finding for each component that has pairs: the one that differs least, and who else is there.
+
+    Args:
+        photos: All of them.
+        rows: Those in components, int64 [n].
+        component: Of each, int64 [n].
+        pairs: Photos that look the same and should not, int64 [pairs, 2].
+        census: Counts a component's photos.
+    """
+    number = np.full(len(photos.records), -1)
+    number[rows] = component
+    order = np.argsort(component, kind="stable")
+    members = np.split(rows[order], np.flatnonzero(np.diff(component[order])) + 1)  # components count from 0
+    bits = np.bitwise_count(photos.hashes[pairs[:, 0]] ^ photos.hashes[pairs[:, 1]])
+    least_first = np.argsort(bits, kind="stable")
+    _, first = np.unique(number[pairs[least_first, 0]], return_index=True)
     return [
-        Finding((int(left[i]), int(right[i])), f"{bits[i]} of 64 bits of the perceptual hash differ")
-        for i in np.argsort(bits, kind="stable")
+        Finding(
+            (int(pairs[i, 0]), int(pairs[i, 1])),
+            f"{census(members[number[pairs[i, 0]]], photos)}; these two differ in {bits[i]} of 64 bits of the hash",
+            hash_bits=int(bits[i]),
+        )
+        for i in least_first[np.sort(first)]
     ]
 
 
@@ -203,3 +256,9 @@ def _census(group: np.ndarray, photos: Photos) -> str:
     """`12 in train, 3 in test`."""
     counts = np.bincount(photos.splits[group], minlength=len(SPLITS))
     return ", ".join(f"{count} in {name}" for name, count in zip(SPLITS, counts, strict=True) if count)
+
+
+def _label_census(group: np.ndarray, photos: Photos) -> str:
+    """`3 with roadwork, 1 without`."""
+    with_roadwork = int((photos.labels[group] == 1).sum())
+    return f"{with_roadwork} with roadwork, {len(group) - with_roadwork} without"

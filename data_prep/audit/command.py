@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from data_prep.association import associate
-from data_prep.audit.checks import Distances, Finding, Section, look_alike_pairs, make_sections, nearest_distances
+from data_prep.audit.checks import Distances, Finding, Section, make_sections, nearest_distances, photos_alike
 from data_prep.audit.page import write_page
 from data_prep.audit.photos import Photos, read_photos
 from data_prep.maps import draw_map
+from data_prep.reports import report_folder
 from pipeline.data.index import SPLITS, Field, Index, read_index
 from pipeline.data.record import Metadata
+from pipeline.data.storage import is_url, open_folder
 from pipeline.errors import AuditFailed, UserError, require
 from pipeline.files import write_summary, write_text
 from pipeline.progress import say
@@ -28,7 +30,7 @@ QUANTILES = {"min_m": 0.0, "p1_m": 0.01, "p5_m": 0.05, "p25_m": 0.25, "median_m"
 
 
 def audit(
-    shards: Path,
+    shards: str,
     out: Path | None = None,
     *,
     distance_m: float = 100.0,
@@ -41,7 +43,7 @@ def audit(
     photos of two splits near each other, copies or look-alikes across splits, or a field that tells the label.
 
     Args:
-        shards: Folder that `shard` made.
+        shards: Folder that `shard` made, or its URL.
         out: Folder for audit.html, map.png, findings.jsonl and summary.json; `audit` inside the shards' folder if
             not given.
         distance_m: Photos of two splits that are this close, in metres, are a leak.
@@ -50,22 +52,24 @@ def audit(
     """
     require(distance_m >= 0, "--distance_m", distance_m, "0 or more metres")
     require(workers >= 0, "--workers", workers, "0 for every core, or the number of processes")
-    start, index, out = time.monotonic(), read_index(shards), out or shards / "audit"
+    shards = open_folder(shards).place
+    start, index = time.monotonic(), read_index(shards)
     unknown = sorted(set(accept) - {*FIELDS, *index.fields})
     if unknown:
         raise UserError(f"--accept {unknown[0]!r} is no field of these shards; there are {', '.join(FIELDS)}")
+    out, name = report_folder(shards, out, "audit"), _name_of(shards)
     photos = read_photos(shards, index, workers)
-    pairs = look_alike_pairs(photos.hashes, photos.thumbnails)
+    alike = photos_alike(photos, np.arange(len(photos.records)))
     distances = nearest_distances(photos)
-    sections = make_sections(photos, pairs, distances, distance_m)
+    sections = make_sections(photos, alike, distances, distance_m)
     fields = describe_fields(photos, index, accept)
     summary = {
-        "data": index.arguments.get("source_kind", shards.resolve().name),
+        "data": index.arguments.get("source_kind", name),
         "source_sha256": index.source_sha256,
         "samples": len(photos.records),
         "distance_m": distance_m,
         "leaks": leaks_of(sections, fields),
-        "splits": describe_splits(photos, pairs),
+        "splits": describe_splits(photos, alike),
         "clusters": describe_clusters(photos, index),
         "fields": fields,
         "distances": [_describe_distances(pair, distance_m) for pair in distances],
@@ -75,7 +79,7 @@ def audit(
     }
     centres = np.array([cluster.centre for cluster in index.clusters if cluster.centre is not None]).reshape(-1, 2)
     draw_map(out / "map.png", photos.points, photos.splits, photos.clusters, photos.weights, centres)
-    write_page(out, shards.resolve().name, summary, sections, photos, distances)
+    write_page(out, name, summary, sections, photos, distances)
     _write_findings(out / "findings.jsonl", sections, photos)
     spent = time.monotonic() - start
     speed = {"wall_s": round(spent, 3), "images_per_s": round(len(photos.records) / spent, 2)}
@@ -118,15 +122,13 @@ def describe_fields(photos: Photos, index: Index, accept: Sequence[str]) -> dict
     }
 
 
-def describe_splits(photos: Photos, pairs: np.ndarray) -> dict[str, dict[str, Any]]:
+def describe_splits(photos: Photos, alike: np.ndarray) -> dict[str, dict[str, Any]]:
     """Size, class balance and repetition of each split.
 
     Args:
         photos: All of them.
-        pairs: Of look-alikes, int64 [pairs, 2].
+        alike: Photos that look like others, of whatever split, int64 [n].
     """
-    left, right = pairs.T
-    inside = photos.splits[left[photos.splits[left] == photos.splits[right]]]
     described = {}
     for number, (name, rows) in enumerate(_rows_by_split(photos).items()):
         none, roadwork = (int((photos.labels[rows] == label).sum()) for label in (0, 1))
@@ -141,7 +143,7 @@ def describe_splits(photos: Photos, pairs: np.ndarray) -> dict[str, dict[str, An
             "videos": len({record.video for record in records} - {None}),
             "cities": len({record.metadata.city for record in records} - {None}),
             "clusters": len(np.unique(photos.clusters[rows])),
-            "look_alike_pairs": int((inside == number).sum()),
+            "look_alikes": len(photos_alike(photos, alike[photos.splits[alike] == number])),
         }
     return described
 
@@ -172,6 +174,11 @@ def _describe_distances(pair: Distances, distance_m: float) -> dict[str, Any]:
     return {"from": pair.later, "to": pair.earlier, "photos": len(pair.rows), "within": within, **quantiles}
 
 
+def _name_of(shards: str) -> str:
+    """The last part of a path or URL; of the current folder its name, and not `.`."""
+    return shards.rpartition("/")[2] if is_url(shards) else Path(shards).resolve().name
+
+
 def _rows_by_split(photos: Photos) -> dict[str, np.ndarray]:
     return {name: np.flatnonzero(photos.splits == number) for number, name in enumerate(SPLITS)}
 
@@ -185,7 +192,8 @@ def to_json(finding: Finding, photos: Photos) -> dict[str, Any]:
     records = [photos.records[row] for row in finding.rows]
     names = ("key", "split", "source", "label")
     described = [{name: getattr(record, name) for name in names} for record in records]
-    return {"note": finding.note, "distance_m": finding.distance_m, "photos": described}
+    measured = {"distance_m": finding.distance_m, "hash_bits": finding.hash_bits}
+    return {"note": finding.note, **measured, "photos": described}
 
 
 def _write_findings(path: Path, sections: Sequence[Section], photos: Photos) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from data_prep.audit.checks import Distances, Finding, Section
 from data_prep.audit.photos import Photos
 from pipeline.data.index import SPLITS
-from pipeline.files import write_text
+from pipeline.files import write_bytes
 from pipeline.report.page import number, thumbnail
 from pipeline.report.plots import INK, svg
 
@@ -55,7 +55,8 @@ def write_page(
         map=f"data:image/png;base64,{map_png}",
         drawing=distance_curves(distances, summary["distance_m"]) if distances else "",
     )
-    write_text(out / "audit.html", page)
+    # A file's name may be no UTF-8: the bytes that are none are shown by their numbers.
+    write_bytes(out / "audit.html", page.encode(errors="backslashreplace"))
 
 
 def metres(value: float) -> str:
@@ -93,7 +94,7 @@ def _picture(finding: Finding, photos: Photos) -> dict[str, Any]:
             "source": photos.records[row].source,
             "key": photos.records[row].key,
             "label": {1: "roadwork", 0: "none", None: "no label"}[photos.records[row].label],
-            "picture": thumbnail(photos.entries[row].photo.read()),
+            "picture": thumbnail(photos.entries[row].read_photo()),
         }
         for row in finding.rows
     ]

@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from functools import cache, cached_property
 
 import numpy as np
 
-from data_prep.inspection import Reject, inspect
+from data_prep.inspection import HASHED_SIDE, THUMBNAIL_SIDE, perceptual_hash, thumbnail
 from data_prep.parallel import Workers
-from data_prep.sources import Location
 from pipeline.data.index import SPLITS, Index, Sample
 from pipeline.data.integrity import Damage, read_record
+from pipeline.data.photo import BadPhoto, decode
 from pipeline.data.record import Record
+from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
 from pipeline.progress import track
+
+# Each process keeps the tars that it reads open.
+_folder = cache(open_folder)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A sample and the tar that it lies in."""
+    """A sample and where it lies."""
 
     sample: Sample
     split: str
+    place: str
+    """Folder or URL of the shards."""
     tar: str
 
-    @property
-    def photo(self) -> Location:
-        """Where the photo's bytes are."""
-        return Location(self.tar, *self.sample.members[self.sample.photo_extension])
+    def read(self, extension: str) -> bytes:
+        """One member. Raises what folders do."""
+        offset, size = self.sample.members[extension]
+        return _folder(self.place).read_range(self.tar, offset, offset + size)
 
-    @property
-    def record(self) -> Location:
-        """Where the record's bytes are."""
-        return Location(self.tar, *self.sample.members["json"])
+    def read_photo(self) -> bytes:
+        """The photo's bytes."""
+        return self.read(self.sample.photo_extension)
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,19 @@ class Photos:
         return np.array([r.sample_weight for r in self.records])
 
 
-def read_photos(shards: Path, index: Index, workers: int) -> Photos:
+def read_photos(shards: str, index: Index, workers: int) -> Photos:
     """Read every record and decode every photo.
+
+    Args:
+        shards: Folder or URL.
+        index: Of the shards.
+        workers: Processes; 0 takes every core.
 
     Raises:
         UserError: There are no samples, or one cannot be read.
     """
     entries = [
-        Entry(sample, name, str(shards / split.shards[sample.shard].name))
+        Entry(sample, name, shards, split.shards[sample.shard].name)
         for name, split in ((name, index.splits[name]) for name in SPLITS)
         for sample in split.samples
     ]
@@ -104,7 +114,7 @@ def read_photos(shards: Path, index: Index, workers: int) -> Photos:
         for entry, look in track(pool.map(look_at, entries), len(entries), "auditing"):
             if isinstance(look, str):
                 raise UserError(
-                    f"the sample {entry.sample.key} in {entry.tar} cannot be audited: {look}; "
+                    f"the sample {entry.sample.key} in {entry.place}/{entry.tar} cannot be audited: {look}; "
                     f"`python -m data_prep verify --shards {shards}` lists all that is damaged"
                 )
             looks.append(look)
@@ -118,13 +128,18 @@ def read_photos(shards: Path, index: Index, workers: int) -> Photos:
 
 
 def look_at(entry: Entry) -> Look | str:
-    """One sample, or why it cannot be read."""
-    facts = inspect(entry.sample.key, entry.photo, None)
-    if isinstance(facts, Reject):
-        return facts.reason
+    """One sample, or how it is damaged."""
     try:
-        record = read_record(entry.sample, entry.split, entry.record.read())
-    except Damage as damage:
+        data = entry.read_photo()
+        small = thumbnail(decode(data, at_least_px=8 * HASHED_SIDE), HASHED_SIDE)
+        record = read_record(entry.sample, entry.split, entry.read("json"))
+    except FileNotFoundError:
+        return "the tar is missing"
+    except (BadPhoto, Damage) as damage:
         return str(damage)
-    assert facts.phash is not None  # the photo was decoded
-    return Look(replace(record, text_vector=None), facts.sha256, facts.phash, facts.thumbnail)
+    return Look(
+        record=replace(record, text_vector=None),
+        sha256=hashlib.sha256(data).hexdigest(),
+        phash=perceptual_hash(small),
+        thumbnail=thumbnail(small, THUMBNAIL_SIDE).tobytes(),
+    )

@@ -40,7 +40,10 @@ class CocoSource:
 
     Keys of an image other than COCO's own are metadata, as CMU ROADWork has them: gps, city_name, scene_description,
     scene_level_tags, video_info; or those of a table. The label is the image's own where it has one, else 1 if an
-    object of the six classes is annotated. Photos that the file does not name are rejected.
+    object of the six classes is annotated, and unknown if only objects are that no category here stands for. Photos
+    that the file does not name are rejected.
+
+    Ids are compared as text: some tools write the same id as a number in one list and as a string in another.
     """
 
     def __init__(self, path: Path, file: Path):
@@ -48,22 +51,26 @@ class CocoSource:
         content = _read(file)
         self.images = _entries(content, "images", file, "id", "file_name")
         categories = _entries(content, "categories", file, "id", "name")
-        self.annotations: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
+        self.annotations: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for annotation in _entries(content, "annotations", file, "image_id", "category_id"):
-            self.annotations[annotation["image_id"]].append(annotation)
+            self.annotations[str(annotation["image_id"])].append(annotation)
         if not self.images:
             raise UserError(f"{file} lists no images")
-        self.ids = Counter(image["id"] for image in self.images)
+        self.ids = Counter(str(image["id"]) for image in self.images)
         self.absent = [number for number in self.annotations if number not in self.ids]
         claimed = {self.folder.find(image["file_name"]) for image in self.images}
         self.unclaimed = [name for name in self.folder.photos if name not in claimed]
         self.total: int | None = len(self.images) + len(self.absent) + len(self.unclaimed)
-        self.values = self._number_categories(categories)
+        self.values, self.unknown = self._number_categories(categories)
 
     def stamp(self) -> str:
         """Digest of the names, sizes and times of all files, the annotations' among them."""
         files = (self.folder.path / name for name in self.folder.files)
         return stamp_files(self.folder.path, [*files, self.file])
+
+    def explain_unlabelled(self) -> str:
+        """What keeps every label from being known."""
+        return f"the images in {self.file} have an empty label each, or only objects of unknown categories"
 
     def __iter__(self) -> Iterator[Input]:
         seen: set[str] = set()
@@ -85,19 +92,25 @@ class CocoSource:
             yield Input(file, None, problem=f"no image in {self.file.name}")
 
     def _input(self, image: dict[str, Any], file: str, fields: dict[str, Any]) -> Input:
-        if self.ids[image["id"]] > 1:
-            return Input(file, None, fields, problem=f"several images have the same id: {image['id']}")
-        location = self.folder.locate(file)
+        number = str(image["id"])
+        if self.ids[number] > 1:
+            return Input(file, None, fields, problem=f"several images have the same id: {number}")
+        location, annotations = self.folder.locate(file), self.annotations.get(number, [])
         try:
             width, height = _size(image)
-            objects = self._outline(self.annotations.get(image["id"], []), width, height)
+            objects = self._outline(annotations, width, height)
         except BadOutline as error:
             return Input(file, None, fields, problem=f"malformed annotations: {error}")
-        fields = {"label": int(bool(objects)), **fields}
+        categories = (str(annotation["category_id"]) for annotation in annotations)
+        unknown = [self.unknown[category] for category in categories if category in self.unknown]
+        fields = {"label": _implied_label(objects, unknown), **fields}
+        if unknown:
+            fields["category"] = unknown
         drawn = [(value, counts) for value, counts in objects if counts is not None]
         mask = None
-        # An object with a box only would be background in the mask, and so would what nobody annotated.
-        if len(drawn) == len(objects) and (objects or _says_none(fields["label"])):
+        # What is not drawn would be background in the mask: an object with a box only, one of a category that may
+        # be any of the classes, and, where the label is not 0, what nobody annotated.
+        if len(drawn) == len(objects) and not unknown and (objects or _says_none(fields["label"])):
             # The smaller ones over the larger ones, or a worker vanishes behind the excavator.
             drawn.sort(key=lambda one: area(one[1], width, height), reverse=True)
             mask = CocoMask(location.path, width, height, tuple(drawn))
@@ -108,9 +121,9 @@ class CocoSource:
         objects = []
         for annotation in annotations:
             category, number = annotation["category_id"], annotation.get("id")
-            if category not in self.values:
+            if str(category) not in self.values:
                 raise BadOutline(f"category {category!r} is not listed (annotation {number})")
-            value = self.values[category]
+            value = self.values[str(category)]
             if value is None:
                 continue
             try:
@@ -119,22 +132,24 @@ class CocoSource:
                 raise BadOutline(f"{error} (annotation {number})") from error
         return objects
 
-    def _number_categories(self, categories: list[dict[str, Any]]) -> dict[int | str, int | None]:
-        """Category id to value in the mask, None for none; says which categories nobody knows."""
-        uses = Counter(one["category_id"] for entries in self.annotations.values() for one in entries)
-        values: dict[int | str, int | None] = {}
-        unknown = []
+    def _number_categories(self, categories: list[dict[str, Any]]) -> tuple[dict[str, int | None], dict[str, str]]:
+        """Category id to value in the mask, None for none, and to the names that nobody knows, which are told."""
+        values: dict[str, int | None] = {}
+        unknown: dict[str, str] = {}
         for category in categories:
-            number, name = category["id"], str(category["name"])
+            number, name = str(category["id"]), str(category["name"])
             if number in values:
                 raise UserError(f"{self.file} has two categories with the id {number}; give each its own")
-            class_name = CATEGORIES.get(_normalise(name))
-            if _normalise(name) not in CATEGORIES:
-                unknown.append(f"{name!r} ({uses[number]} objects)")
+            known = _find_category(name)
+            if known is None:
+                unknown[number] = name
+            class_name = None if known is None else CATEGORIES[known]
             values[number] = None if class_name is None else MASK_CLASSES.index(class_name) + 1
         if unknown:
-            say(f"{self.file}: unknown categories, left out of labels and masks: {', '.join(unknown)}")
-        return values
+            uses = Counter(str(one["category_id"]) for entries in self.annotations.values() for one in entries)
+            names = ", ".join(f"{name!r} ({uses[number]} objects)" for number, name in unknown.items())
+            say(f"{self.file}: photos with objects of unknown categories have no mask, nor a label by them: {names}")
+        return values, unknown
 
 
 def _read(file: Path) -> Any:
@@ -189,6 +204,13 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
     return width, height
 
 
+def _implied_label(objects: list[tuple[int, str | None]], unknown: list[str]) -> int | None:
+    """1 where there is roadwork, 0 where there is nothing, NULL where nobody can tell what is there."""
+    if objects:
+        return 1
+    return None if unknown else 0
+
+
 def _says_none(label: Any) -> bool:
     """Whether a photo without objects has a mask that is empty, and not one that nobody drew."""
     try:
@@ -197,6 +219,10 @@ def _says_none(label: Any) -> bool:
         return False  # its photo is rejected, for the label
 
 
-def _normalise(category: str) -> str:
-    """ROADWork's finer categories follow a colon: "Temporary Traffic Control Sign: left arrow"."""
-    return " ".join(re.split(r"[\s_-]+", category.partition(":")[0].strip().lower()))
+def _find_category(name: str) -> str | None:
+    """A name, or its singular, as `CATEGORIES` has it.
+
+    ROADWork's finer categories follow a colon: "Temporary Traffic Control Sign: left arrow".
+    """
+    words = " ".join(re.split(r"[\s_-]+", name.partition(":")[0].strip().lower()))
+    return next((form for form in (words, words.removesuffix("s")) if form in CATEGORIES), None)

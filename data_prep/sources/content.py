@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from data_prep.sources.outlines import CocoMask
@@ -34,7 +34,7 @@ Photos are never a `CocoMask`.
 def content_to_json(content: Content) -> dict[str, Any]:
     """Plain values for `json.dumps`; of what can be read again, not of bytes."""
     assert not isinstance(content, bytes)
-    return {"kind": "coco_mask" if isinstance(content, CocoMask) else "location", **asdict(content)}
+    return {"kind": "coco_mask" if isinstance(content, CocoMask) else "location", **vars(content)}
 
 
 def content_from_json(values: dict[str, Any]) -> Location | CocoMask:
@@ -67,6 +67,10 @@ class Source(Protocol):
 
     def stamp(self) -> str:
         """A digest that changes when the source changes, computed without reading the photos."""
+        ...
+
+    def explain_unlabelled(self) -> str:
+        """Why no photo has a label, asked where none has; empty where the user expects no other."""
         ...
 
     def __iter__(self) -> Iterator[Input]: ...

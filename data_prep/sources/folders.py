@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.metadata import is_null, select_fields
+from data_prep.metadata import explain_unlabelled, is_null, select_fields
 from data_prep.sources.content import Input, Location
-from data_prep.tables import read_rows
+from data_prep.tables import Row, TornRow, scan_rows
 from pipeline.errors import UserError
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -30,14 +30,24 @@ class PhotoFolder:
         # Tables and file systems spell accented letters in either of Unicode's two ways; the very name comes first.
         normal = {unicodedata.normalize("NFC", name): name for name in self.files}
         self._by_name = normal | {name: name for name in self.files}
+        self._roots = dict.fromkeys((os.path.abspath(path), os.path.realpath(path)))
 
     def find(self, name: Any) -> str | None:
         """The file that a cell names; none outside the folder, whatever the cell says."""
         if is_null(name):
             return None
+        text = str(name)
+        # Blanks around a name are a slip of whoever wrote the table, unless a file is really called so.
+        found = (self._by_name.get(path) for spelled in (text, text.strip()) for path in self._paths(spelled))
+        return next((file for file in found if file is not None), None)
+
+    def _paths(self, spelled: str) -> Iterator[str]:
+        """Ways to write the name of a file as a path below the folder."""
         # PurePosixPath drops "./" and doubled slashes; ".." stays and matches no listed file.
-        path = str(PurePosixPath(str(name).strip()))
-        return self._by_name.get(path) or self._by_name.get(unicodedata.normalize("NFC", path))
+        path = PurePosixPath(spelled)
+        relative = next((path.relative_to(root) for root in self._roots if path.is_relative_to(root)), path)
+        yield str(relative)
+        yield unicodedata.normalize("NFC", str(relative))
 
     def locate(self, file: str) -> Location:
         """Where the bytes of a listed file are."""
@@ -60,6 +70,10 @@ class FolderSource:
         """Digest of the photos' names, sizes and times."""
         return stamp_files(self.folder.path, [self.folder.path / name for name in self.folder.photos])
 
+    def explain_unlabelled(self) -> str:
+        """Nothing: a bare folder has no labels."""
+        return ""
+
     def __iter__(self) -> Iterator[Input]:
         for name in self.folder.photos:
             yield Input(name, self.folder.locate(name))
@@ -74,7 +88,7 @@ class TableSource:
     def __init__(self, path: Path, table: Path):
         self.folder, self.table = PhotoFolder(path), table
         rows, claimed = 0, set()
-        for name, fields in self._rows():
+        for name, fields, _ in self._rows():
             rows += 1
             claimed |= {self.folder.find(name), self.folder.find(fields.get("mask"))}
         if not rows:
@@ -87,11 +101,18 @@ class TableSource:
         files = (self.folder.path / name for name in self.folder.files)
         return stamp_files(self.folder.path, [*files, self.table])
 
+    def explain_unlabelled(self) -> str:
+        """Whether there is a column for labels."""
+        columns = dict.fromkeys(name for row in scan_rows(self.table) for name in _cells_of(row))
+        return explain_unlabelled(str(self.table), columns)
+
     def __iter__(self) -> Iterator[Input]:
         seen: set[str] = set()
-        for name, fields in self._rows():
+        for name, fields, problem in self._rows():
             file, mask = self.folder.find(name), self.folder.find(fields.get("mask"))
-            if file is None:
+            if problem:
+                yield Input(file or str(name), None, fields, problem=problem)
+            elif file is None:
                 yield Input(str(name), None, fields, problem=MISSING)
             elif file in seen:
                 yield Input(file, None, fields, problem="an earlier row names the same photo")
@@ -104,15 +125,25 @@ class TableSource:
         for file in self.unclaimed:
             yield Input(file, None, problem=f"no row in {self.table.name}")
 
-    def _rows(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        for row in read_rows(self.table):
-            column = next((name for name in row if name.strip().lower() in FILE_COLUMNS), None)
+    def _rows(self) -> Iterator[tuple[Any, dict[str, Any], str]]:
+        """Of each row the photo's name, the fields, and why it cannot be used, if so."""
+        for row in scan_rows(self.table):
+            cells = _cells_of(row)
+            column = next((name for name in cells if name.strip().lower() in FILE_COLUMNS), None)
             if column is None:
                 raise UserError(
                     f"{self.table} has no column {FILE_COLUMNS[0]!r} that names the photos; "
-                    f"its columns are {', '.join(row)}"
+                    f"its columns are {', '.join(cells)}"
                 )
-            yield row[column], select_fields(row)
+            name, problem = cells[column], ""
+            if isinstance(row, TornRow):
+                problem = row.problem
+                name = f"{self.table.name} line {row.line}" if is_null(name) else name
+            yield name, select_fields(cells), problem
+
+
+def _cells_of(row: Row | TornRow) -> Row:
+    return row.cells if isinstance(row, TornRow) else row
 
 
 def list_files(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.metadata import is_null, select_fields
+from data_prep.metadata import explain_unlabelled, is_null, select_fields
 from data_prep.sources.content import Input, Location
 from data_prep.sources.folders import MASK_MISSING, MISSING, list_files, stamp_files
 from data_prep.tables import flatten, iterate_parquet
@@ -57,7 +57,7 @@ class HubSource:
             stamp: Digest of the data set.
             fetch: Find the file that a cell names instead of holding it; None if it is not of this data set.
         """
-        self._tables, self._stamp, self._fetch = tables, stamp, fetch
+        self._name, self._tables, self._stamp, self._fetch = name, tables, stamp, fetch
         for table in tables:
             if PHOTO not in table.features:
                 columns = ", ".join(table.features)
@@ -70,6 +70,10 @@ class HubSource:
     def stamp(self) -> str:
         """Digest of the files' names, sizes and times, or the commit of a data set on the hub."""
         return self._stamp
+
+    def explain_unlabelled(self) -> str:
+        """Whether there is a column for labels."""
+        return explain_unlabelled(self._name, dict.fromkeys(name for one in self._tables for name in one.features))
 
     def __iter__(self) -> Iterator[Input]:
         for table in self._tables:

@@ -239,16 +239,16 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
             "row": torch.tensor(row),
         }
 
-    def photo(self, row: int) -> bytes:
-        """The photo's original bytes."""
-        return self.photo_and_record(row)[0]
-
-    def photo_and_record(self, row: int) -> tuple[bytes, Record]:
-        """The photo's original bytes, and the sample's record."""
+    def sample(self, row: int) -> tuple[Record, bytes]:
+        """The sample's record, and the photo's original bytes."""
         sample = self.split.samples[row]
         members = self._read(row, (sample.photo_extension, "json"))
         with self.naming(sample.shard, sample):
-            return members[sample.photo_extension], check_sample(sample, self.name, members)
+            return check_sample(sample, self.name, members), members[sample.photo_extension]
+
+    def photo(self, row: int) -> bytes:
+        """The photo's original bytes."""
+        return self.sample(row)[1]
 
     def record(self, row: int) -> Record:
         """The sample's record."""

@@ -9,14 +9,14 @@ from pipeline.model.config import ModelConfig
 RECORD_FIELDS = {"text": "description"}  # where the record has another name for the model's field
 
 
-def check_inputs(index: Index, model: ModelConfig, allow_leaks: bool, text_weights: str | None = None) -> None:
+def check_inputs(index: Index, model: ModelConfig, allow_leaks: bool, text_encoder: str | None = None) -> None:
     """Refuse a model whose metadata fields leak the label in these shards, or are not in them.
 
     Args:
         index: Of the shards.
         model: What is to be trained on them, or was trained.
         allow_leaks: The user knows, and insists.
-        text_weights: The encoder, by `Index.arguments`, that the model was trained with; None for a new model.
+        text_encoder: The encoder, by `Index.arguments`, that the model was trained with; None for a new model.
 
     Raises:
         UserError: With the field, what is wrong with it, and the ways out.
@@ -31,7 +31,7 @@ def check_inputs(index: Index, model: ModelConfig, allow_leaks: bool, text_weigh
         )
     if "text" not in fields_read(model):
         return
-    dim, weights = index.arguments.get("text_dim", 0), index.arguments.get("text_weights")
+    dim, weights = index.arguments.get("text_dim", 0), index.arguments.get("text_encoder")
     if not dim:
         raise UserError(
             "model.metadata has text, and these shards hold no vectors of descriptions; shard again with "
@@ -42,9 +42,9 @@ def check_inputs(index: Index, model: ModelConfig, allow_leaks: bool, text_weigh
             f"model.text_dim is {model.text_dim}, and the vectors of descriptions in these shards have {dim} numbers "
             f"({weights}); train with --model.text_dim {dim}, or shard with the --text_encoder that the model knows"
         )
-    if text_weights is not None and text_weights != weights:
+    if text_encoder is not None and text_encoder != weights:
         raise UserError(
-            f"the model was trained on vectors of the text encoder {text_weights}, and these shards hold those of "
+            f"the model was trained on vectors of the text encoder {text_encoder}, and these shards hold those of "
             f"{weights}; shard with the --text_encoder that the model knows"
         )
 

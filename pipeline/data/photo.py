@@ -53,8 +53,7 @@ def probe(data: bytes) -> tuple[int, int]:
     Raises:
         BadPhoto: No image, or a size that is refused: a side under 32 px, or more than 100 million pixels.
     """
-    image = _open(data)
-    return image.size if _orientation(image) < 5 else (image.height, image.width)
+    return upright_size(open_header(data))
 
 
 def decode(data: bytes, at_least_px: int | None = None, scratch: Scratch | None = None) -> np.ndarray:
@@ -71,7 +70,7 @@ def decode(data: bytes, at_least_px: int | None = None, scratch: Scratch | None 
     Raises:
         BadPhoto: Not an image, truncated, too small or too large.
     """
-    image = _open(data)
+    image = open_header(data)
     orientation = _orientation(image)
     if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1 and simplejpeg is not None:
         try:
@@ -90,7 +89,12 @@ def decode(data: bytes, at_least_px: int | None = None, scratch: Scratch | None 
         raise BadPhoto(f"cannot be decoded: {error}") from error
 
 
-def _open(data: bytes) -> Image.Image:
+def open_header(data: bytes) -> Image.Image:
+    """Read an image's header and no pixels.
+
+    Raises:
+        BadPhoto: See `probe`.
+    """
     if not data:
         raise BadPhoto("the file is empty")
     try:
@@ -110,10 +114,17 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height in pixels after EXIF orientation."""
+    return image.size if _orientation(image) < 5 else (image.height, image.width)
+
+
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; broken EXIF counts as upright."""
     try:
-        value = image.getexif().get(ORIENTATION_TAG, 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # Pillow's "Corrupt EXIF data"
+            value = image.getexif().get(ORIENTATION_TAG, 1)
     except PILLOW_ERRORS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

@@ -11,7 +11,7 @@ from benchmarks.prep import READING, SHARDING, PhotoSet, Plan, draw, measure, op
 from data_prep.shards import shard
 from data_prep.tables import read_rows
 
-TINY = PhotoSet("320x240", 8)
+TINY = PhotoSet("320x240", 8, 6)
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +28,13 @@ def test_a_small_run_compares_all_arms():
     rows = measure(Plan((TINY,), rounds=2), seed=0)
     assert [row.against for row in rows] == [case.against for case in (*SHARDING, *READING)]
     assert all(0 < row.interval[0] <= row.ratio <= row.interval[1] for row in rows)
-    assert all("320x240 procedural scenes" in row.what and "8 photos, 2 rounds" in row.note for row in rows)
+    assert all(
+        "320x240 procedural scenes" in row.what and "8 photos made of 6 scenes, 2 rounds" in row.note for row in rows
+    )
     assert [row.against for row in rows if row.goal] == ["datasets, imagefolder", "datasets, paths", "datasets, bytes"]
 
 
-def test_the_scenes_are_distinct_and_have_no_masks(folder, digests):
+def test_the_photos_are_distinct_files_and_have_no_masks(folder, digests):
     assert len(set(digests.values())) == TINY.images
     assert not (folder / "masks").exists()
     assert all("mask" not in row for row in read_rows(folder / "metadata.csv"))

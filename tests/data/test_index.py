@@ -21,7 +21,7 @@ def change(folder, edit):
 
 def test_an_index_reads_back_what_was_written(folder):
     index = read_index(folder)
-    assert json.loads(json.dumps(index.to_json())) == json.loads((folder / "index.json").read_text())
+    assert json.loads(index.to_json()) == json.loads((folder / "index.json").read_text())
     assert index.split("train").labels.tolist() == [0, 1]
     assert index.split("train").weights.tolist() == [1.0, 1.0]
 

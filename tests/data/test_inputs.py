@@ -71,9 +71,9 @@ def test_text_vectors_of_another_length_or_encoder_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"model.text_dim is 384.* have 5 numbers \(noise@1\).*--model.text_dim 5"):
         check_inputs(index, ModelConfig(metadata=("text",)), allow_leaks=False)
     fitting = ModelConfig(metadata=("text",), text_dim=5)
-    check_inputs(index, fitting, allow_leaks=False, text_weights="noise@1")
+    check_inputs(index, fitting, allow_leaks=False, text_encoder="noise@1")
     with pytest.raises(UserError, match=r"trained on vectors of the text encoder noise@2, .* those of noise@1"):
-        check_inputs(index, fitting, allow_leaks=False, text_weights="noise@2")
+        check_inputs(index, fitting, allow_leaks=False, text_encoder="noise@2")
 
 
 class TrainingStarts(Exception):
@@ -151,7 +151,7 @@ def text_run(backbone, tmp_path):
     shards = tmp_path / "shards"
     make_shards(shards, {"val": random_labels(8, 0)}, text_dim=5, leaks={"description": WHY})
     run = make_run(tmp_path / "run", make_model(backbone, metadata=("text",), text_dim=5), shards)
-    arguments = {"text_weights": "noise@1"}
+    arguments = {"text_encoder": "noise@1"}
     (run / "provenance.json").write_text(json.dumps({"versions": {}, "data": {"arguments": arguments}}))
     return run
 

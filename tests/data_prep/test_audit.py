@@ -114,7 +114,7 @@ def test_all_planted_leaks_are_found_and_named(planted_summary):
         "1 video has frames in several splits",
         "1 photo lies within 100 m of a photo of another split",
         "1 file is in several splits",
-        "1 pair across splits looks the same",
+        "1 set of look-alikes lies in two splits",
         "the field description tells the label: known exactly where the label is roadwork (MCC 1.00)",
     ]
     assert sorted(sources(summary["videos"])[0])[0] == "Delhi-0.jpg"
@@ -123,6 +123,7 @@ def test_all_planted_leaks_are_found_and_named(planted_summary):
     assert summary["places"]["examples"][0]["distance_m"] == pytest.approx(30, abs=0.1)
     assert sources(summary["copies"]) == [["Lyon-0.jpg", "<b>copy.jpg"]]
     assert sources(summary["look_alikes"]) == [["Oslo-2.jpg", "Delhi-2.jpg"]]
+    assert summary["look_alikes"]["examples"][0]["note"].startswith("1 in train, 1 in test; these two differ in ")
 
 
 def test_each_finding_says_where_its_photos_are(planted, planted_summary):
@@ -133,8 +134,8 @@ def test_each_finding_says_where_its_photos_are(planted, planted_summary):
 
 
 def test_look_alikes_inside_a_split_are_counted_apart_from_those_across(planted_summary):
-    counts = {name: split["look_alike_pairs"] for name, split in planted_summary["splits"].items()}
-    assert counts == {"train": 1, "val": 0, "test": 0}
+    counts = {name: split["look_alikes"] for name, split in planted_summary["splits"].items()}
+    assert counts == {"train": 2, "val": 0, "test": 0}
 
 
 def test_pictures_with_both_labels_are_shown_but_are_no_leak(planted_summary):
@@ -238,8 +239,8 @@ def test_splits_fields_and_clusters_are_counted(tmp_path):
     same = {"Cairo-1.jpg": jpeg(rows.index(row_of(rows, "Cairo-3.jpg")))}
     summary = json.loads(audit(make_shards(tmp_path, rows, same), workers=1).read_text())
     test = summary["splits"]["test"]
-    counted = ("samples", "roadwork", "none", "unlabelled", "videos", "cities", "look_alike_pairs")
-    assert [test[name] for name in counted] == [8, 3, 4, 1, 7, 2, 1]
+    counted = ("samples", "roadwork", "none", "unlabelled", "videos", "cities", "look_alikes")
+    assert [test[name] for name in counted] == [8, 3, 4, 1, 7, 2, 2]
     assert test["roadwork_share"] == pytest.approx(3 / 7, abs=1e-4)
     assert test["groups"] == 6  # the copies of Cairo are one, and the frames of Delhi another
     assert summary["fields"]["weather"]["null_rate"] == 0.25
@@ -327,7 +328,11 @@ def remove_the_tar(shards: Path, offset: int, size: int) -> None:
 
 @pytest.mark.parametrize(
     ("member", "damage", "reason"),
-    [("jpg", cut_the_photo, "audited: "), ("json", cut_the_photo, "record"), ("jpg", remove_the_tar, "cannot be read")],
+    [
+        ("jpg", cut_the_photo, "audited: "),
+        ("json", cut_the_photo, "record"),
+        ("jpg", remove_the_tar, "the tar is missing"),
+    ],
 )
 def test_damaged_shards_are_refused_with_the_sample_and_the_way_to_find_all(tmp_path, member, damage, reason):
     shards = make_shards(tmp_path, clean_rows())

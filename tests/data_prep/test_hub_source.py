@@ -297,6 +297,14 @@ def test_a_mask_comes_with_its_photo_and_a_missing_one_is_a_reject(tmp_path):
     assert [item.problem for item in items] == ["", "", "the mask is missing"]
 
 
+def test_a_data_set_knows_why_it_gives_no_label(tmp_path):
+    write_parquet(tmp_path / "x.parquet", natix([None]))
+    assert open_source(tmp_path).explain_unlabelled() == f"the column 'label' of {tmp_path} is empty"
+    write_paths(tmp_path / "x.parquet", ["a.jpg"])
+    sentence = f"{tmp_path} has no column 'label'; its columns are image"
+    assert open_source(tmp_path).explain_unlabelled() == sentence
+
+
 def test_tables_without_photos_are_the_users_mistake(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"label": [1]}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match="no column 'image'; its columns are label"):

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IFDRational
 
-from data_prep.inspection import Facts, Reject, exif_gps, inspect, thumbnail
+from data_prep import inspection
+from data_prep.inspection import Facts, Reject, Scrutiny, check_mask, inspect, mask_location, thumbnail
 from data_prep.sources import Location
+from pipeline.data.photo import BadPhoto, open_header
 from tests.data_prep.photos import encode, jpeg, pixels
 
 
@@ -21,6 +24,10 @@ def look_at(folder: Path, data: bytes, mask: bytes | None = None) -> Facts | Rej
     if mask is not None:
         (folder / "mask").write_bytes(mask)
     return inspect("photo", Location(str(folder / "photo")), Location(str(folder / "mask")) if mask else None)
+
+
+def exif_gps(data: bytes) -> tuple[float, float] | None:
+    return inspection.exif_gps(open_header(data))
 
 
 def with_gps(latitude: object, north: object, longitude: object, east: object) -> bytes:
@@ -84,10 +91,10 @@ def test_sizes_are_those_of_the_upright_photo(tmp_path):
     assert (facts.width, facts.height) == (64, 96)
 
 
-def header_bomb() -> bytes:
-    """A PNG of a few bytes whose header promises 1.6 billion pixels."""
+def png_header(side: int) -> bytes:
+    """A grey PNG of a few bytes whose header promises side x side pixels."""
     data = bytearray(encode(np.zeros((40, 40), dtype=np.uint8), "PNG"))
-    data[16:24] = (40_000).to_bytes(4, "big") * 2
+    data[16:24] = side.to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
 
@@ -101,7 +108,7 @@ def header_bomb() -> bytes:
         (jpeg(0)[: len(jpeg(0)) // 2], "cannot be decoded"),
         (encode(pixels(0), "PNG")[:-900], "cannot be decoded"),
         (encode(np.zeros((1, 1, 3), dtype=np.uint8)), "a side is under 32 px"),
-        (header_bomb(), "million pixels"),
+        (png_header(40_000), "million pixels"),
         (encode(pixels(0), "BMP"), "neither JPEG, PNG nor WebP"),
     ],
 )
@@ -125,10 +132,11 @@ def test_a_file_that_vanished_is_a_reject(tmp_path):
 @pytest.mark.parametrize(
     ("mask", "reason"),
     [
-        (encode(np.full((8, 8), 6, dtype=np.uint8), "PNG"), None),
-        (encode(np.full((8, 8), 7, dtype=np.uint8), "PNG"), "values above 6"),
-        (encode(np.zeros((8, 8, 3), dtype=np.uint8), "PNG"), "8-bit grey PNG"),
-        (encode(np.zeros((8, 8), dtype=np.uint8), "JPEG"), "8-bit grey PNG"),
+        (encode(np.full((64, 96), 6, dtype=np.uint8), "PNG"), None),
+        (encode(np.full((64, 96), 7, dtype=np.uint8), "PNG"), "values above 6"),
+        (encode(np.zeros((64, 96, 3), dtype=np.uint8), "PNG"), "8-bit grey PNG"),
+        (encode(np.zeros((64, 96), dtype=np.uint8), "JPEG"), "8-bit grey PNG"),
+        (encode(pixels(0)[..., 0] % 7, "PNG")[:-900], "the mask cannot be decoded"),
         (b"nothing", "not an image"),
     ],
 )
@@ -139,6 +147,45 @@ def test_masks_hold_class_numbers(tmp_path, mask, reason):
     else:
         assert isinstance(found, Reject)
         assert reason in found.reason
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (32, 48), (65, 96), (128, 192)])
+def test_a_mask_of_another_size_than_its_photo_is_a_reject(tmp_path, shape):
+    found = look_at(tmp_path, jpeg(0), encode(np.zeros(shape, dtype=np.uint8), "PNG"))
+    reason = f"the mask is of another size: {shape[1]}x{shape[0]}, the photo is 96x64"
+    assert found == Reject("photo", reason, "decode")
+    assert found.kind == "the mask is of another size"
+
+
+def test_a_mask_has_the_size_of_the_upright_photo(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6
+    photo, mask = encode(pixels(0), exif=exif), np.zeros((96, 64), dtype=np.uint8)
+    assert isinstance(look_at(tmp_path, photo, encode(mask, "PNG")), Facts)
+    assert isinstance(look_at(tmp_path, photo, encode(mask.T, "PNG")), Reject)
+
+
+def test_a_mask_that_promises_more_pixels_than_its_photo_is_not_decoded(monkeypatch):
+    mask = png_header(9600)
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("pixels were read"))
+    with pytest.raises(BadPhoto, match="9600x9600, the photo is 96x64"):
+        check_mask(mask, (96, 64))
+
+
+def test_the_mask_of_a_folder_is_taken_unless_it_is_not_there(tmp_path):
+    (tmp_path / "photo").write_bytes(jpeg(0))
+    photo, scrutiny = Location(str(tmp_path / "photo")), Scrutiny(masks=str(tmp_path))
+    without = inspect("photo", photo, None, scrutiny)
+    assert isinstance(without, Facts)
+    assert (without.mask_sha256, without.mask_from_folder) == (None, False)
+    mask = mask_location(str(tmp_path), without.sha256)
+    Path(mask.path).write_bytes(encode(np.zeros((64, 96), dtype=np.uint8), "PNG"))
+    found = inspect("photo", photo, None, scrutiny)
+    assert isinstance(found, Facts)
+    assert found.mask_from_folder
+    Path(mask.path).unlink()
+    Path(mask.path).mkdir()  # cannot be read, even by the superuser
+    assert inspect("photo", photo, None, scrutiny) == Reject("photo", "its mask cannot be read: Is a directory", "read")
 
 
 def test_real_photos_lie_where_their_exif_says(street_photos):

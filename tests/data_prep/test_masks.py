@@ -254,7 +254,7 @@ def test_the_command_line_takes_the_prompts_as_json(checkpoint, photos, tmp_path
     words = ["--source", photos, "--out", tmp_path / "masks", "--model", checkpoint, "--device", "cpu"]
     words += ["--prompts", '{"worker": "construction worker"}', "--max-images=1", "--workers=1"]
     monkeypatch.setattr(sys, "argv", ["data_prep", "masks", *map(str, words)])
-    assert commands({"masks": masks}, prog="data_prep", description="") == 0
+    assert commands({"masks": "data_prep.masks:masks"}, prog="data_prep", description="") == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed == [str((tmp_path / "masks" / "summary.json").resolve())]
     assert json.loads(Path(printed[0]).read_text())["settings"]["prompts"]["worker"] == "construction worker"

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from data_prep.metadata import BadLabel, parse, parse_gps, parse_label, select_fields
+from data_prep.metadata import BadLabel, explain_unlabelled, parse, parse_gps, parse_label, select_fields
 from pipeline.data.record import Metadata
 
 NATIX_ROW = {
@@ -100,6 +100,18 @@ def test_unknown_words_are_counted_and_known_ones_beside_them_kept():
     assert (parsed.metadata.daytime, parsed.metadata.scene, parsed.split) == (None, None, None)
     expected = {("weather", "Hail"), ("daytime", "Noon"), ("scene", "Tunnel"), ("split", "holdout")}
     assert set(parsed.unknown) == expected
+
+
+def test_categories_that_a_source_does_not_know_are_counted_one_by_one():
+    parsed = parse({"category": ["Dragon, green", "Dragon, green", "Elf"]})
+    assert parsed.unknown == tuple(("category", name) for name in ("Dragon, green", "Dragon, green", "Elf"))
+    assert select_fields({"category": "of a table, which means something else"}) == {}
+
+
+def test_a_table_without_labels_is_explained():
+    assert explain_unlabelled("a.csv", ["file_name", "LABEL "]) == "the column 'label' of a.csv is empty"
+    sentence = "a.csv has no column 'label'; its columns are file_name, labels"
+    assert explain_unlabelled("a.csv", ["file_name", "labels"]) == sentence
 
 
 def test_weather_of_unknown_words_only_is_null_and_not_none_of_the_known_ones():

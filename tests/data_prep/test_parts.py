@@ -45,7 +45,7 @@ def test_three_parts_in_any_order_and_a_merge_give_the_bytes_of_one_run(source, 
         shard(source, tmp_path / "out", part=part, workers=1, **SMALL, **at)
     assert merge(tmp_path / "out", **at) == tmp_path / "out" / "summary.json"
     assert content(tmp_path / "out") == content(whole)
-    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir() and path.name not in ("out", work)]
     merge(tmp_path / "out", **at)  # once more does no harm
     assert content(tmp_path / "out") == content(whole)
 
@@ -53,7 +53,7 @@ def test_three_parts_in_any_order_and_a_merge_give_the_bytes_of_one_run(source, 
 def test_a_merge_before_the_last_part_says_which_tars_are_missing_and_loses_none(source, whole, tmp_path):
     shard(source, tmp_path / "out", plan=True, workers=1, **SMALL)
     shard(source, tmp_path / "out", part="1/2", workers=1, **SMALL)
-    with pytest.raises(UserError, match=r"tars are not written yet \(train-00001"):
+    with pytest.raises(UserError, match=r"tars are not there yet \(train-00001"):
         merge(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     shard(source, tmp_path / "out", part="2/2", workers=1, **SMALL)
@@ -67,6 +67,48 @@ def test_a_part_of_other_arguments_or_without_a_plan_is_refused(source, tmp_path
     shard(source, tmp_path / "out", plan=True, workers=1, **SMALL)
     with pytest.raises(UserError, match="no plan of these arguments"):
         shard(source, tmp_path / "out", part="1/2", seed=9, **SMALL)
+
+
+def test_a_tar_that_vanished_after_it_was_written_is_missed_by_the_merge(source, tmp_path):
+    at = {"work": tmp_path / "work"}
+    shard(source, tmp_path / "out", plan=True, workers=1, **SMALL, **at)
+    shard(source, tmp_path / "out", part="1/1", workers=1, **SMALL, **at)
+    next(tmp_path.glob("work/*/train-00001.tar")).unlink()
+    with pytest.raises(UserError, match=r"1 of \d tars are not there yet \(train-00001"):
+        merge(tmp_path / "out", **at)
+    shard(source, tmp_path / "out", part="1/1", workers=1, **SMALL, **at)
+    merge(tmp_path / "out", **at)
+
+
+def test_parts_of_one_output_are_not_merged_into_another(source, tmp_path):
+    at = {"work": tmp_path / "work"}
+    shard(source, f"file://{tmp_path}/a", plan=True, workers=1, **SMALL, **at)
+    shard(source, f"file://{tmp_path}/a", part="1/1", workers=1, **SMALL, **at)
+    with pytest.raises(UserError, match="nothing to merge"):
+        merge(f"file://{tmp_path}/b", **at)
+    assert not (tmp_path / "b").exists()
+
+
+def test_whatever_else_is_in_the_work_folder_stays(source, whole, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    for name in ("a", "b"):
+        shard(source, tmp_path / name / "out", work=tmp_path / "precious", workers=1, **SMALL)
+        assert content(tmp_path / name / "out") == content(whole)
+    assert [path.name for path in (tmp_path / "precious").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("work", [".", "inside"])
+def test_work_inside_the_source_is_refused_and_the_photos_stay(source, tmp_path, work):
+    before = sorted(source.iterdir())
+    with pytest.raises(UserError, match="lies inside --source"):
+        shard(source, tmp_path / "out", work=source / work, **SMALL)
+    assert sorted(source.iterdir()) == before
+
+
+def test_plan_and_part_exclude_each_other(source, tmp_path):
+    with pytest.raises(UserError, match="absent with --plan"):
+        shard(source, tmp_path / "out", plan=True, part="1/2", **SMALL)
 
 
 @pytest.mark.parametrize("part", ["0/3", "4/3", "3", "a/b", "1/", "-1/2"])
@@ -121,7 +163,7 @@ def test_work_on_another_disk_is_copied_over_at_the_end(source, whole, tmp_path)
     with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
         assert Path(other).stat().st_dev != tmp_path.stat().st_dev
         shard(source, tmp_path / "out", work=Path(other) / "work", workers=1, **SMALL)
-        assert not list(Path(other).iterdir())
+        assert not list((Path(other) / "work").iterdir())
     assert content(tmp_path / "out") == content(whole)
 
 

@@ -150,7 +150,8 @@ def test_too_many_rejects_stop_the_run(tmp_path, limit, stops):
     if stops:
         with pytest.raises(UserError, match="--max_rejects"):
             shard(source, tmp_path / "out", workers=1, max_rejects=limit)
-        assert [path.name for path in tmp_path.iterdir()] == ["in"]
+        # What was found out is kept for the next try, with another limit.
+        assert [path.name for path in (tmp_path / ".out.partial").iterdir()] == ["journal.jsonl"]
     else:
         shard(source, tmp_path / "out", workers=1, max_rejects=limit)
 
@@ -208,6 +209,33 @@ def test_two_runs_of_one_folder_do_not_meet(tmp_path):
     with Workplace(str(tmp_path / "out"), None).locked(), pytest.raises(UserError, match="another run is writing"):
         shard(source, tmp_path / "out", workers=1)
     shard(source, tmp_path / "out", workers=1)
+
+
+def test_a_mask_that_changes_between_the_passes_stops_the_run(tmp_path, monkeypatch):
+    rows = [{**row, "mask": "m.png"} if row["file_name"] == "Oslo-0.jpg" else row for row in city_rows(1, 3)]
+    source = write_folder(tmp_path / "in", rows)
+    mask = np.full((64, 96), 2, dtype=np.uint8)
+    (source / "m.png").write_bytes(encode(mask, "PNG"))
+    shard(source, tmp_path / "out", plan=True, workers=1)
+    decide = shards_module.decide
+
+    def change_the_mask(*arguments):
+        (source / "m.png").write_bytes(encode(mask + 1, "PNG"))
+        return decide(*arguments)
+
+    (source / "m.png").touch()
+    monkeypatch.setattr(shards_module, "decide", change_the_mask)
+    with pytest.raises(UserError, match=r"the mask of Oslo-0\.jpg changed while"):
+        shard(source, tmp_path / "out", workers=1)
+
+
+def test_a_damaged_summary_is_one_sentence(tmp_path):
+    source = write_folder(tmp_path / "in", city_rows(1, 3))
+    shard(source, tmp_path / "out", workers=1)
+    for text in ("{", "[]", "{}"):
+        (tmp_path / "out" / "summary.json").write_text(text)
+        with pytest.raises(UserError, match="damaged"):
+            shard(source, tmp_path / "out", workers=1)
 
 
 def test_a_photo_that_changes_between_the_passes_stops_the_run(tmp_path, monkeypatch):

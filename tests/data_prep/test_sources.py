@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import unicodedata
 
 import pyarrow
@@ -74,6 +75,78 @@ def test_every_row_and_every_photo_without_a_row_is_accounted_for(tmp_path):
         "no row in metadata.csv",
     ]
     assert [item.name for item in items if item.photo] == ["a.jpg"]
+
+
+def test_a_row_that_does_not_fit_the_header_is_a_reject_by_the_photos_name_or_the_line(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.jpg").write_bytes(b"x")
+    lines = [
+        "description,file_name,label",
+        "Cones, a lane,a.jpg,1",  # the comma shifts what follows
+        "fine,b.jpg,1",
+        "short,c.jpg",
+        "",
+        "tiny",
+        "long,d.jpg,0,0",
+        "late,c.jpg,0",
+    ]
+    (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    source = open_source(tmp_path)
+    items = list(source)
+    assert source.total == len(items) == 7
+    assert [(item.name, item.problem) for item in items] == [
+        (" a lane", "4 cells, the header has 3"),
+        ("b.jpg", ""),
+        ("c.jpg", "2 cells, the header has 3"),
+        ("metadata.csv line 6", "1 cells, the header has 3"),
+        ("d.jpg", "4 cells, the header has 3"),
+        ("c.jpg", ""),
+        ("a.jpg", "no row in metadata.csv"),
+    ]
+    assert [item.photo is not None for item in items] == [not item.problem for item in items]
+
+
+def test_absolute_paths_inside_the_source_are_found(tmp_path):
+    folder, alias = tmp_path / "folder", tmp_path / "alias"
+    (folder / "sub").mkdir(parents=True)
+    alias.symlink_to(folder)
+    names = ["a.jpg", "sub/b.jpg", "c.jpg"]
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    (tmp_path / "folder-2").mkdir()
+    (tmp_path / "folder-2" / "d.jpg").write_bytes(b"x")
+    cells = [folder / "a.jpg", alias / "sub" / "b.jpg", f"{folder}/./c.jpg"]
+    outside = [tmp_path / "folder-2" / "d.jpg", folder / "sub" / ".." / "a.jpg", tmp_path, folder]
+    write_table(tmp_path / "table.csv", [{"file_name": cell} for cell in cells + outside])
+    items = list(open_source(alias, tmp_path / "table.csv"))
+    assert [item.name for item in items if item.photo] == names
+    assert [item.problem for item in items[3:]] == ["the photo is missing"] * len(outside)
+
+
+def test_blanks_around_a_name_are_dropped_unless_a_file_is_called_so(tmp_path):
+    for name in (" a.jpg", "a.jpg", "b.jpg", "c.jpg "):
+        (tmp_path / name).write_bytes(name.encode())
+    write_table(tmp_path / "metadata.csv", [{"file_name": name} for name in (" a.jpg", "a.jpg ", " b.jpg", "c.jpg ")])
+    items = list(open_source(tmp_path))
+    assert [item.name for item in items] == [" a.jpg", "a.jpg", "b.jpg", "c.jpg "]
+    assert all(item.photo.read() == item.name.encode() for item in items)
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (
+            [{"file_name": "a.jpg", "Labels": "1"}],
+            "metadata.csv has no column 'label'; its columns are file_name, Labels",
+        ),
+        ([{"file_name": "a.jpg", "Label": ""}], "the column 'label' of .*metadata.csv is empty"),
+    ],
+)
+def test_a_table_knows_why_it_gives_no_label(tmp_path, rows, sentence):
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    assert open_source(tmp_path).explain_unlabelled() == ""
+    write_table(tmp_path / "metadata.csv", rows)
+    assert re.search(sentence, open_source(tmp_path).explain_unlabelled())
 
 
 def test_accented_names_match_in_either_unicode_form(tmp_path):

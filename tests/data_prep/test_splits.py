@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tracemalloc
-
 import numpy as np
 import pytest
 
 from data_prep.gps import EARTH_RADIUS_M
-from data_prep.splits import fill_splits, geographic_splits, keep_splits, link_groups, near_pairs, random_splits
+from data_prep.splits import fill_splits, geographic_splits, keep_splits, link_groups, random_splits
 from pipeline.errors import UserError
 
 NO_PAIRS: list[np.ndarray] = []
@@ -22,38 +20,6 @@ def test_photos_are_linked_by_video_distance_and_looks_through_others():
     videos = ["v", "v", None, None, None, None]
     groups = link_groups(points, videos, [np.array([[4, 5]])], 100.0)
     assert groups.tolist() == [0, 0, 0, 1, 2, 2]
-
-
-@pytest.mark.parametrize("latitude", [0.0, 60.0])
-def test_near_pairs_are_those_of_the_haversine_formula(latitude):
-    rng = np.random.default_rng(0)
-    spread = 0.004 / np.array([1, np.cos(np.radians(latitude))])
-    points = np.array([latitude, 10]) + rng.uniform(-1, 1, (150, 2)) * spread
-    points[::7] = np.nan
-    radians = np.radians(points)
-    expected = set()
-    for i in range(150):
-        for j in range(i + 1, 150):
-            (p, q), (r, s) = radians[i], radians[j]
-            half = np.sin((r - p) / 2) ** 2 + np.cos(p) * np.cos(r) * np.sin((s - q) / 2) ** 2
-            if 2 * EARTH_RADIUS_M * np.arcsin(np.sqrt(half)) <= 100:  # False for NaN
-                expected.add((i, j))
-    assert {tuple(sorted(pair)) for pair in np.concatenate([*near_pairs(points, 100.0)]).tolist()} == expected
-    assert len(expected) > 20
-
-
-def test_a_camera_that_stood_still_makes_one_group_in_little_memory(monkeypatch):
-    rng = np.random.default_rng(1)
-    points = np.repeat([[50.0, 8.0], [51.0, 8.0]], 3000, axis=0) + rng.normal(0, 1e-5, (6000, 2))
-    expected = [0] * 3000 + [1] * 3000
-    assert link_groups(points, [None] * 6000, NO_PAIRS, 100.0).tolist() == expected
-    monkeypatch.setattr("data_prep.splits.PAIRS_HELD", 10_000)
-    assert link_groups(points, [None] * 6000, NO_PAIRS, 100.0).tolist() == expected
-    tracemalloc.start()
-    link_groups(points, [None] * 6000, NO_PAIRS, 100.0)
-    most = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert most < 150e6  # all nine million pairs are as many bytes, and three times that while they are made
 
 
 def test_photos_at_one_spot_are_linked_even_at_distance_zero():

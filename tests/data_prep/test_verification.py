@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import re
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.shards import shard
 from data_prep.verification import verify
 from pipeline.data.index import read_index
-from pipeline.errors import EXIT_AUDIT, AuditFailed, UserError, run
+from pipeline.errors import EXIT_AUDIT, EXIT_USER, AuditFailed, UserError, run
 from pipeline.files import sha256_of
 from tests.data.tampering import TAMPERED, edit_split, plain, read_members, special, swapped_bit, tamper
-from tests.data_prep.photos import city_rows, write_folder
+from tests.data_prep.photos import city_rows, encode, write_folder
 from tests.small_run import make_shards
 
 
@@ -108,6 +111,67 @@ def test_a_tar_that_is_none_is_found(tmp_path):
     path = tmp_path / "made" / "train-00000.tar"
     path.write_bytes(b"\xff" * path.stat().st_size)
     assert problems(tmp_path / "made")[1].startswith("train-00000.tar is no readable tar behind its first 0 members")
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"), [(tarfile.XHDTYPE, b"19 GNU.sparse.size=x\n"), (tarfile.GNUTYPE_LONGNAME, b"x")]
+)
+def test_headers_that_extend_the_format_are_strangers_and_not_obeyed(tmp_path, kind, data):
+    make_shards(tmp_path / "made", {"train": [0, 1, 0]})
+    tamper(tmp_path / "made" / "train-00000.tar", lambda members: [special("x", kind, data), *members])
+    found = problems(tmp_path / "made")
+    assert "train-00000.tar holds 'x', which the index does not name" in found
+    assert not any("missing" in problem for problem in found)
+
+
+def test_bytes_behind_the_end_are_found(tmp_path):
+    make_shards(tmp_path / "made", {"train": [0, 1, 0]})
+    path = tmp_path / "made" / "train-00000.tar"
+    path.write_bytes(path.read_bytes()[:-512] + b"x" * 512)
+    edit_split(path.parent, "train", lambda split: split["shards"][0].update(sha256=sha256_of(path)))
+    assert problems(path.parent) == ["train-00000.tar: bytes that belong to no member follow the last one"]
+
+
+class Broken(io.BytesIO):
+    """A file on a disk that fails."""
+
+    def read(self, size=-1):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def deny(*_, **__):
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    ("opened", "reason"), [(deny, "Permission denied"), (lambda *_, **__: Broken(), "Input/output error")]
+)
+def test_a_tar_that_may_not_be_read_is_no_damage(shards, monkeypatch, capsys, opened, reason):
+    """Nothing is known about its bytes: the user must see to it."""
+    usual = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *r, **o: (opened if path.suffix == ".tar" else usual)(path, *r, **o))
+    assert run(lambda: verify(shards, workers=1)) == EXIT_USER
+    assert f"{shards} cannot be used: {reason}; check its name, your rights to it" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(shards):
+    (shards / "verify").write_text("in the way")
+    (shards / "train-00000.tar").unlink()  # not even looked for
+    with pytest.raises(UserError, match=r"the report cannot be written to .*/verify \(.*\); choose .* with --out"):
+        verify(shards, workers=1)
+    with pytest.raises(UserError, match="cannot be written to /proc/self"):  # it is there, and takes no file
+        verify(shards, Path("/proc/self"), workers=1)
+
+
+def test_a_mask_of_another_size_than_its_photo_is_found(tmp_path):
+    make_shards(tmp_path / "made", {"train": [0, 1]})
+    path = tmp_path / "made" / "train-00000.tar"
+    mask = encode(np.zeros((9, 7), dtype=np.uint8), "PNG")
+    offset = 512 + sum(512 + -(-len(data) // 512) * 512 for _, data in read_members(path)[:4])
+    tamper(path, lambda members: [*members, plain("train_1.mask.png", mask)])
+    place = {"mask.png": [offset, len(mask)]}
+    edit_split(path.parent, "train", lambda split: split["samples"][1]["members"].update(place))
+    assert "train_1: the mask is of another size: 7x9, the photo is" in problems(path.parent)[0]
 
 
 def test_every_damaged_sample_is_listed_and_not_only_the_first(tmp_path):
