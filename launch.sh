@@ -18,6 +18,7 @@ usage: ./launch.sh COMMAND [options]        `./launch.sh COMMAND --help` explain
   slurm      submit to a SLURM cluster: ./launch.sh slurm prep --parts N [options of prep shard] [--dry_run]
   train      train a recipe: ./launch.sh train demo [--config_file ACCELERATE.yaml] [--epochs N] [--dry-run] [--room.key VALUE]
   evaluate   score a run on splits it never saw, and write its report
+  calibrate  find out on the validation split when a run's model may stop looking at further views
   export     write the best weights as a Hugging Face folder
   predict    probabilities for files, folders and globs
   bench      measure beside other tools in the same run: ./launch.sh bench prep [--quick]
@@ -136,13 +137,13 @@ dispatch() {
     train) module pipeline.launcher "$@" ;;
     slurm) module data_prep.slurm "$@" ;;
     bench) module benchmarks "$@" ;;
-    doctor | evaluate | export | predict) module "pipeline.$command" "$@" ;;
+    doctor | evaluate | calibrate | export | predict) module "pipeline.$command" "$@" ;;
   esac
 }
 
 case ${1:-} in
   "" | -h | --help | help) usage ;;
-  setup | demo | test | prep | slurm | train | doctor | evaluate | export | predict | bench)
+  setup | demo | test | prep | slurm | train | doctor | evaluate | calibrate | export | predict | bench)
     setup # not `setup && ...`, in which a failure inside would be passed over
     dispatch "$@"
     ;;
