@@ -1,6 +1,7 @@
 """Start-up of the processes, the stop signal and checkpoints."""
 
-from pipeline.distributed.checkpoint import Checkpoints, create_optimizer_state
+from pipeline.distributed.checkpoint import Checkpoints
+from pipeline.distributed.engine_tensors import create_optimizer_state
 from pipeline.distributed.signals import StopSignal
 from pipeline.distributed.startup import on_all_ranks, on_rank_zero, resolve_precision, start
 
