@@ -50,8 +50,8 @@ NOTES = {
     "cache",
     "epoch": "the head of the demo recipe, forward, backward and AdamW on every photo of the training split, with all "
     "views in every fourth step as in training; both read in one process",
-    "room": "bf16, only the views that add something, and the shares of the mask's classes in float16; theirs is the JPEG "
-    "files that the tokens come from",
+    "room": "tokens in bf16, only of the views that add something, and the shares of the mask's classes in float16; "
+    "theirs is the JPEG files that all comes from",
 }
 
 
