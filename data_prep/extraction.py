@@ -20,6 +20,7 @@ from pipeline.data.copies import make_copy, placement_of
 from pipeline.data.dataset import ShardDataset, decode_scaled, mask_targets, prepare_image
 from pipeline.data.feature_key import STORED_DTYPE
 from pipeline.data.features import PhotoTokens
+from pipeline.data.memory import keep_freed_memory
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.encoder import view_tokens
 
@@ -120,7 +121,13 @@ class Extractor:
 
     def run(self, data: Mapping[str, ShardDataset], items: list[Item]) -> Iterator[Row]:
         """The rows of all `items`, in their order."""
-        loader = DataLoader(Photos(data, items), batch_size=None, num_workers=self.workers, pin_memory=self.on_gpu)
+        loader = DataLoader(
+            Photos(data, items),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.on_gpu,
+            worker_init_fn=keep_freed_memory,
+        )
         return self.batches(chain.from_iterable(loader))
 
     def batches(self, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
