@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -35,6 +35,16 @@ class WeightAverage:
         torch._foreach_lerp_(
             list(self.tensors.values()), [present[name].detach().float() for name in self.tensors], weight
         )
+
+    def gathered(self) -> dict[str, torch.Tensor]:
+        """The whole average by the names of the unspread model, on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `gathered`."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[None]:
