@@ -103,7 +103,8 @@ def train(config: Config, dry_run: bool) -> Path | None:
     if lead:
         folder.create(config, index, world_size)
     start_tracking(accelerator, config)
-    summary = trainer.run()
+    with contextlib.closing(trainer):
+        summary = trainer.run()
     accelerator.end_training()
     return write_summary(folder.path, summary) if lead else None
 

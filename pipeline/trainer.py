@@ -21,9 +21,10 @@ from pipeline.distributed import (
     create_optimizer_state,
     expert_parallel_size,
     on_all_ranks,
+    on_rank_zero,
     watch_routers,
 )
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, UserError
 from pipeline.feed import Batch, Feed
 from pipeline.files import replace_folder
 from pipeline.losses import TERMS, Targets, count_targets
@@ -81,7 +82,7 @@ class Trainer:
         watch_routers(model)
         create_optimizer_state(self.engine)
         self.average = EngineAverage(model, config.train.ema_decay)
-        self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, self.rank) if folder else None
+        self.checkpoints = Checkpoints(folder.checkpoints, config, self.rank) if folder else None
         self.stop = StopSignal()
         self.step = 0
         self.best: dict[str, Any] | None = None
@@ -121,8 +122,9 @@ class Trainer:
                 saved = time.monotonic()
             logged += time.monotonic() - now  # validations and checkpoints are not part of the training rate
             if stop:
+                what = "saved" if self.checkpoints and self.checkpoints.unsaved is None else "not saved"
                 raise Stopped(
-                    f"saved at step {self.step} of {self.schedule.steps}; the same command goes on from there"
+                    f"{what} at step {self.step} of {self.schedule.steps}; the same command goes on from there"
                 )
         return self._finish()
 
@@ -240,10 +242,32 @@ class Trainer:
         self.step, self.best = state["step"], state["best"]
         self.validations_since_best, self.validated_step = state["validations_since_best"], state["validated_step"]
         self.wall_s = state["wall_s"]
+        on_rank_zero(self._restore_best_model)
         if self.rank == 0 and self.folder:
             self.folder.truncate_metrics(self.step)
             say(f"resuming at step {self.step} of {self.schedule.steps}")
         dist.barrier()
+
+    def _restore_best_model(self) -> None:
+        """Write the best weights again where the checkpoint comes from another machine, which took them with it."""
+        assert self.checkpoints is not None and self.folder is not None  # noqa: PT018
+        folder = self.folder
+        if self.best is None or ((folder.model / "config.json").exists() and not self.checkpoints.fetched):
+            return
+        weights = self.checkpoints.best_average()
+        if weights is None:
+            raise UserError(
+                f"the best weights so far, those of step {self.best['step']}, are neither in {folder.model} nor in a "
+                "checkpoint; copy that folder here, or choose another --train.run"
+            )
+        model = RoadworkModel(self.model.config)
+        model.load_state_dict(weights)
+        replace_folder(folder.model, model.save_pretrained)
+
+    def close(self) -> None:
+        """Wait, for a bounded time, for what is still on its way to a store; says what did not get there."""
+        if self.checkpoints:
+            self.checkpoints.close()
 
     def _save(self) -> None:
         assert self.checkpoints is not None

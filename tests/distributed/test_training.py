@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
-from pipeline.distributed.checkpoint import find_damage
+from pipeline.distributed.checkpoint_files import Damaged, check_checkpoint
 from pipeline.model.roadwork import RoadworkModel
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
 
@@ -79,8 +79,9 @@ def test_two_processes_train_validate_and_leave_a_run_folder(uninterrupted):
     assert provenance["hardware"]["processes"] == 2
     assert provenance["versions"]["torch"] == torch.__version__
     assert not RoadworkModel.from_pretrained(uninterrupted / "model").training
-    assert [path.name for path in sorted((uninterrupted / "checkpoints").iterdir())] == [
-        f"step-{step:08d}" for step in (STEPS - 1, STEPS)
+    best = summary["best"]["step"]
+    assert [path.name for path in sorted((uninterrupted / "checkpoints").glob("step-*"))] == [
+        f"step-{step:08d}" for step in sorted({best, STEPS - 1, STEPS})
     ]
 
 
@@ -106,7 +107,7 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same_losses(world, uninterrupted):
     _, err = finish(process, status=75)
     assert "Traceback" not in err
     assert not (run / "summary.json").exists()
-    taken = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+    taken = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
     assert 2 <= taken < STEPS
     _, err = finish(launch(world, run))
     assert f"resuming at step {taken} of {STEPS}" in err
@@ -126,7 +127,8 @@ def test_a_killed_run_falls_back_to_the_checkpoint_that_is_whole(world, uninterr
     newest = max((run / "checkpoints").glob("step-*"))
     weights = newest / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))
-    assert find_damage(newest) == "weights.safetensors has changed"
+    with pytest.raises(Damaged, match=r"^weights\.safetensors has another SHA-256"):
+        check_checkpoint(newest)
     _, err = finish(launch(world, run))
     assert f"checkpoint {newest} is damaged" in err
     assert losses(run) == losses(uninterrupted)
