@@ -63,6 +63,7 @@ def train(config: Config, dry_run: bool) -> Path | None:
         grad_clip=config.optim.grad_clip,
         precision=precision,
         log_with=["wandb"] if config.train.wandb and not dry_run else [],
+        hang_minutes=config.train.hang_minutes,
     )
     lead = accelerator.is_main_process
     folder = None

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,9 +18,12 @@ from pipeline.errors import UserError
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
+COLLECTIVES_LATER_MINUTES = 2.0
 
 
-def start(*, batch_size: int, accumulation: int, grad_clip: float, precision: str, log_with: list[str]) -> Accelerator:
+def start(
+    *, batch_size: int, accumulation: int, grad_clip: float, precision: str, log_with: list[str], hang_minutes: float
+) -> Accelerator:
     """Join the process group and return an `Accelerator` with DeepSpeed under it.
 
     The ZeRO settings come from the file that the accelerate configuration names; batch size, accumulation, clipping
@@ -31,6 +35,8 @@ def start(*, batch_size: int, accumulation: int, grad_clip: float, precision: st
         grad_clip: Largest norm of the global gradient, 0 for none.
         precision: "bf16" or "fp32", see `resolve_precision`.
         log_with: Accelerate trackers to start.
+        hang_minutes: How long a process may be waited for; collectives give up later than the watchdog, which can say
+            where the others stand.
     """
     _without_launcher()
     path = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero2.json"))
@@ -46,7 +52,12 @@ def start(*, batch_size: int, accumulation: int, grad_clip: float, precision: st
         _skip_shared_memory_kernel()
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(
+                backend="nccl" if torch.cuda.is_available() else "gloo",
+                timeout=timedelta(minutes=hang_minutes + COLLECTIVES_LATER_MINUTES),
+            )
+        ],
         gradient_accumulation_steps=accumulation,
         log_with=log_with or None,
     )
