@@ -96,7 +96,9 @@ class Trainer:
     def run(self, max_steps: int | None = None) -> dict[str, Any]:
         """Train from where the run stands to its end, or to `max_steps` of it; returns the summary."""
         last = min(self.schedule.steps, max_steps or self.schedule.steps)
-        with Watchdog(self.config.train.hang_minutes, self.folder and self.folder.stacks, self.rank) as watchdog:
+        with Watchdog(
+            self.config.train.hang_minutes, self.folder.stacks if self.folder else None, self.rank
+        ) as watchdog:
             self.alive = watchdog.alive
             self._resume()
             if self._validation_due():  # stopped between a step and its validation
@@ -109,8 +111,8 @@ class Trainer:
         started, before_s = time.monotonic(), self.wall_s
         while self.step < last and not self._out_of_patience():
             self.alive()
-            mine = self._fetch(batches)
-            counts, stop, save = self._agree(mine)
+            mine, problem = self._fetch(batches)
+            counts, stop, save = self._agree(mine, problem)
             if stop or (save and self.skips == 0):
                 self._save_once()
             if stop:
@@ -132,15 +134,15 @@ class Trainer:
                 self._save_once()
         self._save_once()
 
-    def _fetch(self, batches: Iterator[Batch]) -> list[Batch] | UserError:
+    def _fetch(self, batches: Iterator[Batch]) -> tuple[list[Batch], UserError | None]:
         """This rank's micro-batches of one step, or what is wrong with its data."""
         with self.meter.waiting_for_data():
             try:
-                return [next(batches) for _ in range(self.batching.accumulation)]
+                return [next(batches) for _ in range(self.batching.accumulation)], None
             except UserError as error:
-                return error
+                return [], error
 
-    def _agree(self, mine: list[Batch] | UserError) -> tuple[torch.Tensor, bool, bool]:
+    def _agree(self, mine: list[Batch], problem: UserError | None) -> tuple[torch.Tensor, bool, bool]:
         """Decide together before a step. Collective.
 
         Returns:
@@ -152,8 +154,7 @@ class Trainer:
         """
         every_s, every = 60 * self.config.checkpoint.every_minutes, self.config.checkpoint.every_steps
         clock = self.rank == 0 and 0 < every_s <= time.monotonic() - self.saved_s
-        problem = mine if isinstance(mine, UserError) else None
-        counts = [] if isinstance(mine, UserError) else [count_targets(targets_of(batch)) for batch in mine]
+        counts = [count_targets(targets_of(batch)) for batch in mine]
         flags = torch.tensor([float(problem is not None), float(self.stop.received), float(clock)])
         shared = self.agreement.sum(torch.cat([sum(counts, torch.zeros(len(TERMS))), flags]))
         failed, stop, save = (shared[-3:] > 0).tolist()
