@@ -24,7 +24,6 @@ from data_prep.features import MOST_VIEWS, Attention, ModelChoice, Options
 from data_prep.features import features as make_cache
 from data_prep.scenes import KIND, scenes
 from data_prep.shards import shard
-from data_prep.throughput import flops_per_view, matmul_rate
 from pipeline.config import Config, DataConfig, TrainConfig, to_yaml
 from pipeline.data.dataset import ShardDataset, collate, model_inputs
 from pipeline.data.feature_dataset import open_split
@@ -33,6 +32,7 @@ from pipeline.data.index import Index, read_index
 from pipeline.model.backbone import FrozenBackbone, vith16plus_config
 from pipeline.model.config import ModelConfig
 from pipeline.model.roadwork import RoadworkModel
+from pipeline.throughput import flops_per_view, matmul_rate
 
 MISSION_IMAGES, MISSION_EPOCHS = 8549, 30
 SEED_HOURS, GOAL_MINUTES = 12.0, 10.0

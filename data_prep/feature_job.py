@@ -24,7 +24,6 @@ from data_prep.feature_writer import FeatureWriter, PlannedShard, is_written, pl
 from data_prep.features import ModelChoice, Options
 from data_prep.merging import planned
 from data_prep.planning import HEADER_NAME
-from data_prep.throughput import flops_per_view, matmul_rate
 from data_prep.workplace import SUMMARY_NAME, Workplace
 from pipeline.config import Config, parse_config
 from pipeline.data.dataset import ShardDataset
@@ -40,6 +39,7 @@ from pipeline.inference import pick_device
 from pipeline.launcher import find_recipe
 from pipeline.model.backbone import FrozenBackbone, compute_dtype
 from pipeline.progress import say, silence_libraries, track
+from pipeline.throughput import flops_per_view, matmul_rate
 
 REMEDY = "choose another --out or remove it"
 # Ranks wait for the slowest one with nothing else to do; a fault ends them all through the launcher.

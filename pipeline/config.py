@@ -25,6 +25,8 @@ ALIASES = {
     "--shards": "--data.shards",
     "--run": "--train.run",
     "--resume": "--checkpoint.resume",
+    "--max-minutes": "--train.max_minutes",
+    "--profile": "--train.profile",
 }
 
 
@@ -98,6 +100,17 @@ class TrainConfig:
     """Every n-th step keeps all views, and fusion's importance teaches the pruner; 0 never."""
     wandb: bool = True
     """Log to Weights & Biases: online with a key, offline in the run folder without."""
+    max_minutes: float = 0.0
+    """Minutes from the launcher's start after which the run saves and ends with status 75; 0 is no limit."""
+    max_skips: int = 5
+    """Steps in a row without a finite loss and gradient, which are skipped, before the run rolls back to its last
+    checkpoint."""
+    max_rollbacks: int = 3
+    """Roll-backs in all before the run gives up."""
+    hang_minutes: float = 30.0
+    """Minutes without progress after which a process writes its stacks and ends with status 1."""
+    profile: str = ""
+    """Steps to trace with torch's profiler, as FIRST:LAST; empty traces none."""
 
     def __post_init__(self) -> None:
         for key in (
@@ -108,6 +121,24 @@ class TrainConfig:
         for key in ("seed", "patience", "distil_every"):
             require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")
+        require(self.max_minutes >= 0, "train.max_minutes", self.max_minutes, "0 or more")
+        require(self.max_skips >= 1, "train.max_skips", self.max_skips, "1 or more")
+        require(self.max_rollbacks >= 0, "train.max_rollbacks", self.max_rollbacks, "0 or more")
+        require(self.hang_minutes > 0, "train.hang_minutes", self.hang_minutes, "above 0")
+        if self.profile:
+            profile_window(self.profile)
+
+
+def profile_window(text: str) -> tuple[int, int]:
+    """`10:13` becomes the first and the last step of a window.
+
+    Raises:
+        UserError: It is no window.
+    """
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise UserError(f"train.profile is {text!r}, but must be FIRST:LAST, two step numbers from 1 on, such as 10:13")
+    return int(first), int(last)
 
 
 @dataclass

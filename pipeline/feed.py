@@ -33,11 +33,17 @@ class Feed:
     order: PositionSampler | StreamedSplit
     samples: int
     """Of the training split."""
+    keys: tuple[str, ...] = ()
+    """Of its samples; empty for noise."""
 
     def batches(self, samples_seen: int) -> Iterator[Batch]:
         """Endless micro-batches, from where a run stands that has seen so many samples over all ranks."""
         self.order.start = samples_seen
         return iter(self.loader)
+
+    def name(self, row: int) -> str:
+        """Of the sample in a row of the split."""
+        return self.keys[row] if self.keys else f"noise {row}"
 
 
 def open_feed(
@@ -84,7 +90,7 @@ def _random_access(
         data, batch_sampler=order, num_workers=config.data.workers, collate_fn=collate,
         worker_init_fn=keep_freed_memory, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
-    return Feed(loader, order, len(data))
+    return Feed(loader, order, len(data), () if isinstance(data, StandIn) else keys_of(data))
 
 
 def _streamed(
@@ -117,4 +123,9 @@ def _streamed(
         worker_init_fn=keep_freed_memory,
         pin_memory=torch.cuda.is_available(),
     )
-    return Feed(loader, order, len(data))
+    return Feed(loader, order, len(data), keys_of(data))
+
+
+def keys_of(data: ShardDataset) -> tuple[str, ...]:
+    """The key of every sample of a split, by row."""
+    return tuple(sample.key for sample in data.split.samples)

@@ -65,6 +65,7 @@ def train(config: Config, dry_run: bool) -> Path | None:
         expert_parallel=config.train.expert_parallel,
         experts=config.model.experts if config.model.head == "roadwork" else None,
         log_with=["wandb"] if config.train.wandb and not dry_run else [],
+        hang_minutes=config.train.hang_minutes,
     )
     lead = accelerator.is_main_process
     folder = None

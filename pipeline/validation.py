@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,15 @@ class Validation:
             worker_init_fn=keep_freed_memory,
         )
 
-    def __call__(self, model: RoadworkModel) -> dict[str, Any]:
-        """MCC and its companions with all metadata NULL, at the best threshold. Collective."""
+    def __call__(self, model: RoadworkModel, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """MCC and its companions with all metadata NULL, at the best threshold. Collective.
+
+        Args:
+            model: To validate.
+            alive: Called at every batch.
+        """
         model.eval()
-        mine = on_all_ranks(lambda: self._answers(model))
+        mine = on_all_ranks(lambda: self._answers(model, alive))
         model.train()
         parts: list[Any] = [None] * self.world_size
         dist.all_gather_object(parts, mine)
@@ -46,10 +52,11 @@ class Validation:
         return {"loss": sum(part[2] for part in parts) / sum(part[3] for part in parts), **metrics}
 
     @torch.no_grad()
-    def _answers(self, model: RoadworkModel) -> tuple[np.ndarray, np.ndarray, float, int]:
+    def _answers(self, model: RoadworkModel, alive: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, float, int]:
         """Labels, probabilities, sum of the loss and number of this rank's photos."""
         labels, probabilities, loss, count = [np.empty(0)], [np.empty(0)], 0.0, 0
         for batch in self.loader:
+            alive()
             output = model(
                 **model_inputs(batch),
                 null_metadata=True,

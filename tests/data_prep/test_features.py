@@ -23,13 +23,13 @@ from data_prep.feature_job import spare_cores
 from data_prep.features import ModelChoice, Options, features
 from data_prep.scenes import scenes
 from data_prep.shards import shard
-from data_prep.throughput import flops_per_view
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.features import open_cache, read_features
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
 from pipeline.model.backbone import FrozenBackbone, vith16plus_config
+from pipeline.throughput import flops_per_view
 from tests.feature_cache import ROW_BYTES, make_cache
 from tests.small_run import make_backbone, make_shards, small_config
 
