@@ -21,6 +21,7 @@ import torch
 
 from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, STATE_FILE_VARIABLE, UserError
 from pipeline.progress import say
+from pipeline.rank_logs import LOG_FOLDER_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "pipeline" / "recipes"
@@ -29,7 +30,8 @@ ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 SHUTDOWN_S = 120
 # What `pipeline.errors.run` says last. Around it the launcher speaks about its workers' end.
 OUTCOMES = ("error: ", "stopped: ", "failed: ")
-CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)")
+# The second of these comes where machine 0 has ended before this one, which is no fault.
+CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)|TCPStore.cpp.*recvValueWithTimeout failed")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,11 +44,14 @@ def main(arguments: Sequence[str]) -> int:
         print(parser.format_help())
         return subprocess.run([sys.executable, train, "--help"], check=False).returncode
     try:
-        launch = launch_words(own.config_file, own.num_processes)
+        launch = launch_words(own.config_file, own.num_processes) + machine_words(own)
         command = [*launch, train, "--config", str(find_recipe(own.recipe)), *rest]
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER
+    if own.log_folder is not None:
+        own.log_folder.mkdir(parents=True, exist_ok=True)
+        os.environ[LOG_FOLDER_VARIABLE] = str(own.log_folder.resolve())
     return supervise(command)
 
 
@@ -72,6 +77,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--config_file", type=Path, help="An accelerate configuration; by default the hardware decides."
     )
     parser.add_argument("--num_processes", type=int, help="Processes; by default the accelerate configuration decides.")
+    parser.add_argument("--num_machines", type=int, default=1, help="Machines, each with a launcher of its own.")
+    parser.add_argument("--machine_rank", type=int, default=0, help="Which of them this is, from 0.")
+    parser.add_argument("--main_process_ip", default="127.0.0.1", help="Address of machine 0.")
+    parser.add_argument("--main_process_port", type=int, default=29500, help="A port that is free there.")
+    parser.add_argument("--log_folder", type=Path, help="Where each rank but 0 writes to a file of its own.")
     parser.add_argument("-h", "--help", action="store_true", help="Show this and every configuration key.")
     return parser
 
@@ -100,6 +110,20 @@ def launch_words(config_file: Path | None, num_processes: int | None) -> list[st
     return words + (["--num_processes", str(num_processes)] if num_processes else [])
 
 
+def machine_words(own: argparse.Namespace) -> list[str]:
+    """Where this machine stands among several; `--num_processes` is then the sum over all of them."""
+    if own.num_machines == 1:
+        return []
+    if not own.num_processes or own.num_processes % own.num_machines:
+        raise UserError(
+            f"--num_processes is {own.num_processes}, but must be a multiple of the {own.num_machines} machines"
+        )
+    place = {name: getattr(own, name) for name in ("num_machines", "machine_rank", "main_process_ip")}
+    words = [f"--{name}={value}" for name, value in (place | {"main_process_port": own.main_process_port}).items()]
+    # `standard` starts the processes of this machine alone; the default would start all of them over ssh.
+    return [*words, "--same_network", "--deepspeed_multinode_launcher=standard"]
+
+
 def supervise(command: list[str], farewell: str = "at the next step boundary, with a checkpoint") -> int:
     """Run a launch to its end; a request to stop is handed on once, a second Ctrl-C kills.
 
@@ -122,6 +146,7 @@ def supervise(command: list[str], farewell: str = "at the next step boundary, wi
         }
         # In a session of its own, so that a terminal's Ctrl-C comes here alone and is not taken for two requests.
         aside: list[str] = []
+        said: set[str] = set()
         with subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
         ) as process:
@@ -131,11 +156,15 @@ def supervise(command: list[str], farewell: str = "at the next step boundary, wi
                 if not line.startswith(OUTCOMES) and (aside or CHATTER.search(line)):
                     aside.append(line)
                 else:
+                    said |= {line.rstrip("\n")} if line.startswith(OUTCOMES) else set()
                     sys.stderr.write(line)
                     sys.stderr.flush()
         status = process.returncode
         if state_file.exists():
-            status = int(json.loads(state_file.read_text())["exit_status"])
+            state = json.loads(state_file.read_text())
+            status, message = int(state["exit_status"]), state.get("message")
+            if message and message not in said:  # a rank with a log of its own
+                say(message)
     if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
         sys.stderr.writelines(aside)
         return EXIT_FAILED

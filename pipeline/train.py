@@ -27,6 +27,7 @@ from pipeline.files import write_summary
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.plan import describe_model, describe_schedule, plan_batches, plan_schedule
 from pipeline.progress import say, silence_libraries
+from pipeline.rank_logs import divert_output
 from pipeline.run_folder import RunFolder
 from pipeline.tracking import start_tracking
 from pipeline.trainer import Trainer
@@ -37,6 +38,7 @@ DRY_RUN_STEPS = 2
 
 def main() -> Path | None:
     """Read the command line and train; returns the path of the summary, None after a dry run."""
+    divert_output()
     config, dry_run = parse_config(sys.argv[1:], "pipeline/train.py")
     silence_libraries()
     try:
