@@ -99,15 +99,21 @@ def find_recipe(name: str | None) -> Path:
 
 def launch_words(config_file: Path | None, num_processes: int | None) -> list[str]:
     """`accelerate launch` for the GPUs of this machine, or else for two processes on its CPU."""
-    if config_file is not None and not config_file.is_file():
-        raise UserError(f"there is no accelerate configuration {config_file}; see accelerate_configs/")
-    if config_file is None and torch.cuda.is_available():
-        config_file, num_processes = ACCELERATE_CONFIGS / "gpu.yaml", num_processes or torch.cuda.device_count()
-    elif config_file is None:
-        cores = len(os.sched_getaffinity(0))
-        config_file = ACCELERATE_CONFIGS / ("cpu_2.yaml" if cores > 1 else "cpu_1.yaml")
+    config_file, num_processes = choose_launch(config_file, num_processes)
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config_file)]
     return words + (["--num_processes", str(num_processes)] if num_processes else [])
+
+
+def choose_launch(config_file: Path | None, num_processes: int | None) -> tuple[Path, int | None]:
+    """The accelerate configuration that is given or that the hardware decides on, and how many processes if not its."""
+    if config_file is not None and not config_file.is_file():
+        raise UserError(f"there is no accelerate configuration {config_file}; see accelerate_configs/")
+    if config_file is not None:
+        return config_file, num_processes
+    if torch.cuda.is_available():
+        return ACCELERATE_CONFIGS / "gpu.yaml", num_processes or torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0))
+    return ACCELERATE_CONFIGS / ("cpu_2.yaml" if cores > 1 else "cpu_1.yaml"), num_processes
 
 
 def machine_words(own: argparse.Namespace) -> list[str]:
