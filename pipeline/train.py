@@ -65,6 +65,8 @@ def train(config: Config, dry_run: bool) -> Path | None:
         accumulation=batching.accumulation,
         grad_clip=config.optim.grad_clip,
         precision=precision,
+        expert_parallel=config.train.expert_parallel,
+        experts=config.model.experts if config.model.head == "roadwork" else None,
         log_with=["wandb"] if config.train.wandb and not dry_run else [],
     )
     lead = accelerator.is_main_process

@@ -43,11 +43,12 @@ class Checkpoints:
             state: JSON values of the trainer.
         """
         weights, moments = gather_tensors(engine)
+        averaged = average.gathered()
         if self.rank == 0:
             files = {
                 "weights.safetensors": weights,
                 "optimizer.safetensors": moments,
-                "average.safetensors": average.tensors,
+                "average.safetensors": averaged,
             }
             self._write(step, files, {"step": step, **state})
         dist.barrier()
@@ -66,8 +67,7 @@ class Checkpoints:
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         weights, moments = (read_tensors(path / f"{name}.safetensors") for name in ("weights", "optimizer"))
         set_tensors(engine, weights, moments, state["step"])
-        for name, value in read_tensors(path / "average.safetensors").items():
-            average.tensors[name].copy_(value)
+        average.load(read_tensors(path / "average.safetensors"))
         return state
 
     def _write(self, step: int, files: dict[str, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
