@@ -20,13 +20,15 @@ from pipeline.data.features import FeatureCache, open_cache
 from pipeline.data.index import INDEX_NAME, read_index
 from pipeline.data.inputs import check_inputs
 from pipeline.data.storage import open_folder
-from pipeline.distributed import on_rank_zero, resolve_precision, start
+from pipeline.distributed import expert_parallel_size, on_rank_zero, resolve_precision, start
 from pipeline.errors import run
 from pipeline.feed import open_feed
 from pipeline.files import write_summary
+from pipeline.memory import Sharding
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.plan import describe_model, describe_schedule, plan_batches, plan_schedule
 from pipeline.progress import say, silence_libraries
+from pipeline.rank_logs import divert_output
 from pipeline.run_folder import RunFolder
 from pipeline.tracking import start_tracking
 from pipeline.trainer import Trainer
@@ -37,6 +39,7 @@ DRY_RUN_STEPS = 2
 
 def main() -> Path | None:
     """Read the command line and train; returns the path of the summary, None after a dry run."""
+    divert_output()
     config, dry_run = parse_config(sys.argv[1:], "pipeline/train.py")
     silence_libraries()
     try:
@@ -86,7 +89,10 @@ def train(config: Config, dry_run: bool) -> Path | None:
     model.loss_config = config.loss
     check_cache(cache, model, config)
     if lead:
-        for line in describe_model(config, model, precision, world_size):
+        sharding = Sharding.of(
+            accelerator.deepspeed_plugin.deepspeed_config, world_size, expert_parallel_size(accelerator)
+        )
+        for line in describe_model(config, model, precision, sharding):
             say(line)
     validation = None
     if index is not None and not dry_run and (index.splits["val"].labels >= 0).any():
