@@ -191,6 +191,7 @@ def _launch_once(command: list[str], stop: StopRequest) -> End:
             "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
         }
         aside: list[str] = []
+        said: set[str] = set()
         # In a session of its own, so that a terminal's Ctrl-C comes here alone and is not taken for two requests.
         with subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
@@ -198,9 +199,11 @@ def _launch_once(command: list[str], stop: StopRequest) -> End:
             stop.process = process
             assert process.stderr is not None
             for line in process.stderr:
-                if not line.startswith(OUTCOMES) and (aside or CHATTER.search(line)):
+                outcome = line.startswith(OUTCOMES)
+                if not outcome and (aside or CHATTER.search(line)):
                     aside.append(line)
-                else:
+                elif line not in said:  # an outcome that another rank has told already
+                    said |= {line} if outcome else set()
                     sys.stderr.write(line)
                     sys.stderr.flush()
         stop.process = None
