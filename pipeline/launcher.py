@@ -59,14 +59,10 @@ def main(arguments: Sequence[str]) -> int:
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER
-<<<<<<< HEAD
-    return supervise(command, restarts=own.max_restarts)
-=======
     if own.log_folder is not None:
         own.log_folder.mkdir(parents=True, exist_ok=True)
         os.environ[LOG_FOLDER_VARIABLE] = str(own.log_folder.resolve())
-    return supervise(command)
->>>>>>> zero-d
+    return supervise(command, restarts=own.max_restarts)
 
 
 def prep(arguments: Sequence[str]) -> int:
@@ -91,18 +87,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--config_file", type=Path, help="An accelerate configuration; by default the hardware decides."
     )
     parser.add_argument("--num_processes", type=int, help="Processes; by default the accelerate configuration decides.")
-<<<<<<< HEAD
     parser.add_argument(
         "--max-restarts", "--max_restarts", type=int, default=0, metavar="N",
         help="Start again from the last checkpoint, up to N times, after a process died or hung.",
     )  # fmt: skip
-=======
     parser.add_argument("--num_machines", type=int, default=1, help="Machines, each with a launcher of its own.")
     parser.add_argument("--machine_rank", type=int, default=0, help="Which of them this is, from 0.")
     parser.add_argument("--main_process_ip", default="127.0.0.1", help="Address of machine 0.")
     parser.add_argument("--main_process_port", type=int, default=29500, help="A port that is free there.")
     parser.add_argument("--log_folder", type=Path, help="Where each rank but 0 writes to a file of its own.")
->>>>>>> zero-d
     parser.add_argument("-h", "--help", action="store_true", help="Show this and every configuration key.")
     return parser
 
@@ -125,10 +118,6 @@ def launch_words(config_file: Path | None, num_processes: int | None) -> list[st
     return words + (["--num_processes", str(num_processes)] if num_processes else [])
 
 
-<<<<<<< HEAD
-class StopRequest:
-    """Hands a request to stop on to the launch that is running, once; a second Ctrl-C kills it."""
-=======
 def choose_launch(config_file: Path | None, num_processes: int | None) -> tuple[Path, int | None]:
     """The accelerate configuration that is given or that the hardware decides on, and how many processes if not its."""
     if config_file is not None and not config_file.is_file():
@@ -155,9 +144,8 @@ def machine_words(own: argparse.Namespace) -> list[str]:
     return [*words, "--same_network", "--deepspeed_multinode_launcher=standard"]
 
 
-def supervise(command: list[str], farewell: str = "at the next step boundary, with a checkpoint") -> int:
-    """Run a launch to its end; a request to stop is handed on once, a second Ctrl-C kills.
->>>>>>> zero-d
+class StopRequest:
+    """Hands a request to stop on to the launch that is running, once; a second Ctrl-C kills it."""
 
     def __init__(self, farewell: str):
         """Listen; `farewell` is what is said about the workers' end when a stop is asked for."""
@@ -233,39 +221,31 @@ def _launch_once(command: list[str], stop: StopRequest) -> End:
             "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
         }
         aside: list[str] = []
-<<<<<<< HEAD
-        # In a session of its own, so that a terminal's Ctrl-C comes here alone and is not taken for two requests.
-=======
         said: set[str] = set()
->>>>>>> zero-d
+        # In a session of its own, so that a terminal's Ctrl-C comes here alone and is not taken for two requests.
         with subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
         ) as process:
             stop.process = process
             assert process.stderr is not None
             for line in process.stderr:
-                if not line.startswith(OUTCOMES) and (aside or CHATTER.search(line)):
+                outcome = line.startswith(OUTCOMES)
+                if not outcome and (aside or CHATTER.search(line)):
                     aside.append(line)
-                else:
-                    said |= {line.rstrip("\n")} if line.startswith(OUTCOMES) else set()
+                elif line not in said:  # an outcome that another rank has told already
+                    said |= {line} if outcome else set()
                     sys.stderr.write(line)
                     sys.stderr.flush()
         stop.process = None
         status = process.returncode
-<<<<<<< HEAD
         explained = state_file.exists()
         if explained:
-            status = int(json.loads(state_file.read_text())["exit_status"])
-    cause = None if explained else cause_of("".join(aside))
-    if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED) and not explained and cause is None:
-=======
-        if state_file.exists():
             state = json.loads(state_file.read_text())
             status, message = int(state["exit_status"]), state.get("message")
-            if message and message not in said:  # a rank with a log of its own
+            if message and message not in {line.rstrip("\n") for line in said}:  # a rank with a log of its own
                 say(message)
-    if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
->>>>>>> zero-d
+    cause = None if explained else cause_of("".join(aside))
+    if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED) and not explained and cause is None:
         sys.stderr.writelines(aside)
     return End(status, explained, cause)
 

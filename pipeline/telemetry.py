@@ -24,6 +24,7 @@ from pipeline.progress import say
 from pipeline.throughput import matmul_rate
 
 STRAGGLER_RATIO = 1.5  # of a rank's own time to the median of all
+STRAGGLER_LINES = 3  # log lines in a row on which one rank must be that slow: anybody has a slow moment
 STRAGGLER_EVERY_S = 600.0  # between two warnings
 GIB = 2**30
 
@@ -48,6 +49,7 @@ class Meter:
         self.on_gpu = device.type == "cuda"
         self.peak_flops = matmul_rate(device) if self.on_gpu else 0.0
         self.flops_of: dict[bool, int] = {}
+        self.slow: list[int] = []
         self.warned_s = -STRAGGLER_EVERY_S
         self._restart()
 
@@ -165,7 +167,7 @@ class Meter:
         return values
 
     def warn_of_straggler(self, rank_s: list[float]) -> str | None:
-        """A sentence about a rank that all others wait for, at most one in ten minutes.
+        """A sentence about a rank that all others wait for, line after line; at most one in ten minutes.
 
         Args:
             rank_s: From `read`.
@@ -173,7 +175,11 @@ class Meter:
         slowest = max(range(len(rank_s)), key=rank_s.__getitem__)
         usual = sorted(rank_s)[(len(rank_s) - 1) // 2]
         now = time.monotonic()
-        if rank_s[slowest] < STRAGGLER_RATIO * usual or now - self.warned_s < STRAGGLER_EVERY_S:
+        if rank_s[slowest] < STRAGGLER_RATIO * usual:
+            self.slow = []
+            return None
+        self.slow = [*self.slow, slowest][-STRAGGLER_LINES:]
+        if self.slow != STRAGGLER_LINES * [slowest] or now - self.warned_s < STRAGGLER_EVERY_S:
             return None
         self.warned_s = now
         return (

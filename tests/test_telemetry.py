@@ -74,15 +74,18 @@ def test_the_load_of_each_layer_is_told_relative_to_an_even_one(meter):
     assert values["expert_load_max"] == 2
 
 
-def test_a_straggler_is_named_once_in_a_while(meter):
-    assert meter.warn_of_straggler([0.10, 0.11, 0.12, 0.10]) is None
-    warning = meter.warn_of_straggler([0.10, 0.11, 0.30, 0.10])
+def test_a_straggler_is_named_when_it_is_slow_line_after_line_and_once_in_a_while(meter):
+    even, slow = [0.10, 0.11, 0.12, 0.10], [0.10, 0.11, 0.30, 0.10]
+    for rank_s in (slow, slow, even, slow, slow):
+        assert meter.warn_of_straggler(rank_s) is None
+    warning = meter.warn_of_straggler(slow)
     assert "rank 2 is a straggler" in warning
     assert "300 ms, others' 100 ms" in warning
-    assert meter.warn_of_straggler([0.10, 0.11, 0.30, 0.10]) is None
+    assert meter.warn_of_straggler(slow) is None
     meter.warned_s -= 601
-    assert meter.warn_of_straggler([0.10, 0.30]) is not None
-    assert meter.warn_of_straggler([0.10]) is None
+    assert meter.warn_of_straggler(slow) is not None
+    for _ in range(4):
+        assert meter.warn_of_straggler([0.10]) is None
 
 
 def test_a_profile_holds_the_steps_of_its_window(tmp_path):

@@ -38,7 +38,7 @@ def set_tensors(engine: Any, weights: Tensors, moments: Tensors, step: int) -> N
     """The inverse of `gather_tensors`, for any world size, ZeRO stage and placement of experts. Collective."""
     create_optimizer_state(engine, step)
     module = engine.module
-    values = {None: split_experts(module, weights)}
+    values: dict[str | None, Tensors] = {None: split_experts(module, weights)}
     for kind in MOMENTS:
         values[kind] = split_experts(module, {name: moments[f"{name}/{kind}"] for name in weights})
     for name, parameter in _trained(module):

@@ -52,8 +52,9 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if self.path:
             self.file.close()
-            self.path.unlink(missing_ok=True)
-            with suppress(OSError):  # another rank's is still there
+            if self.path.stat().st_size == 0:
+                self.path.unlink()
+            with suppress(OSError):  # another rank's file is still there
                 self.path.parent.rmdir()
 
     def alive(self) -> None:
