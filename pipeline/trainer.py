@@ -302,10 +302,16 @@ class Trainer:
 
         A rank asks it by itself: one that has fewer photos to validate keeps no other waiting.
         """
-        model = RoadworkModel(self.model.config).attach(self.model.backbone)
+        model = self._model_of(self.average.gathered()).attach(self.model.backbone)
         model.loss_config = self.config.loss
-        model.load_state_dict(self.average.gathered())
         return model.to(self.accelerator.device).to(self.model.dtype)
+
+    def _model_of(self, weights: dict[str, torch.Tensor]) -> RoadworkModel:
+        """A whole head with the given weights, without a backbone."""
+        config: Any = self.model.config
+        model = RoadworkModel(config)
+        model.load_state_dict(weights)
+        return model
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
@@ -337,9 +343,7 @@ class Trainer:
                 f"the best weights so far, those of step {self.best['step']}, are neither in {folder.model} nor in a "
                 "checkpoint; copy that folder here, or choose another --train.run"
             )
-        model = RoadworkModel(self.model.config)
-        model.load_state_dict(weights)
-        replace_folder(folder.model, model.save_pretrained)
+        replace_folder(folder.model, self._model_of(weights).save_pretrained)
 
     def close(self) -> None:
         """Wait, for a bounded time, for what is still on its way to a store; says what did not get there."""

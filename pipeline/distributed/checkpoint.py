@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path

@@ -39,11 +39,11 @@ def set_tensors(engine: Any, weights: Tensors, moments: Tensors, step: int) -> N
     create_optimizer_state(engine, step)
     module = engine.module
     values: dict[str | None, Tensors] = {None: split_experts(module, weights)}
-    for kind in MOMENTS:
-        values[kind] = split_experts(module, {name: moments[f"{name}/{kind}"] for name in weights})
+    for moment in MOMENTS:
+        values[moment] = split_experts(module, {name: moments[f"{name}/{moment}"] for name in weights})
     for name, parameter in _trained(module):
-        for kind in (None, *MOMENTS):
-            _set(engine, parameter, kind, values[kind][name].to(parameter.device))
+        for kind, tensors in values.items():
+            _set(engine, parameter, kind, tensors[name].to(parameter.device))
     load_held(module, values[None])
 
 
