@@ -109,7 +109,8 @@ def watch_routers(model: nn.Module) -> None:
     """Take the router's logits from the layers that replaced the blocks, as `SparseExperts` does by itself."""
     for module in model.modules():
         if isinstance(module, SparseExperts) and is_sharded(module.block):
-            module.watch(module.block.router.gate)
+            block: Any = module.block
+            module.watch(block.router.gate)
 
 
 def merge_experts(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
