@@ -302,7 +302,7 @@ class Uploader:
         """Try several times, with growing pauses, and no longer once the run has ended."""
         retrying = Retrying(
             stop=stop_after_attempt(ATTEMPTS) | stop_when_event_set(self._given_up),
-            wait=wait_exponential_jitter(initial=FIRST_WAIT_S, max=LONGEST_WAIT_S),
+            wait=wait_exponential_jitter(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),
             sleep=sleep_using_event(self._given_up),
             reraise=True,
         )
