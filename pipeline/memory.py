@@ -214,7 +214,9 @@ def backbone_activations(config: Config, backbone: DINOv3ViTConfig, precision: s
     low = 2 if precision == "bf16" else 4
     side = config.model.view_side
     views = min(MAX_VIEWS_PER_PASS, max(1, config.model.num_views - 1) * micro_batch)
-    tokens = (side // int(backbone.patch_size)) ** 2 + 1 + backbone.num_register_tokens
+    patch = backbone.patch_size
+    assert isinstance(patch, int)
+    tokens = (side // patch) ** 2 + 1 + backbone.num_register_tokens
     layer = low * tokens * (3 * backbone.hidden_size + 3 * backbone.intermediate_size)
     pixels = 3 * side**2 * 4
     return views * (max(layer, pixels) + pixels)
