@@ -65,6 +65,7 @@ def doctor(
     out: Path | None = None,
     *,
     config_file: Path | None = None,
+    num_machines: int | None = None,
     num_processes: int | None = None,
     gpu_gib: float | None = None,
 ) -> Path:
@@ -75,6 +76,7 @@ def doctor(
         shards: Folder of shards, or its URL; by default the recipe's.
         out: Folder for summary.json; by default a temporary one.
         config_file: An accelerate configuration; by default the one that this machine's hardware decides on.
+        num_machines: By default the accelerate configuration's.
         num_processes: Over all machines; by default the accelerate configuration's.
         gpu_gib: Memory of one GPU where training will run, such as 80, if that is not this machine.
 
@@ -89,7 +91,7 @@ def doctor(
     gpu_gib = gpu_gib or own_gpu_gib()
     settings: dict[str, Any] = {}
     try:
-        launch = resolve(config, chosen, processes, precision_on(config, gpu_gib))
+        launch = resolve(config, chosen, num_machines, processes, precision_on(config, gpu_gib))
         settings = launch.settings
         findings += [*plan(config, launch), *memory(config, launch, gpu_gib)]
     except UserError as error:

@@ -43,12 +43,15 @@ class LaunchPlan:
     """What the files say and nobody listens to."""
 
 
-def resolve(config: Config, accelerate: Path, num_processes: int | None, precision: str) -> LaunchPlan:
+def resolve(
+    config: Config, accelerate: Path, num_machines: int | None, num_processes: int | None, precision: str
+) -> LaunchPlan:
     """Put the three together as a launch does.
 
     Args:
         config: Of the run.
         accelerate: The accelerate configuration.
+        num_machines: None for what the file says.
         num_processes: Over all machines; None for what the file says.
         precision: "bf16" or "fp32".
 
@@ -62,15 +65,15 @@ def resolve(config: Config, accelerate: Path, num_processes: int | None, precisi
     path = Path(launch["deepspeed_config"]["deepspeed_config_file"])
     path = path if path.exists() else ROOT / path
     settings = read_ds_config(path)
-    problem = next(deepspeed_problems(settings, precision), None)
+    problem = next(deepspeed_problems(settings), None)
     if problem is not None:
         raise UserError(f"{path}: {problem}")
-    machines = int(launch.get("num_machines", 1))
+    machines = num_machines or int(launch.get("num_machines", 1))
     world_size = num_processes or int(launch.get("num_processes", 1))
     if world_size % machines:
         raise UserError(
-            f"{world_size} processes cannot be shared evenly among the {machines} machines of {accelerate}; "
-            "give another --num_processes"
+            f"{world_size} processes cannot be shared evenly among the {machines} machines; "
+            "give another number of one of them"
         )
     batching = plan_batches(config.train, world_size)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
@@ -125,7 +128,7 @@ def accelerate_problems(launch: dict[str, Any]) -> Iterator[str]:
         yield "deepspeed_multinode_launcher starts processes over ssh, past the launcher; set it to standard"
 
 
-def deepspeed_problems(settings: dict[str, Any], precision: str) -> Iterator[str]:
+def deepspeed_problems(settings: dict[str, Any]) -> Iterator[str]:
     """Why a DeepSpeed configuration cannot be used."""
     zero = settings.get("zero_optimization", {})
     stage = zero.get("stage", 0)

@@ -14,8 +14,8 @@ from pipeline.config import Config, parse_config
 from pipeline.data.index import read_index
 from pipeline.data.inputs import check_inputs
 from pipeline.errors import EXIT_STOPPED, UserError, require, run
+from pipeline.launch_plan import resolve
 from pipeline.launcher import ACCELERATE_CONFIGS, find_recipe
-from pipeline.plan import plan_batches
 from pipeline.progress import say
 from pipeline.run_folder import RunFolder
 from pipeline.slurm import Job, Resources, submit
@@ -88,9 +88,8 @@ def main(words: Sequence[str]) -> Path | None:
     require(processes >= 1, "--processes_per_node", processes, "1 or more")
     recipe = find_recipe(own.recipe)
     config, _ = parse_config(["--config", str(recipe), *overrides], PROG)
-    plan_batches(config.train, own.nodes * processes)
-    accelerate = own.config_file or ACCELERATE_CONFIGS / ("gpu.yaml" if own.gpus_per_node else "cpu_1.yaml")
-    require(accelerate.is_file(), "--config_file", str(accelerate), "a file, such as those in accelerate_configs/")
+    accelerate = own.config_file or ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus_per_node else "cpu_1.yaml")
+    resolve(config, accelerate, own.nodes, own.nodes * processes, "bf16" if own.gpus_per_node else "fp32")
     for problem in find_problems(config, own.gpus_per_node):
         if not own.dry_run:
             raise UserError(problem)
@@ -166,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     add("gpus_per_node", "GPUs of each node, one process for each; 0 for processes on the CPU.", type=int, default=1)
     add("processes_per_node", "Processes of each node without GPUs; 1 if not given.", type=int, default=1)
     add("cpus_per_task", "Cores of each node; by default one per process and one per data.workers of each.", type=int)
-    add("config_file", "An accelerate configuration, by default accelerate_configs/gpu.yaml.", type=Path)
+    add("config_file", "An accelerate configuration, by default accelerate_configs/multi_node.yaml.", type=Path)
     add("mem", "Memory of each node, such as 200G; this and what follows is the cluster's default if not given.")
     add("time", "Limit of the job, such as 04:00:00; it may be shorter than training, which goes on after a requeue.")
     add("partition", "Where the job runs.")

@@ -37,7 +37,7 @@ def test_every_ready_file_goes_with_every_other(tmp_path, accelerate, deepspeed)
     values = yaml.safe_load(accelerate.read_text())
     values["deepspeed_config"]["deepspeed_config_file"] = str(deepspeed)
     (tmp_path / "launch.yaml").write_text(yaml.safe_dump(values))
-    plan = resolve(Config(), tmp_path / "launch.yaml", None, "bf16")
+    plan = resolve(Config(), tmp_path / "launch.yaml", None, None, "bf16")
     batching = plan.batching
     assert plan.world_size == values["num_processes"]
     assert plan.world_size * batching.micro_batch_size * batching.accumulation == 64
@@ -52,7 +52,7 @@ def test_every_ready_file_goes_with_every_other(tmp_path, accelerate, deepspeed)
 
 def test_the_command_line_has_the_last_word_on_processes_and_experts_are_placed(tmp_path):
     config = Config(train=TrainConfig(expert_parallel=2))
-    plan = resolve(config, pair(tmp_path, {"num_processes": 2}), 8, "fp32")
+    plan = resolve(config, pair(tmp_path, {"num_processes": 2}), None, 8, "fp32")
     assert (plan.world_size, plan.sharding.expert_parallel) == (8, 2)
     assert plan.settings["expert_parallel"]["autoep_size"] == 2
     assert dict(describe(plan, config))["experts"] == "4 per layer, 2 on each of 2 processes, in 4 such groups"
@@ -60,7 +60,7 @@ def test_the_command_line_has_the_last_word_on_processes_and_experts_are_placed(
 
 def test_what_gives_way_is_said(tmp_path):
     config = Config(train=TrainConfig(expert_parallel=4))
-    plan = resolve(config, pair(tmp_path, {"num_processes": 1}, {"gradient_clipping": 5}), None, "fp32")
+    plan = resolve(config, pair(tmp_path, {"num_processes": 1}, {"gradient_clipping": 5}), None, None, "fp32")
     assert plan.settings["gradient_clipping"] == config.optim.grad_clip
     assert plan.notes == (
         "gradient_clipping of zero.json gives way to the recipe's",
@@ -90,7 +90,7 @@ def test_what_gives_way_is_said(tmp_path):
 )  # fmt: skip
 def test_a_pair_that_does_not_work_is_refused_with_the_reason(tmp_path, launch, zero, sentence):
     with pytest.raises(UserError) as error:
-        resolve(Config(), pair(tmp_path, launch, zero), None, "bf16")
+        resolve(Config(), pair(tmp_path, launch, zero), None, None, "bf16")
     assert sentence in str(error.value)
 
 
@@ -105,15 +105,17 @@ def test_a_pair_that_does_not_work_is_refused_with_the_reason(tmp_path, launch, 
 )
 def test_experts_that_cannot_be_placed_are_refused_as_training_refuses_them(tmp_path, config, stage, sentence):
     with pytest.raises(UserError) as error:
-        resolve(config, pair(tmp_path, {}, {"zero_optimization": {"stage": stage}}), None, "fp32")
+        resolve(config, pair(tmp_path, {}, {"zero_optimization": {"stage": stage}}), None, None, "fp32")
     assert sentence in str(error.value)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the accelerate configuration .*none\.yaml"):
-        resolve(Config(), tmp_path / "none.yaml", None, "bf16")
+        resolve(Config(), tmp_path / "none.yaml", None, None, "bf16")
     (tmp_path / "list.yaml").write_text("- a\n")
     with pytest.raises(UserError, match="not a mapping"):
-        resolve(Config(), tmp_path / "list.yaml", None, "bf16")
+        resolve(Config(), tmp_path / "list.yaml", None, None, "bf16")
     with pytest.raises(UserError, match="cannot read the DeepSpeed configuration"):
-        resolve(Config(), pair(tmp_path, {"deepspeed_config": {"deepspeed_config_file": "gone.json"}}), None, "bf16")
+        resolve(
+            Config(), pair(tmp_path, {"deepspeed_config": {"deepspeed_config_file": "gone.json"}}), None, None, "bf16"
+        )

@@ -118,7 +118,7 @@ def test_notice_reaches_the_launcher_of_the_first_node_even_while_it_starts(reci
         (["--processes-per-node", "0"], "--processes_per_node is 0, but must be 1 or more"),
         (["--nodes", "3"], "train.batch_size is 8, which 3 processes cannot share evenly; choose 6 or 9"),
         (["--train.epoch", "3"], "unknown option 'train.epoch'; did you mean 'train.epochs'?"),
-        (["--config-file", "none.yaml"], "--config_file is 'none.yaml', but must be a file"),
+        (["--config-file", "none.yaml"], "cannot read the accelerate configuration none.yaml"),
         (["--shards", "nowhere"], "no shards in nowhere"),
         (["--gpus-per-node", "8", "--nodes", "1"], "has no CUDA"),
     ],
@@ -136,7 +136,13 @@ def test_a_dry_run_shows_the_script_and_what_is_amiss_and_writes_nothing(recipe,
     before = sorted(recipe.parent.rglob("*"))
     assert main(["recipe.yaml", "--nodes", "2", "--gpus-per-node", "4", "--dry-run", "--shards", "nowhere"]) is None
     shown = capsys.readouterr().err
-    for part in ("has no CUDA", "no shards in nowhere", "#SBATCH --gpus-per-node=4", "--num_processes=8", "gpu.yaml"):
+    for part in (
+        "has no CUDA",
+        "no shards in nowhere",
+        "#SBATCH --gpus-per-node=4",
+        "--num_processes=8",
+        "multi_node.yaml",
+    ):
         assert part in shown
     assert sorted(recipe.parent.rglob("*")) == before
 
