@@ -70,7 +70,6 @@ def expert_settings(size: int, precision: str) -> dict[str, Any]:
         "expert_parallel": {
             "enabled": True,
             "autoep_size": size,
-            "preset_model": "qwen3_moe",
             "moe_layer_pattern": r"head\.layers\.\d+\.mlp\.block",
             "num_experts_attr": "experts",
             "top_k_attr": "experts_per_token",

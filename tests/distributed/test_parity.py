@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from benchmarks.parity_cells import Cell, bare_loop, run
+from benchmarks.parity_cells import Cell, bare_loop, batch, build, run
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
 from pipeline.data.dataset import collate, model_inputs
 from pipeline.data.stand_in import StandIn
@@ -56,6 +56,14 @@ def test_the_cells_can_tell_forms_apart():
     usual, free, idle = (bare_loop(Cell(1, 1, 1, **changes)) for changes in ({}, {"clip": False}, {"idle": True}))
     assert usual.difference(free) > 1e-3
     assert usual.difference(idle) > 1e-3
+
+
+@torch.inference_mode()
+def test_the_idle_experts_are_idle():
+    model = build(Cell(1, 1, 1, idle=True)).eval()
+    photos = batch(0, range(8), model)
+    for logits in model(**model_inputs(photos)).router_logits:
+        assert set(logits.argmax(dim=-1).flatten().tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize(
