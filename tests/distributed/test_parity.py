@@ -6,8 +6,10 @@ import shutil
 import pytest
 import torch
 
-from benchmarks.parity_cells import Cell, bare_loop, run
+from benchmarks.parity_cells import Cell, bare_loop, batch, build, run
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
+from pipeline.data.dataset import collate, model_inputs
+from pipeline.data.stand_in import StandIn
 from pipeline.distributed.experts import resolve_expert_parallel
 from pipeline.distributed.startup import ROOT
 from pipeline.errors import UserError
@@ -56,6 +58,14 @@ def test_the_cells_can_tell_forms_apart():
     assert usual.difference(idle) > 1e-3
 
 
+@torch.inference_mode()
+def test_the_idle_experts_are_idle():
+    model = build(Cell(1, 1, 1, idle=True)).eval()
+    photos = batch(0, range(8), model)
+    for logits in model(**model_inputs(photos)).router_logits:
+        assert set(logits.argmax(dim=-1).flatten().tolist()) == {0, 1}
+
+
 @pytest.mark.parametrize(
     ("wanted", "experts", "world_size", "stage", "grad_clip", "why"),
     [
@@ -100,16 +110,18 @@ def test_a_launched_run_with_zero_3_and_sharded_experts_validates_and_saves_as_o
     usual = (ROOT / "accelerate_configs" / "cpu_2.yaml").read_text()
     (tmp_path / "zero3.yaml").write_text(usual.replace("ds_configs/zero2.json", "ds_configs/zero3.json"))
     _, alone = finish(launch(tmp_path, tmp_path / "alone", processes=1))
-    assert "all 2 of a layer stay whole" in alone
+    assert "all 2 of a layer stay whole: one process" in alone
     spread = ["--config_file", str(tmp_path / "zero3.yaml")]
     _, err = finish(launch(tmp_path, tmp_path / "spread", *spread))
     assert "experts    2 per layer, 1 on each of 2 processes" in err
     ours, theirs = (lines(tmp_path / name) for name in ("spread", "alone"))
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
     models = [RoadworkModel.from_pretrained(tmp_path / name / "model") for name in ("spread", "alone")]
-    weights = [model.state_dict() for model in models]
-    for name, value in weights[1].items():
-        torch.testing.assert_close(weights[0][name], value, rtol=1e-4, atol=1e-5)
+    sizes = models[0].config.sizes
+    noise = StandIn(1, sizes.view_side, sizes.num_views, sizes.mask_side, sizes.text_dim)
+    with torch.inference_mode():
+        logits = [model(**model_inputs(collate([noise[0]]))).logits for model in models]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
     shutil.rmtree(tmp_path / "spread" / "checkpoints" / "step-00000004")
     (tmp_path / "spread" / "summary.json").unlink()
     _, err = finish(launch(tmp_path, tmp_path / "spread", processes=1))
