@@ -239,7 +239,7 @@ class Trainer:
                 f"the best weights so far, those of step {self.best['step']}, are neither in {folder.model} nor in a "
                 "checkpoint; copy that folder here, or choose another --train.run"
             )
-        model = RoadworkModel(self.model.config)
+        model = RoadworkModel(self.model.config)  # type: ignore[arg-type]
         model.load_state_dict(weights)
         replace_folder(folder.model, model.save_pretrained)
 

@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -134,7 +135,7 @@ class Checkpoints:
         if self.uploader:
             self.uploader.close(self.settings.sync_wait_s)
 
-    def _write(self, step: int, tensors: dict[str, Tensors], state: dict[str, Any]) -> str | None:
+    def _write(self, step: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> str | None:
         """Write, then remove what need not stay; returns why there was no room, None when all is well."""
         self.retention.best = state["best"] and state["best"]["step"]
         try:

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -257,7 +258,7 @@ class Uploader:
         """Upload what is missing, then remove what need not stay."""
         while (found := self._next()) is not None:
             path, marker = found
-            self._retried(lambda path=path, marker=marker: self._bring(path, marker))
+            self._retried(partial(self._bring, path, marker))
             self._synced.add((path.name, marker))
         self._retried(self._tidy)
 
