@@ -80,6 +80,8 @@ class TrainConfig:
     """Samples per optimizer step, over all processes: the world size changes the speed, not the run."""
     micro_batch_size: int = 16
     """Most samples of one process in one forward pass; accumulation follows."""
+    expert_parallel: int = 1
+    """Processes that share the experts of a layer; 1 gives every process all of them. One process alone keeps them."""
     precision: str = "auto"
     """`bf16`, `fp32`, or `auto`: bf16 where a GPU computes in it."""
     seed: int = 0
@@ -98,7 +100,9 @@ class TrainConfig:
     """Log to Weights & Biases: online with a key, offline in the run folder without."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "micro_batch_size", "log_every", "validations_per_epoch"):
+        for key in (
+            "epochs", "batch_size", "micro_batch_size", "expert_parallel", "log_every", "validations_per_epoch",
+        ):  # fmt: skip
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
         require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         for key in ("seed", "patience", "distil_every"):

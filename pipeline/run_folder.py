@@ -22,7 +22,10 @@ from pipeline.files import write_json, write_text
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "scikit-learn", "webdataset")
 # What may differ between the parts of one run: none of these changes what is computed.
-FREE_KEYS = {"train": {"run", "log_every", "wandb", "micro_batch_size"}, "data": {"shards", "workers"}}
+FREE_KEYS = {
+    "train": {"run", "log_every", "wandb", "micro_batch_size", "expert_parallel"},
+    "data": {"shards", "workers"},
+}
 
 
 class RunFolder:

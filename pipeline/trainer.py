@@ -14,13 +14,22 @@ from accelerate import Accelerator
 
 from pipeline.config import Config
 from pipeline.data.dataset import model_inputs
-from pipeline.distributed import Checkpoints, StopSignal, create_optimizer_state, on_all_ranks, on_rank_zero
+from pipeline.distributed import (
+    Checkpoints,
+    EngineAverage,
+    StopSignal,
+    create_optimizer_state,
+    expert_parallel_size,
+    on_all_ranks,
+    on_rank_zero,
+    watch_routers,
+)
 from pipeline.errors import Stopped, UserError
 from pipeline.feed import Batch, Feed
 from pipeline.files import replace_folder
 from pipeline.losses import TERMS, Targets, count_targets
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import WeightAverage, build_optimizer, lr_at
+from pipeline.optim import build_optimizer, lr_at
 from pipeline.plan import Batching, Schedule
 from pipeline.progress import format_seconds, say
 from pipeline.run_folder import RunFolder
@@ -68,9 +77,11 @@ class Trainer:
         self.batching, self.schedule, self.folder = batching, schedule, folder
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         model.train()
-        self.engine, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+        optimizer = build_optimizer(model, config.optim, expert_parallel_size(accelerator))
+        self.engine, self.optimizer = accelerator.prepare(model, optimizer)
+        watch_routers(model)
         create_optimizer_state(self.engine)
-        self.average = WeightAverage(model, config.train.ema_decay)
+        self.average = EngineAverage(model, config.train.ema_decay)
         self.checkpoints = Checkpoints(folder.checkpoints, config, self.rank) if folder else None
         self.stop = StopSignal()
         self.step = 0
@@ -149,7 +160,7 @@ class Trainer:
             for i, term in enumerate(TERMS):
                 if term in output.loss_terms:
                     sums[1 + i] += output.loss_terms[term].detach().sum() / counts[i].clamp(min=1)
-        self.average.update(self.model, self.step)
+        self.average.update(self.step)
         return sums
 
     def _agree(self, losses: torch.Tensor, since_save_s: float) -> tuple[torch.Tensor, bool, bool]:
@@ -193,11 +204,11 @@ class Trainer:
 
     def _validate(self) -> None:
         assert self.validation is not None
-        with self.average.applied_to(self.model):
-            scores = self.validation(self.model)
-            better = self.best is None or (scores["mcc"], -scores["loss"]) > (self.best["mcc"], -self.best["loss"])
-            if better and self.folder and self.rank == 0:
-                replace_folder(self.folder.model, self.model.save_pretrained)
+        averaged = self._averaged_model()
+        scores = self.validation(averaged)
+        better = self.best is None or (scores["mcc"], -scores["loss"]) > (self.best["mcc"], -self.best["loss"])
+        if better and self.folder and self.rank == 0:
+            replace_folder(self.folder.model, averaged.save_pretrained)
         if better:
             self.best, self.validations_since_best = {"step": self.step, **scores}, 0
         else:
@@ -209,6 +220,17 @@ class Trainer:
                 f"step {self.step}/{self.schedule.steps}  validation: MCC {scores['mcc']:.3f} (metadata NULL, "
                 f"n={scores['n']}){', the best so far' if better else ''}"
             )
+
+    def _averaged_model(self) -> RoadworkModel:
+        """A whole model with the averaged weights, whatever holds the pieces of the one in training. Collective.
+
+        A rank asks it by itself: one that has fewer photos to validate keeps no other waiting.
+        """
+        config: Any = self.model.config
+        model = RoadworkModel(config).attach(self.model.backbone)
+        model.loss_config = self.config.loss
+        model.load_state_dict(self.average.gathered())
+        return model.to(self.accelerator.device).to(self.model.dtype)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
@@ -270,10 +292,11 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         if self.rank == 0 and self._out_of_patience():
             say(f"stopped early: {self.validations_since_best} validations without a better MCC")
-        if self.folder and self.best is None and self.rank == 0:
+        if self.folder and self.best is None:
             # Nothing to validate on: the last average is the best there is.
-            with self.average.applied_to(self.model):
-                replace_folder(self.folder.model, self.model.save_pretrained)
+            averaged = self._averaged_model()
+            if self.rank == 0:
+                replace_folder(self.folder.model, averaged.save_pretrained)
         best = None
         if self.best is not None:
             best = {"step": self.best["step"], "val": {key: self.best[key] for key in self.best if key != "step"}}
