@@ -2,8 +2,8 @@
 
 A step is its micro-batches, each a fixed part and a part per photo, then the optimizer, whose state is shared by the
 processes, and the collectives, by their bytes and number. On this machine one process says how long each part takes, an
-all-reduce what bytes cost, and two and four processes whether the sum is right. For GPUs, which are not here, operations,
-kernels and bytes are counted, and speeds are assumed: every assumption is printed.
+all-reduce what bytes cost, and two and four processes whether the sum is right. For GPUs, which are not here, bytes,
+operations and kernels are counted, and speeds are assumed: every assumption is printed.
 """
 
 from __future__ import annotations
@@ -213,10 +213,13 @@ def predicted(assumed: Assumptions, gpu_hour_usd: float) -> list[Row]:
         config, backbone = read_config(find_recipe(recipe)), vith16plus_config()
         parameters = count(config, backbone)
         costs = count_costs(config, parameters, assumed, photos)
+        sharding = Sharding(1, bucket=50_000_000)
+        alone = need(config, backbone, "bf16", sharding, photos)
         alone_s = gpu_step_s(costs, photos, 1, assumed)
         for gpus in GPUS:
             step_s = gpu_step_s(costs, photos, gpus, assumed)
-            gib = need(config, backbone, "bf16", Sharding(gpus, bucket=50_000_000), photos).device / 2**30
+            states, _ = state_bytes(parameters, "bf16", replace(sharding, world_size=gpus))
+            gib = (alone.device - alone.states + states) / 2**30
             epoch_s = PHOTOS / (photos * gpus) * step_s
             note = (
                 f"predicted, not measured; {photos} photos per GPU, batch {photos * gpus}; step {1e3 * step_s:.1f} ms, "
