@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,9 +32,12 @@ from pipeline.distributed.startup import ROOT
 from pipeline.feed import Batch
 from pipeline.losses import TERMS
 from pipeline.model.config import ModelConfig
+from pipeline.model.moe import SparseExperts
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import build_optimizer, lr_at
+from pipeline.optim import WeightAverage, build_optimizer, lr_at
+from pipeline.optim.ema import copy_into
 from pipeline.plan import Batching, Schedule
+from pipeline.progress import silence_libraries
 from pipeline.trainer import Trainer
 
 STEPS = 5
@@ -59,7 +62,7 @@ class Cell:
     clip: bool = True
     """Whether gradients are clipped."""
     idle: bool = False
-    """Whether the router sends every token to the first two experts, so that the others get none."""
+    """Whether the routers send every token to one of the first two experts, so that the others get none."""
     resume: str = ""
     """Folder of tensors to go on from."""
     save: str = ""
@@ -94,14 +97,16 @@ class Curve:
 
 def config(cell: Cell) -> Config:
     """The recipe of a cell; nothing in it is random, so that the number of processes changes nothing."""
+    # A step so small that the idle experts stay idle.
+    lr = 1e-5 if cell.idle else 3e-3
     return Config(
         train=TrainConfig(batch_size=BATCH, distil_every=2, seed=SEED, expert_parallel=cell.sharding, wandb=False),
         model=ModelConfig(
             backbone="scenes-tiny", view_side=32, keep_views=4, pool_grid=2, width=32, layers=2, heads=2,
-            fusion_heads=2, experts=EXPERTS, experts_per_token=2, expert_width=16, mask_side=4, dropout=0.0,
-            metadata_field_dropout=0.0, metadata_all_dropout=0.0, pruning="off",
+            fusion_heads=2, experts=EXPERTS, experts_per_token=1 if cell.idle else 2, expert_width=16,
+            mask_side=4, dropout=0.0, metadata_field_dropout=0.0, metadata_all_dropout=0.0, pruning="off",
         ),
-        optim=OptimConfig(lr=3e-3, grad_clip=GRAD_CLIP if cell.clip else 0.0),
+        optim=OptimConfig(lr=lr, grad_clip=GRAD_CLIP if cell.clip else 0.0),
     )  # fmt: skip
 
 
@@ -118,12 +123,13 @@ def build(cell: Cell) -> RoadworkModel:
 
 @torch.no_grad()
 def favour_two_experts(model: RoadworkModel) -> None:
-    """Let no token reach the third and fourth expert, by routers that see next to nothing of it."""
-    for layer in model.head.layers:  # type: ignore[union-attr]
-        norm, gate = layer.mlp_norm, layer.mlp.block.gate
-        norm.weight[0] = 0.0  # then a token's other features cannot turn the sign of what the router reads
-        gate.weight.mul_(1e-3)
-        gate.weight[2:] = gate.weight[:2]  # equal logits: the first of them are taken
+    """Let no token reach the third and fourth expert: of logits t, -t, 0, 0 one of the first two is the largest."""
+    for module in model.modules():
+        if isinstance(module, SparseExperts):
+            router = cast(torch.Tensor, module.block.gate.weight)
+            router[0] *= 200  # so that t is far from 0 for every token
+            router[1] = -router[0]
+            router[2:] = 0.0
 
 
 def photo(row: int, dim: int, sizes: ModelConfig) -> dict[str, torch.Tensor]:
@@ -153,7 +159,7 @@ def batch(step: int, rows: Sequence[int], model: RoadworkModel) -> Batch:
 def bare_loop(cell: Cell) -> Curve:
     """One process, the whole batch at once, no DeepSpeed."""
     settings, model = config(cell), build(cell).train()
-    optimizer = build_optimizer(model, settings.optim)
+    optimizer, average = build_optimizer(model, settings.optim), WeightAverage(model, settings.train.ema_decay)
     losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
@@ -167,6 +173,7 @@ def bare_loop(cell: Cell) -> Curve:
         output.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.grad_clip or float("inf"))
         optimizer.step()
+        average.update(step)
         counts = {"roadwork": photos["labels"] >= 0, "weather": photos["weather"].sum(dim=-1) > 0}
         counts["segmentation"] = ~photos["mask_targets"].flatten(1).isnan().any(dim=1)
         means = [
@@ -176,6 +183,9 @@ def bare_loop(cell: Cell) -> Curve:
         ]  # fmt: skip
         losses.append([float(output.loss.detach()), *means])
         norms.append(float(norm))
+    if cell.export:
+        copy_into(dict(model.named_parameters()), average.tensors)
+        model.save_pretrained(cell.export)
     return Curve(np.array(losses), np.array(norms))
 
 
@@ -197,7 +207,10 @@ def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cells[0].processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
+    silence_libraries()
+    linear = torch.nn.functional.linear
     for number, cell in enumerate(cells):
+        torch.nn.functional.linear = linear  # ZeRO-3 leaves one of its own, whose last digits differ
         curve = train(cell, Path(folder) / f"{number}-{rank}.json")
         if rank == 0:
             np.savez(Path(folder) / f"{number}.npz", losses=curve.losses, norms=curve.norms)

@@ -20,7 +20,7 @@ from pipeline.data.features import FeatureCache, open_cache
 from pipeline.data.index import INDEX_NAME, read_index
 from pipeline.data.inputs import check_inputs
 from pipeline.data.storage import open_folder
-from pipeline.distributed import expert_parallel_size, on_rank_zero, resolve_precision, start
+from pipeline.distributed import describe_experts, expert_parallel_size, on_rank_zero, resolve_precision, start
 from pipeline.errors import run
 from pipeline.feed import open_feed
 from pipeline.files import write_summary
@@ -88,10 +88,9 @@ def train(config: Config, dry_run: bool) -> Path | None:
     model.loss_config = config.loss
     check_cache(cache, model, config)
     if lead:
-        sharding = Sharding.of(
-            accelerator.deepspeed_plugin.deepspeed_config, world_size, expert_parallel_size(accelerator)
-        )
-        for line in describe_model(config, model, precision, sharding):
+        size = expert_parallel_size(accelerator)
+        sharding = Sharding.of(accelerator.deepspeed_plugin.deepspeed_config, world_size, size)
+        for line in (*describe_model(config, model, precision, sharding), *describe_experts(config, size)):
             say(line)
     validation = None
     if index is not None and not dry_run and (index.splits["val"].labels >= 0).any():

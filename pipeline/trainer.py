@@ -224,7 +224,8 @@ class Trainer:
 
         A rank asks it by itself: one that has fewer photos to validate keeps no other waiting.
         """
-        model = RoadworkModel(self.model.config).attach(self.model.backbone)
+        config: Any = self.model.config
+        model = RoadworkModel(config).attach(self.model.backbone)
         model.loss_config = self.config.loss
         model.load_state_dict(self.average.gathered())
         return model.to(self.accelerator.device).to(self.model.dtype)

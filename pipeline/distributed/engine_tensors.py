@@ -38,13 +38,14 @@ def set_tensors(engine: Any, weights: Tensors, moments: Tensors, step: int) -> N
     """The inverse of `gather_tensors`, for any world size, ZeRO stage and placement of experts. Collective."""
     create_optimizer_state(engine, step)
     module = engine.module
-    values = {None: split_experts(module, weights)}
+    mine = split_experts(module, weights)
+    values: dict[str | None, Tensors] = {None: mine}
     for kind in MOMENTS:
         values[kind] = split_experts(module, {name: moments[f"{name}/{kind}"] for name in weights})
     for name, parameter in _trained(module):
-        for kind in (None, *MOMENTS):
-            _set(engine, parameter, kind, values[kind][name].to(parameter.device))
-    load_held(module, values[None])
+        for what, tensors in values.items():
+            _set(engine, parameter, what, tensors[name].to(parameter.device))
+    load_held(module, mine)
 
 
 def create_optimizer_state(engine: Any, step: int = 0) -> None:

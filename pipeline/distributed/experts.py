@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
+from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.model.moe import SparseExperts
 
@@ -69,7 +70,6 @@ def expert_settings(size: int, precision: str) -> dict[str, Any]:
         "expert_parallel": {
             "enabled": True,
             "autoep_size": size,
-            "preset_model": "qwen3_moe",
             "moe_layer_pattern": r"head\.layers\.\d+\.mlp\.block",
             "num_experts_attr": "experts",
             "top_k_attr": "experts_per_token",
@@ -77,6 +77,20 @@ def expert_settings(size: int, precision: str) -> dict[str, Any]:
             "use_grouped_mm": precision == "bf16",
         }
     }
+
+
+def describe_experts(config: Config, size: int) -> Iterator[str]:
+    """Where a layer's experts are: a line of the plan, or none where there are none to speak of.
+
+    Args:
+        config: Of the run.
+        size: From `resolve_expert_parallel`.
+    """
+    experts, wanted = config.model.experts, config.train.expert_parallel
+    if size > 1:
+        yield f"experts    {experts} per layer, {experts // size} on each of {size} processes"
+    elif wanted > 1:
+        yield f"experts    all {experts} of a layer stay whole: one process has nobody to share them with"
 
 
 def check_version() -> None:
@@ -109,7 +123,8 @@ def watch_routers(model: nn.Module) -> None:
     """Take the router's logits from the layers that replaced the blocks, as `SparseExperts` does by itself."""
     for module in model.modules():
         if isinstance(module, SparseExperts) and is_sharded(module.block):
-            module.watch(module.block.router.gate)
+            block: Any = module.block
+            module.watch(block.router.gate)
 
 
 def merge_experts(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,79 @@
+"""Whether ZeRO stage, sharded experts, processes and accumulation change what is computed: the whole matrix.
+
+Nothing here is timed, and nothing is measured twice: the engine gives the same digits every time. A row says how far
+the losses of all steps are from those of a bare PyTorch loop of one process, as a share of what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks.form import Goal, Report, Row, machine, publish, versions
+from benchmarks.parity_cells import BATCH, EXPERTS, SEED, STEPS, Cell, Curve, bare_loop, run
+from pipeline.cli import command
+from pipeline.progress import say, track
+
+PACKAGES = ("torch", "deepspeed", "accelerate", "transformers")
+BOUND = 1e-5
+GOAL = Goal(1, at_most=True)
+PROCESSES = (1, 2, 4)
+
+
+def parity(quick: bool = False, out: Path | None = None) -> Path:
+    """Compare every form of the engine with a bare loop: ZeRO 0 to 3, experts whole or shared, accumulation.
+
+    Args:
+        quick: One and two processes only, in a minute and a half.
+        out: Folder for parity.json; benchmarks/results if not given, or runs/benchmarks with --quick.
+    """
+    cells = list(matrix(PROCESSES[:2] if quick else PROCESSES))
+    rows = measure(cells)
+    report = Report("parity", machine(max(cell.processes for cell in cells)), versions(PACKAGES), SEED, rows)
+    say(f"{sum(bool(row.met) for row in rows)} of {len(rows)} forms are within {BOUND:g} of a bare loop")
+    return publish(report, out, quick)
+
+
+def matrix(processes: tuple[int, ...]) -> Iterator[Cell]:
+    """Every combination that DeepSpeed can do, by number of processes."""
+    for count in processes:
+        for stage in (0, 1, 2, 3):
+            for sharding in (size for size in (1, 2, 4) if count % size == 0):
+                for accumulation in (1, 2):
+                    # Refused with clipping: DeepSpeed's norm is another one there.
+                    yield Cell(stage, sharding, count, accumulation, clip=not (stage == 0 and sharding > 1))
+
+
+def measure(cells: list[Cell]) -> tuple[Row, ...]:
+    """A row for each cell; all cells of a world size share one start of processes."""
+    bare = {clip: bare_loop(Cell(0, 1, 1, clip=clip)) for clip in {cell.clip for cell in cells}}
+    curves: dict[Cell, Curve] = {}
+    counts = sorted({cell.processes for cell in cells})
+    for count in track(counts, len(counts), "running", unit="world sizes"):
+        group = [cell for cell in cells if cell.processes == count]
+        curves |= dict(zip(group, run(group), strict=True))
+    return tuple(row(cell, curves[cell], bare[cell.clip]) for cell in cells)
+
+
+def row(cell: Cell, curve: Curve, bare: Curve) -> Row:
+    """How far a cell's curve is from the bare loop's, as a share of what is allowed."""
+    difference = curve.difference(bare)
+    share = difference / BOUND
+    return Row(
+        what=str(cell),
+        against="bare loop, one process",
+        ours=difference,
+        theirs=BOUND,
+        unit="relative difference",
+        ratio=share,
+        interval=(share, share),
+        goal=str(GOAL),
+        met=GOAL.met_by(share, share),
+        note=f"the largest difference of any loss, term or gradient norm in {STEPS} steps of {BATCH} photos with "
+        f"{EXPERTS} experts, {'clipped' if cell.clip else 'without clipping (ZeRO-0 with shared experts)'}; theirs is "
+        "what is allowed",
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(parity))
