@@ -89,11 +89,9 @@ def train(config: Config, dry_run: bool) -> Path | None:
     model.loss_config = config.loss
     check_cache(cache, model, config)
     if lead:
-        sharding = Sharding.of(
-            accelerator.deepspeed_plugin.deepspeed_config, world_size, expert_parallel_size(accelerator)
-        )
-        placement = describe_experts(config, sharding.expert_parallel)
-        for line in (*describe_model(config, model, precision, sharding), *placement):
+        size = expert_parallel_size(accelerator)
+        sharding = Sharding.of(accelerator.deepspeed_plugin.deepspeed_config, world_size, size)
+        for line in (*describe_model(config, model, precision, sharding), *describe_experts(config, size)):
             say(line)
     validation = None
     if index is not None and not dry_run and (index.splits["val"].labels >= 0).any():
