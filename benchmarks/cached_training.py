@@ -19,7 +19,7 @@ SIZE, DIFFICULTY = "1024x768", 0.2  # as the demo draws them
 GOAL = Goal(1 / 3, at_most=True)
 
 
-def trained(place: Path, images: int, runs: int, seed: int, words: tuple[str, ...] = ()) -> Row:
+def trained(place: Path, images: int, runs: int, seed: int) -> Row:
     """Train the recipe on scenes, several times in each way, and compare seconds and validation MCC.
 
     Args:
@@ -27,15 +27,14 @@ def trained(place: Path, images: int, runs: int, seed: int, words: tuple[str, ..
         images: Scenes, of which the demo's shares are held out.
         runs: Trainings of each kind, with another seed each; at least 2.
         seed: Of the scenes, and of the first training.
-        words: More of the command line of training.
     """
     scenes(place / "photos", images, SIZE, difficulty=DIFFICULTY, seed=seed)
     shard(place / "photos", place / "shards")
     made = features(str(place / "shards"), place / "features", recipe=RECIPE, model=ModelChoice(), device="cpu")
     pairs = []
     for number in range(seed, seed + runs):
-        cached = train(place / f"cached-{number}", place, str(place / "features"), number, words)
-        pairs.append((cached, train(place / f"online-{number}", place, "", number, words)))
+        cached = train(place / f"cached-{number}", place, str(place / "features"), number)
+        pairs.append((cached, train(place / f"online-{number}", place, "", number)))
     ours, theirs = zip(*pairs, strict=True)
     note = (
         f"{runs} trainings of each kind, two processes, validations included; the cache was made in "
@@ -49,12 +48,12 @@ def trained(place: Path, images: int, runs: int, seed: int, words: tuple[str, ..
     )  # fmt: skip
 
 
-def train(run: Path, place: Path, cache: str, seed: int, words: tuple[str, ...]) -> dict[str, Any]:
+def train(run: Path, place: Path, cache: str, seed: int) -> dict[str, Any]:
     """Train and evaluate one run as users do; returns its summary."""
     say(f"training {run.name}")
     own = ["--run", str(run), "--shards", str(place / "shards"), "--data.features", cache, "--train.seed", str(seed)]
     for command in (
-        ["pipeline.launcher", RECIPE, *own, *words],
+        ["pipeline.launcher", RECIPE, *own],
         ["pipeline.evaluate", "--run", str(run), "--splits", "val"],
     ):
         subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)

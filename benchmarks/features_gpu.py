@@ -332,6 +332,6 @@ def runs(work: Callable[[], object]) -> bool:
     """Whether a way works on this card with this build; a kernel that does not says so by an exception."""
     try:
         work()
-    except RuntimeError:  # NotImplementedError is one
+    except RuntimeError:
         return False
     return True

@@ -128,7 +128,7 @@ class CachedRow:
 
     tokens: PhotoTokens
     mask_targets: torch.Tensor
-    """float16 [6, m, m], see `pipeline.data.dataset.mask_targets`: a PNG of 12 MP costs more time than all else."""
+    """float16 [6, m, m], see `pipeline.data.dataset.mask_targets`."""
 
 
 def open_cache(place: str, shards: Index) -> FeatureCache | None:

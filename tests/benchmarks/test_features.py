@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import features_gpu
+from benchmarks import cached_training, features_gpu
 from benchmarks.features import Plan, measure
 from pipeline.pretrain import scenes_tiny_config
 
@@ -16,6 +16,24 @@ def test_a_small_run_compares_extraction_epochs_and_room():
     assert rows[1].goal == "<= 0.333333"
     tokens, classes = 12 * (2 + 2 * 16) * 96 * 2, 64 * 64 * 2
     assert 0 < (rows[2].ours - tokens) / classes < 3  # of six, those in a photo's mask
+
+
+def test_trainings_from_the_cache_and_from_the_photos_are_paired_by_seed(tmp_path, monkeypatch):
+    asked = []
+
+    def train(run, place, cache, seed):
+        asked.append((cache, seed))
+        scores = {"mcc_null_metadata": 0.5, "ci95": {"mcc_null_metadata": (0.4, 0.6)}, "n": 7}
+        return {"wall_s": (1 + seed) * (1.0 if cache else 4.0), "val": scores}
+
+    monkeypatch.setattr(cached_training, "train", train)
+    row = cached_training.trained(tmp_path, images=12, runs=2, seed=0)
+    cache = str(tmp_path / "features")
+    assert sorted(asked) == [("", 0), ("", 1), (cache, 0), (cache, 1)]
+    assert row.interval == pytest.approx((0.25, 0.25))
+    assert row.met
+    assert "n 7" in row.note
+    assert "0.500 (0.400 to 0.600)" in row.note
 
 
 @pytest.fixture(scope="module")
