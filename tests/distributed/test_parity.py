@@ -132,7 +132,7 @@ def test_a_launched_run_with_zero_3_and_sharded_experts_validates_and_saves_as_o
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
     shutil.rmtree(tmp_path / "spread" / "checkpoints" / "step-00000004")
     (tmp_path / "spread" / "summary.json").unlink()
-    _, err = finish(launch(tmp_path, tmp_path / "spread", processes=1))
+    _, err = finish(launch(tmp_path, tmp_path / "spread", *spread))  # the file lets small parameters stay whole
     assert "resuming at step 3 of 4" in err
     again = lines(tmp_path / "spread")
     assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
