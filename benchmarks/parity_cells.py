@@ -228,7 +228,7 @@ def train(cell: Cell, settings_file: Path) -> Curve:
     AcceleratorState._reset_state()  # the state of the cell before; the process group stays
     accelerator = start(
         batch_size=micro, accumulation=cell.accumulation, grad_clip=settings.optim.grad_clip, precision="fp32",
-        log_with=[], expert_parallel=cell.sharding, experts=EXPERTS,
+        log_with=[], hang_minutes=10, expert_parallel=cell.sharding, experts=EXPERTS,
     )  # fmt: skip
     model = build(cell)
     batching, schedule = Batching(BATCH, micro, cell.accumulation), Schedule(BATCH, STEPS, frozenset())
@@ -257,7 +257,8 @@ def take_steps(cell: Cell, trainer: Trainer) -> Curve:
             save(trainer, Path(cell.save))
         mine = range(trainer.rank, BATCH, cell.processes)
         parts = [batch(step, mine[i * micro : (i + 1) * micro], trainer.model) for i in range(cell.accumulation)]
-        sums = trainer._take_step(parts)
+        counts, _, _ = trainer._agree(parts, None)
+        sums, _ = trainer._take_step(parts, counts)
         trainer.step += 1
         dist.all_reduce(sums)
         losses.append(sums.tolist())

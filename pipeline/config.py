@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -19,7 +20,14 @@ DECODE_SCALES = ("full", "half")
 SAMPLING = ("weighted", "uniform")
 PRECISIONS = ("auto", "bf16", "fp32")
 # Short forms of the command line; where they stand does not matter.
-ALIASES = {"--epochs": "--train.epochs", "--shards": "--data.shards", "--run": "--train.run"}
+ALIASES = {
+    "--epochs": "--train.epochs",
+    "--shards": "--data.shards",
+    "--run": "--train.run",
+    "--resume": "--checkpoint.resume",
+    "--max-minutes": "--train.max_minutes",
+    "--profile": "--train.profile",
+}
 
 
 @dataclass
@@ -92,6 +100,17 @@ class TrainConfig:
     """Every n-th step keeps all views, and fusion's importance teaches the pruner; 0 never."""
     wandb: bool = True
     """Log to Weights & Biases: online with a key, offline in the run folder without."""
+    max_minutes: float = 0.0
+    """Minutes from the launcher's start after which the run saves and ends with status 75; 0 is no limit."""
+    max_skips: int = 5
+    """Steps in a row without a finite loss and gradient, which are skipped, before the run rolls back to its last
+    checkpoint."""
+    max_rollbacks: int = 3
+    """Roll-backs in all before the run gives up."""
+    hang_minutes: float = 30.0
+    """Minutes without progress after which a process writes its stacks and ends with status 1."""
+    profile: str = ""
+    """Steps to trace with torch's profiler, as FIRST:LAST; empty traces none."""
 
     def __post_init__(self) -> None:
         for key in (
@@ -102,23 +121,63 @@ class TrainConfig:
         for key in ("seed", "patience", "distil_every"):
             require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")
+        require(self.max_minutes >= 0, "train.max_minutes", self.max_minutes, "0 or more")
+        require(self.max_skips >= 1, "train.max_skips", self.max_skips, "1 or more")
+        require(self.max_rollbacks >= 0, "train.max_rollbacks", self.max_rollbacks, "0 or more")
+        require(self.hang_minutes > 0, "train.hang_minutes", self.hang_minutes, "above 0")
+        if self.profile:
+            profile_window(self.profile)
+
+
+def profile_window(text: str) -> tuple[int, int]:
+    """`10:13` becomes the first and the last step of a window.
+
+    Raises:
+        UserError: It is no window.
+    """
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise UserError(f"train.profile is {text!r}, but must be FIRST:LAST, two step numbers from 1 on, such as 10:13")
+    return int(first), int(last)
 
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written and how many are kept."""
+    """When checkpoints are written, which ones stay, and where copies go. None of it changes what is computed."""
 
     every_steps: int = 0
     """Optimizer steps between checkpoints; 0 leaves it to the clock and the validations."""
     every_minutes: float = 10.0
     """Minutes between checkpoints; 0 turns the clock off."""
     keep: int = 2
-    """Latest checkpoints kept."""
+    """Latest checkpoints kept, besides the one with the best validation."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none for good."""
+    sync: str = ""
+    """URL to which finished checkpoints are copied in the background: `s3://`, `gs://`, `file://`, or any other that
+    fsspec knows. Where the run folder has no checkpoint, the newest one from there is fetched. Empty copies nothing."""
+    sync_wait_s: float = 60.0
+    """Seconds that the end of a run, or a stop, waits for the last copy."""
+    resume: str = ""
+    """URL to fetch the newest valid checkpoint from, where it is newer than the run folder's; empty means `sync`."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
         require(self.every_minutes >= 0, "checkpoint.every_minutes", self.every_minutes, "0 or more")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+        require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "0 or more")
+        require(self.sync_wait_s >= 0, "checkpoint.sync_wait_s", self.sync_wait_s, "0 or more")
+        for key in ("sync", "resume"):
+            require_plain_url(f"checkpoint.{key}", getattr(self, key))
+
+
+def require_plain_url(key: str, value: str) -> None:
+    """Refuse what is no URL, and one with a secret in it: the configuration is written down in many places."""
+    parts = urlsplit(value)
+    if parts.password is not None or parts.query:
+        raise UserError(f"{key} has a password or a signature in it; leave credentials to the driver's environment")
+    is_url = bool(parts.scheme) and "://" in value
+    require(is_url or not value, key, value, "a URL such as s3://bucket/folder, or empty")
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ RANK_ZERO_FIRST_S = 3.0
 
 # A worker's own exit status does not survive `accelerate launch`, so it is written to this file too.
 STATE_FILE_VARIABLE = "ROADWORK_STATE_FILE"
+# When the launcher started, in seconds since 1970: a run that it starts again has what is left of its time.
+STARTED_VARIABLE = "ROADWORK_STARTED"
 
 
 # What the user must mend: a disk that is full or read-only, rights, a file where a folder should be.
@@ -29,6 +32,9 @@ OF_THE_MACHINE = frozenset(
         errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
     }
 )  # fmt: skip
+
+# How gloo and NCCL say that another process of the run is gone, which then is the one to ask.
+LOST_PEER = re.compile(r"[Cc]onnection (closed|reset) by peer|[Bb]roken pipe|remote process exited|socketTest")
 
 
 class UserError(ValueError):
@@ -83,6 +89,12 @@ def run(main: Callable[[], Path | str | None]) -> int:
         status, message = EXIT_STOPPED, f"stopped: {reason}"
     except FloatingPointError as error:
         status, message = EXIT_FAILED, f"failed: {error}"
+    except RuntimeError as error:
+        if not LOST_PEER.search(str(error)):
+            raise
+        # No outcome of the run: the launcher knows how the other one ended, and may start all of them again.
+        print(f"rank {os.environ.get('RANK', '0')} lost the connection to another rank", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     if os.environ.get("RANK", "0") != "0":
         if status == EXIT_OK:
             return status

@@ -14,6 +14,7 @@ from pipeline.data.dataset import ShardDataset, collate
 from pipeline.data.feature_dataset import CopySampler, FeatureDataset, open_split
 from pipeline.data.features import FeatureCache
 from pipeline.data.index import Index
+from pipeline.data.memory import keep_freed_memory
 from pipeline.data.sampler import PositionSampler
 from pipeline.data.stand_in import StandIn
 from pipeline.data.streaming import StreamedSplit, inclusion
@@ -32,11 +33,17 @@ class Feed:
     order: PositionSampler | StreamedSplit
     samples: int
     """Of the training split."""
+    keys: tuple[str, ...] = ()
+    """Of its samples; empty for noise."""
 
     def batches(self, samples_seen: int) -> Iterator[Batch]:
         """Endless micro-batches, from where a run stands that has seen so many samples over all ranks."""
         self.order.start = samples_seen
         return iter(self.loader)
+
+    def name(self, row: int) -> str:
+        """Of the sample in a row of the split."""
+        return self.keys[row] if self.keys else f"noise {row}"
 
 
 def open_feed(
@@ -81,9 +88,9 @@ def _random_access(
     )  # fmt: skip
     loader = DataLoader(
         data, batch_sampler=order, num_workers=config.data.workers, collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=keep_freed_memory, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
-    return Feed(loader, order, len(data))
+    return Feed(loader, order, len(data), () if isinstance(data, StandIn) else keys_of(data))
 
 
 def _streamed(
@@ -109,6 +116,16 @@ def _streamed(
             "photos around the interruption may come once more or once less"
         )
     loader = DataLoader(
-        order, batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available()
+        order,
+        batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=keep_freed_memory,
+        pin_memory=torch.cuda.is_available(),
     )
-    return Feed(loader, order, len(data))
+    return Feed(loader, order, len(data), keys_of(data))
+
+
+def keys_of(data: ShardDataset) -> tuple[str, ...]:
+    """The key of every sample of a split, by row."""
+    return tuple(sample.key for sample in data.split.samples)

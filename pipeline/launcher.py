@@ -13,14 +13,25 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from pipeline.errors import EXIT_FAILED, EXIT_OK, EXIT_STOPPED, EXIT_USER, STATE_FILE_VARIABLE, UserError
+from pipeline.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER,
+    STARTED_VARIABLE,
+    STATE_FILE_VARIABLE,
+    UserError,
+)
 from pipeline.progress import say
+from pipeline.rank_logs import LOG_FOLDER_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "pipeline" / "recipes"
@@ -29,7 +40,8 @@ ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 SHUTDOWN_S = 120
 # What `pipeline.errors.run` says last. Around it the launcher speaks about its workers' end.
 OUTCOMES = ("error: ", "stopped: ", "failed: ")
-CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)")
+# The second of these comes where machine 0 has ended before this one, which is no fault.
+CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)|TCPStore.cpp.*recvValueWithTimeout failed")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,12 +54,15 @@ def main(arguments: Sequence[str]) -> int:
         print(parser.format_help())
         return subprocess.run([sys.executable, train, "--help"], check=False).returncode
     try:
-        launch = launch_words(own.config_file, own.num_processes)
+        launch = launch_words(own.config_file, own.num_processes) + machine_words(own)
         command = [*launch, train, "--config", str(find_recipe(own.recipe)), *rest]
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER
-    return supervise(command)
+    if own.log_folder is not None:
+        own.log_folder.mkdir(parents=True, exist_ok=True)
+        os.environ[LOG_FOLDER_VARIABLE] = str(own.log_folder.resolve())
+    return supervise(command, restarts=own.max_restarts)
 
 
 def prep(arguments: Sequence[str]) -> int:
@@ -62,7 +77,7 @@ def prep(arguments: Sequence[str]) -> int:
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER
-    return supervise(command, "and keeping the files that are finished")
+    return supervise(command, "and keeping the files that are finished", own.max_restarts)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -72,6 +87,15 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--config_file", type=Path, help="An accelerate configuration; by default the hardware decides."
     )
     parser.add_argument("--num_processes", type=int, help="Processes; by default the accelerate configuration decides.")
+    parser.add_argument(
+        "--max-restarts", "--max_restarts", type=int, default=0, metavar="N",
+        help="Start again from the last checkpoint, up to N times, after a process died or hung.",
+    )  # fmt: skip
+    parser.add_argument("--num_machines", type=int, default=1, help="Machines, each with a launcher of its own.")
+    parser.add_argument("--machine_rank", type=int, default=0, help="Which of them this is, from 0.")
+    parser.add_argument("--main_process_ip", default="127.0.0.1", help="Address of machine 0.")
+    parser.add_argument("--main_process_port", type=int, default=29500, help="A port that is free there.")
+    parser.add_argument("--log_folder", type=Path, help="Where each rank but 0 writes to a file of its own.")
     parser.add_argument("-h", "--help", action="store_true", help="Show this and every configuration key.")
     return parser
 
@@ -89,73 +113,153 @@ def find_recipe(name: str | None) -> Path:
 
 def launch_words(config_file: Path | None, num_processes: int | None) -> list[str]:
     """`accelerate launch` for the GPUs of this machine, or else for two processes on its CPU."""
-    if config_file is not None and not config_file.is_file():
-        raise UserError(f"there is no accelerate configuration {config_file}; see accelerate_configs/")
-    if config_file is None and torch.cuda.is_available():
-        config_file, num_processes = ACCELERATE_CONFIGS / "gpu.yaml", num_processes or torch.cuda.device_count()
-    elif config_file is None:
-        cores = len(os.sched_getaffinity(0))
-        config_file = ACCELERATE_CONFIGS / ("cpu_2.yaml" if cores > 1 else "cpu_1.yaml")
+    config_file, num_processes = choose_launch(config_file, num_processes)
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config_file)]
     return words + (["--num_processes", str(num_processes)] if num_processes else [])
 
 
-def supervise(command: list[str], farewell: str = "at the next step boundary, with a checkpoint") -> int:
-    """Run a launch to its end; a request to stop is handed on once, a second Ctrl-C kills.
+def choose_launch(config_file: Path | None, num_processes: int | None) -> tuple[Path, int | None]:
+    """The accelerate configuration that is given or that the hardware decides on, and how many processes if not its."""
+    if config_file is not None and not config_file.is_file():
+        raise UserError(f"there is no accelerate configuration {config_file}; see accelerate_configs/")
+    if config_file is not None:
+        return config_file, num_processes
+    if torch.cuda.is_available():
+        return ACCELERATE_CONFIGS / "gpu.yaml", num_processes or torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0))
+    return ACCELERATE_CONFIGS / ("cpu_2.yaml" if cores > 1 else "cpu_1.yaml"), num_processes
 
-    A worker's exit status does not survive the launcher, which returns 1 and prints a traceback of its own. Workers
-    leave their status in a file; where that explains the end, the launcher's words are dropped.
+
+def machine_words(own: argparse.Namespace) -> list[str]:
+    """Where this machine stands among several; `--num_processes` is then the sum over all of them."""
+    if own.num_machines == 1:
+        return []
+    if not own.num_processes or own.num_processes % own.num_machines:
+        raise UserError(
+            f"--num_processes is {own.num_processes}, but must be a multiple of the {own.num_machines} machines"
+        )
+    place = {name: getattr(own, name) for name in ("num_machines", "machine_rank", "main_process_ip")}
+    words = [f"--{name}={value}" for name, value in (place | {"main_process_port": own.main_process_port}).items()]
+    # `standard` starts the processes of this machine alone; the default would start all of them over ssh.
+    return [*words, "--same_network", "--deepspeed_multinode_launcher=standard"]
+
+
+class StopRequest:
+    """Hands a request to stop on to the launch that is running, once; a second Ctrl-C kills it."""
+
+    def __init__(self, farewell: str):
+        """Listen; `farewell` is what is said about the workers' end when a stop is asked for."""
+        self.farewell, self.asked = farewell, False
+        self.process: subprocess.Popen[str] | None = None
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._hand_on)
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        if self.process is None:  # between two attempts
+            self.asked = True
+        elif self.asked and number == signal.SIGINT:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        elif not self.asked:
+            self.asked = True
+            say(f"stopping {self.farewell}; Ctrl-C again kills")
+            self.process.send_signal(signal.SIGTERM)
+
+
+def supervise(
+    command: list[str], farewell: str = "at the next step boundary, with a checkpoint", restarts: int = 0
+) -> int:
+    """Run a launch to its end, and again where a process of it died or hung.
 
     Args:
         command: The launch.
         farewell: What is said about the workers' end when a stop is asked for.
+        restarts: How many times it may be started again.
+    """
+    os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
+    stop = StopRequest(farewell)
+    for left in reversed(range(restarts + 1)):
+        end = _launch_once(command, stop)
+        if end.status in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
+            return end.status
+        if end.cause is None or end.explained or stop.asked or not left:
+            break
+        say(f"{end.cause}; starting again from the last checkpoint ({left} restart{'s' if left > 1 else ''} left)")
+    if end.cause is not None and not end.explained:
+        say(
+            f"failed: {end.cause}; the same command goes on from the last checkpoint, and with --max-restarts N it "
+            "does so by itself"
+        )
+    return EXIT_FAILED
+
+
+@dataclass(frozen=True)
+class End:
+    """How a launch ended."""
+
+    status: int
+    explained: bool
+    """A worker has said why, and a new attempt would end in the same way."""
+    cause: str | None
+    """Which worker was the first to fail, and how."""
+
+
+def _launch_once(command: list[str], stop: StopRequest) -> End:
+    """Run a launch once.
+
+    A worker's exit status does not survive the launcher, which returns 1 and prints a traceback of its own. Workers
+    leave their status in a file; where that, or what the launcher says of the first worker to fail, explains the end,
+    the launcher's words are dropped.
     """
     with tempfile.TemporaryDirectory() as folder:
         state_file = Path(folder) / "state.json"
         environment = {
             "OMP_NUM_THREADS": "1",  # one thread per process: as many processes as cores
+            "PET_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
             **({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}),
             **os.environ,
             STATE_FILE_VARIABLE: str(state_file),
             "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
-            "PET_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
         }
-        # In a session of its own, so that a terminal's Ctrl-C comes here alone and is not taken for two requests.
         aside: list[str] = []
+        said: set[str] = set()
+        # In a session of its own, so that a terminal's Ctrl-C comes here alone and is not taken for two requests.
         with subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
         ) as process:
-            _hand_on_signals(process, farewell)
+            stop.process = process
             assert process.stderr is not None
             for line in process.stderr:
-                if not line.startswith(OUTCOMES) and (aside or CHATTER.search(line)):
+                outcome = line.startswith(OUTCOMES)
+                if not outcome and (aside or CHATTER.search(line)):
                     aside.append(line)
-                else:
+                elif line not in said:  # an outcome that another rank has told already
+                    said |= {line} if outcome else set()
                     sys.stderr.write(line)
                     sys.stderr.flush()
+        stop.process = None
         status = process.returncode
-        if state_file.exists():
-            status = int(json.loads(state_file.read_text())["exit_status"])
-    if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
+        explained = state_file.exists()
+        if explained:
+            state = json.loads(state_file.read_text())
+            status, message = int(state["exit_status"]), state.get("message")
+            if message and message not in {line.rstrip("\n") for line in said}:  # a rank with a log of its own
+                say(message)
+    cause = None if explained else cause_of("".join(aside))
+    if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED) and not explained and cause is None:
         sys.stderr.writelines(aside)
-        return EXIT_FAILED
-    return status
+    return End(status, explained, cause)
 
 
-def _hand_on_signals(process: subprocess.Popen[str], farewell: str) -> None:
-    asked = False
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked and number == signal.SIGINT:
-            os.killpg(process.pid, signal.SIGKILL)
-        elif not asked:
-            asked = True
-            say(f"stopping {farewell}; Ctrl-C again kills")
-            process.send_signal(signal.SIGTERM)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, hand_on)
+def cause_of(words: str) -> str | None:
+    """Which worker failed first, and how, from what `accelerate launch` prints at its end."""
+    found = re.search(r"Root Cause.*?host\s+: (\S+).*?rank\s+: (\d+).*?exitcode\s+: (-?\d+)", words, flags=re.DOTALL)
+    if found is None:
+        return None
+    host, rank, status = found.group(1), found.group(2), int(found.group(3))
+    if status >= 0:
+        return f"rank {rank} on {host} ended with status {status}, for the reason that it gives above"
+    reason = " (by the system, for want of memory, unless somebody did)" if -status == signal.SIGKILL else ""
+    return f"rank {rank} on {host} was killed by {signal.Signals(-status).name}{reason}"
 
 
 if __name__ == "__main__":

@@ -23,9 +23,12 @@ from pipeline.files import write_json, write_text
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "scikit-learn", "webdataset")
 # What may differ between the parts of one run: none of these changes what is computed.
 FREE_KEYS = {
-    "train": {"run", "log_every", "wandb", "micro_batch_size", "expert_parallel"},
+    "train": {
+        "run", "log_every", "wandb", "micro_batch_size", "expert_parallel", "max_minutes", "max_skips", "max_rollbacks",
+        "hang_minutes", "profile",
+    },
     "data": {"shards", "workers"},
-}
+}  # fmt: skip
 
 
 class RunFolder:
@@ -37,6 +40,7 @@ class RunFolder:
         self.model = path / "model"
         self.summary = path / "summary.json"
         self.metrics = path / "metrics.jsonl"
+        self.stacks = path / "stacks"
 
     def check(self, config: Config, index: Index) -> bool:
         """Check that the folder is free, or holds a run of the same configuration and data.

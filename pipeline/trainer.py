@@ -15,45 +15,44 @@ from accelerate import Accelerator
 from pipeline.config import Config
 from pipeline.data.dataset import model_inputs
 from pipeline.distributed import (
+    Agreement,
     Checkpoints,
     EngineAverage,
     StopSignal,
+    Watchdog,
+    count_steps,
     create_optimizer_state,
     expert_parallel_size,
-    on_all_ranks,
+    on_rank_zero,
+    skip_steps_that_are_not_finite,
+    spoil_gradient,
     watch_routers,
 )
-from pipeline.errors import Stopped
+from pipeline.errors import Stopped, UserError
 from pipeline.feed import Batch, Feed
 from pipeline.files import replace_folder
 from pipeline.losses import TERMS, Targets, count_targets
+from pipeline.model.output import RoadworkOutput
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.optim import build_optimizer, lr_at
 from pipeline.plan import Batching, Schedule
 from pipeline.progress import format_seconds, say
 from pipeline.run_folder import RunFolder
+from pipeline.telemetry import Meter, Profiler
 from pipeline.validation import Validation
 
-
-class Window:
-    """Mean of a vector over the steps since the last log line."""
-
-    def __init__(self) -> None:
-        self.steps, self.total = 0, torch.zeros(())
-
-    def add(self, values: torch.Tensor) -> None:
-        """Count one step's values."""
-        self.steps += 1
-        self.total = self.total + values
-
-    def mean(self) -> torch.Tensor:
-        """Over the steps that were added."""
-        return self.total / self.steps
+NAMES_SAID = 8  # samples on the line of a skipped step; metrics.jsonl has them all
 
 
 def targets_of(batch: Batch) -> Targets:
     """A batch's targets."""
     return Targets(batch["labels"], batch["weather"], batch["mask_targets"])
+
+
+def is_finite(output: RoadworkOutput) -> torch.Tensor:
+    """Which samples' losses are, in every term: bool [B]."""
+    assert output.loss_terms is not None
+    return torch.stack([values.detach().isfinite() for values in output.loss_terms.values()]).all(dim=0)
 
 
 class Trainer:
@@ -80,10 +79,16 @@ class Trainer:
         self.engine, self.optimizer = accelerator.prepare(model, optimizer)
         watch_routers(model)
         create_optimizer_state(self.engine)
+        skip_steps_that_are_not_finite(self.engine)
         self.average = EngineAverage(model, config.train.ema_decay)
-        self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, self.rank) if folder else None
-        self.stop = StopSignal()
+        self.checkpoints = Checkpoints(folder.checkpoints, config, self.rank) if folder else None
+        self.stop = StopSignal(config.train.max_minutes)
+        self.agreement = Agreement()
+        self.meter = Meter(accelerator.device, batching.batch_size, self.agreement)
+        self.profiler = Profiler(config.train.profile, folder.path if folder else None, self.rank)
         self.step = 0
+        self.saved_step, self.saved_s = -1, time.monotonic()
+        self.skips = self.rollbacks = 0
         self.best: dict[str, Any] | None = None
         self.validations_since_best = 0
         self.validated_step = 0
@@ -97,41 +102,83 @@ class Trainer:
     def run(self, max_steps: int | None = None) -> dict[str, Any]:
         """Train from where the run stands to its end, or to `max_steps` of it; returns the summary."""
         last = min(self.schedule.steps, max_steps or self.schedule.steps)
-        self._resume()
-        if self._validation_due():  # stopped between a step and its validation
-            self._validate()
-        batches = self.feed.batches(self.samples_seen)
-        started = saved = logged = time.monotonic()
-        before_s, window = self.wall_s, Window()
-        while self.step < last and not self._out_of_patience():
-            losses = self._take_step(self._fetch(batches))
-            self.step += 1
-            now = time.monotonic()
-            self.wall_s = before_s + now - started
-            loss, stop, due = self._agree(losses, now - saved)
-            window.add(loss)
-            if self.step % self.config.train.log_every == 0 or self.step == last:
-                self._log(window, now - logged)
-                window, logged = Window(), now
-            if self._validation_due() and not stop:
+        with Watchdog(
+            self.config.train.hang_minutes, self.folder.stacks if self.folder else None, self.rank
+        ) as watchdog:
+            self.alive = watchdog.alive
+            self._resume()
+            if self._validation_due():  # stopped between a step and its validation
                 self._validate()
-                due = True
-            if self.checkpoints and (due or stop):
-                self._save()
-                saved = time.monotonic()
-            logged += time.monotonic() - now  # validations and checkpoints are not part of the training rate
-            if stop:
-                raise Stopped(
-                    f"saved at step {self.step} of {self.schedule.steps}; the same command goes on from there"
-                )
+            self._train(last)
         return self._finish()
 
-    def _fetch(self, batches: Iterator[Batch]) -> list[Batch]:
-        """This rank's micro-batches of one step. Collective."""
-        return on_all_ranks(lambda: [next(batches) for _ in range(self.batching.accumulation)])
+    def _train(self, last: int) -> None:
+        batches = self.feed.batches(self.samples_seen)
+        started, before_s = time.monotonic(), self.wall_s
+        while self.step < last and not self._out_of_patience():
+            self.alive()
+            mine, problem = self._fetch(batches)
+            counts, stop, save = self._agree(mine, problem)
+            if stop or (save and self.skips == 0):
+                self._save_once()
+            if stop:
+                raise Stopped(self._farewell())
+            with self.profiler.step(self.step + 1):
+                losses, outputs = self._take_step(mine, counts)
+            taken = self.engine.was_step_applied()
+            self.step += 1
+            self.wall_s = before_s + time.monotonic() - started
+            self.meter.add_step(losses, taken)
+            self.skips = 0 if taken else self.skips + 1
+            if not taken:
+                self._skip(mine, outputs)
+            if self.step % self.config.train.log_every == 0 or self.step == last:
+                self.meter.add_load(outputs[-1], self.config.model.experts_per_token)
+                self._log()
+            if self._validation_due():
+                self._validate()
+                self._save_once()
+        self._save_once()
 
-    def _take_step(self, batches: list[Batch]) -> torch.Tensor:
-        """One optimizer step over several micro-batches; returns this rank's part of the loss, then of each term."""
+    def _fetch(self, batches: Iterator[Batch]) -> tuple[list[Batch], UserError | None]:
+        """This rank's micro-batches of one step, or what is wrong with its data."""
+        with self.meter.waiting_for_data():
+            try:
+                return [next(batches) for _ in range(self.batching.accumulation)], None
+            except UserError as error:
+                return [], error
+
+    def _agree(self, mine: list[Batch], problem: UserError | None) -> tuple[torch.Tensor, bool, bool]:
+        """Decide together before a step. Collective.
+
+        Returns:
+            How many samples of the step have each term's target, whether to stop, and whether to save first.
+
+        Raises:
+            UserError: On every rank, where one cannot read its data; the others would wait for it, or report its
+                absence instead of its reason.
+        """
+        every_s, every = 60 * self.config.checkpoint.every_minutes, self.config.checkpoint.every_steps
+        clock = self.rank == 0 and 0 < every_s <= time.monotonic() - self.saved_s
+        counts = [count_targets(targets_of(batch)) for batch in mine]
+        flags = torch.tensor([float(problem is not None), float(self.stop.received), float(clock)])
+        shared = self.agreement.sum(torch.cat([sum(counts, torch.zeros(len(TERMS))), flags]))
+        failed, stop, save = (shared[-3:] > 0).tolist()
+        if failed:
+            problems = self.agreement.gather(problem and str(problem))
+            raise UserError(next(text for text in problems if text is not None))
+        return shared[:-3], stop, save or (every > 0 and self.step % every == 0)
+
+    def _take_step(self, batches: list[Batch], counts: torch.Tensor) -> tuple[torch.Tensor, list[RoadworkOutput]]:
+        """Take one optimizer step over several micro-batches, if its loss and gradient are finite.
+
+        Args:
+            batches: This rank's.
+            counts: See `_agree`.
+
+        Returns:
+            This rank's part of the loss, then of each term, and the answers to each micro-batch.
+        """
         # All randomness of a step follows from its number and the rank, so a checkpoint need not hold any.
         seeds = np.random.SeedSequence((self.config.train.seed, self.step, self.rank))
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
@@ -140,61 +187,91 @@ class Trainer:
             group["lr"] = lr
         every = self.config.train.distil_every
         keep_all = every > 0 and self.step % every == 0
-        counts = sum(count_targets(targets_of(batch)) for batch in batches)
-        assert isinstance(counts, torch.Tensor)
-        counts = counts.to(self.accelerator.device)
-        dist.all_reduce(counts)
+        counts, outputs = counts.to(self.accelerator.device), []
         sums = torch.zeros(1 + len(TERMS), device=self.accelerator.device)
         for batch in batches:
-            with self.accelerator.accumulate(self.engine):
-                output = self.engine(
-                    **model_inputs(batch), labels=batch["labels"], mask_targets=batch["mask_targets"],
-                    target_counts=counts, keep_all=keep_all,
-                )  # fmt: skip
+            with self.accelerator.accumulate(self.engine), self.meter.flops_counted(keep_all):
+                with self.meter.forward():
+                    output = self.engine(
+                        **model_inputs(batch), labels=batch["labels"], mask_targets=batch["mask_targets"],
+                        target_counts=counts, keep_all=keep_all,
+                    )  # fmt: skip
                 # The loss is this micro-batch's share of the mean over all; DeepSpeed averages over ranks and
                 # micro-batches, which would divide it once more.
-                self.accelerator.backward(output.loss * self.world_size * len(batches))
+                self.accelerator.backward(spoil_gradient(output.loss) * self.world_size * len(batches))
+            outputs.append(output)
             sums[0] += output.loss.detach()
             for i, term in enumerate(TERMS):
                 if term in output.loss_terms:
                     sums[1 + i] += output.loss_terms[term].detach().sum() / counts[i].clamp(min=1)
-        self.average.update(self.step)
-        return sums
+        if self.engine.was_step_applied():
+            self.average.update(self.step)
+        return sums, outputs
 
-    def _agree(self, losses: torch.Tensor, since_save_s: float) -> tuple[torch.Tensor, bool, bool]:
-        """Sum the losses of all ranks, and decide together whether to stop and whether to save. Collective."""
-        every_s = 60 * self.config.checkpoint.every_minutes
-        clock = self.rank == 0 and 0 < every_s <= since_save_s
-        flags = torch.tensor([float(self.stop.received), float(clock)], device=losses.device)
-        shared = torch.cat([losses, flags])
-        dist.all_reduce(shared)
-        values = shared[:-2].cpu()
-        if not math.isfinite(float(values[0])):
-            raise FloatingPointError(
-                f"the loss of step {self.step} is {float(values[0])}; the last checkpoint is older and whole, "
-                "a lower optim.lr or optim.grad_clip is the usual cure"
-            )
-        counted = self.config.checkpoint.every_steps
-        due = bool(shared[-1] > 0) or (counted > 0 and self.step % counted == 0)
-        return values, bool(shared[-2] > 0), due
-
-    def _log(self, window: Window, wall_s: float) -> None:
-        rate = window.steps * self.batching.batch_size / wall_s
-        left_s = (self.schedule.steps - self.step) * self.batching.batch_size / rate
-        epoch = self.samples_seen / self.schedule.samples_per_epoch
-        lr = lr_at(self.step - 1, self.schedule.steps, self.config.optim)
-        means = window.mean().tolist()
-        values = {
-            "kind": "train", "step": self.step, "epoch": round(epoch, 3), "loss": means[0], "lr": lr,
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0), "images_per_s": round(rate, 2),
-            **{f"loss/{term}": value for term, value in zip(TERMS, means[1:], strict=True)},
-        }  # fmt: skip
-        self._write(values)
+    def _skip(self, batches: list[Batch], outputs: list[RoadworkOutput]) -> None:
+        """Name the samples of a step that was not taken, and roll back after several in a row. Collective."""
+        count_steps(self.engine, self.step)
+        rows = [self.feed.name(row) for batch in batches for row in batch["row"].tolist()]
+        sound = [flag for output in outputs for flag in is_finite(output).tolist()]
+        found = [pair for pairs in self.agreement.gather(list(zip(rows, sound, strict=True))) for pair in pairs]
+        bad = [name for name, flag in found if not flag]
+        reason, names = ("loss", bad) if bad else ("gradient", [name for name, _ in found])
+        in_a_row, most = self.skips, self.config.train.max_skips
+        self._write({"kind": "skip", "step": self.step, "reason": reason, "samples": names, "in_a_row": in_a_row})
         if self.rank == 0:
             say(
-                f"step {self.step}/{self.schedule.steps}  epoch {epoch:.2f}  loss {means[0]:.4f}  lr {lr:.2e}  "
-                f"{rate:.1f} images/s  {format_seconds(left_s)} left"
+                f"step {self.step} skipped: its {reason} is not finite; the sample{'s' if len(names) > 1 else ''}: "
+                f"{', '.join(names[:NAMES_SAID])}{' ...' if len(names) > NAMES_SAID else ''} "
+                f"({in_a_row} in a row, {most} make a roll-back)"
             )
+        if in_a_row >= most:
+            self._roll_back(reason)
+
+    def _roll_back(self, reason: str) -> None:
+        """Go on with the last checkpoint's weights, optimizer and average. Collective.
+
+        The run's place stays: the samples of the failed steps would fail again, so they are passed over, and so are
+        those since the checkpoint. All that a run is then follows from its step, as ever. (PaLM passed over the batches
+        around a spike in the same way, arXiv 2204.02311, section 5.1.)
+        """
+        trouble = f"{self.skips} steps in a row up to step {self.step} had no finite {reason}"
+        cure = (
+            "mend or leave out the samples that metrics.jsonl names, or begin another --train.run with a lower optim.lr"
+        )
+        if self.rollbacks >= self.config.train.max_rollbacks:
+            raise FloatingPointError(f"{trouble}, after {self.rollbacks} roll-backs; {cure}")
+        state = self.checkpoints.restore(self.engine, self.average) if self.checkpoints else None
+        if state is None:
+            raise FloatingPointError(f"{trouble}, and there is no checkpoint yet to roll back to; {cure}")
+        self.skips, self.rollbacks = 0, self.rollbacks + 1
+        count_steps(self.engine, self.step)
+        self._write({"kind": "rollback", "step": self.step, "to": state["step"]})
+        if self.rank == 0:
+            say(
+                f"{trouble}: rolled back to the weights of step {state['step']}, and the samples in between are passed "
+                f"over (roll-back {self.rollbacks} of {self.config.train.max_rollbacks})"
+            )
+        self._save_once()
+
+    def _log(self) -> None:
+        means = self.meter.read()
+        left_s = (self.schedule.steps - self.step) * means["step_s"]
+        epoch = self.samples_seen / self.schedule.samples_per_epoch
+        lr = lr_at(self.step - 1, self.schedule.steps, self.config.optim)
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        self._write({
+            "kind": "train", "step": self.step, "epoch": round(epoch, 3), "lr": lr,
+            **({"grad_norm": norm} if math.isfinite(norm) else {}), **means,
+        })  # fmt: skip
+        if self.rank == 0:
+            loss = f"loss {means['loss']:.4f}" if "loss" in means else "no step taken"
+            say(
+                f"step {self.step}/{self.schedule.steps}  epoch {epoch:.2f}  {loss}  lr {lr:.2e}  "
+                f"{means['images_per_s']:.1f} images/s  {format_seconds(left_s)} left"
+            )
+            warning = self.meter.warn_of_straggler(means["rank_s"])
+            if warning:
+                say(warning)
 
     def _validation_due(self) -> bool:
         due = self.step in self.schedule.validation_steps and self.step > self.validated_step
@@ -202,11 +279,12 @@ class Trainer:
 
     def _validate(self) -> None:
         assert self.validation is not None
-        averaged = self._averaged_model()
-        scores = self.validation(averaged)
-        better = self.best is None or (scores["mcc"], -scores["loss"]) > (self.best["mcc"], -self.best["loss"])
-        if better and self.folder and self.rank == 0:
-            replace_folder(self.folder.model, averaged.save_pretrained)
+        with self.meter.paused():
+            averaged = self._averaged_model()
+            scores = self.validation(averaged, self.alive)
+            better = self.best is None or (scores["mcc"], -scores["loss"]) > (self.best["mcc"], -self.best["loss"])
+            if better and self.folder and self.rank == 0:
+                replace_folder(self.folder.model, averaged.save_pretrained)
         if better:
             self.best, self.validations_since_best = {"step": self.step, **scores}, 0
         else:
@@ -224,11 +302,16 @@ class Trainer:
 
         A rank asks it by itself: one that has fewer photos to validate keeps no other waiting.
         """
-        config: Any = self.model.config
-        model = RoadworkModel(config).attach(self.model.backbone)
+        model = self._model_of(self.average.gathered()).attach(self.model.backbone)
         model.loss_config = self.config.loss
-        model.load_state_dict(self.average.gathered())
         return model.to(self.accelerator.device).to(self.model.dtype)
+
+    def _model_of(self, weights: dict[str, torch.Tensor]) -> RoadworkModel:
+        """A whole head with the given weights, without a backbone."""
+        config: Any = self.model.config
+        model = RoadworkModel(config)
+        model.load_state_dict(weights)
+        return model
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
@@ -241,10 +324,44 @@ class Trainer:
         self.step, self.best = state["step"], state["best"]
         self.validations_since_best, self.validated_step = state["validations_since_best"], state["validated_step"]
         self.wall_s = state["wall_s"]
+        self.skips, self.rollbacks, self.saved_step = state["skips"], state["rollbacks"], self.step
+        on_rank_zero(self._restore_best_model)
         if self.rank == 0 and self.folder:
             self.folder.truncate_metrics(self.step)
             say(f"resuming at step {self.step} of {self.schedule.steps}")
         dist.barrier()
+
+    def _restore_best_model(self) -> None:
+        """Write the best weights again where the checkpoint comes from another machine, which took them with it."""
+        assert self.checkpoints is not None and self.folder is not None  # noqa: PT018
+        folder = self.folder
+        if self.best is None or ((folder.model / "config.json").exists() and not self.checkpoints.fetched):
+            return
+        weights = self.checkpoints.best_average()
+        if weights is None:
+            raise UserError(
+                f"the best weights so far, those of step {self.best['step']}, are neither in {folder.model} nor in a "
+                "checkpoint; copy that folder here, or choose another --train.run"
+            )
+        replace_folder(folder.model, self._model_of(weights).save_pretrained)
+
+    def close(self) -> None:
+        """Wait, for a bounded time, for what is still on its way to a store; says what did not get there."""
+        if self.checkpoints:
+            self.checkpoints.close()
+
+    def _farewell(self) -> str:
+        reason = f"train.max_minutes={self.config.train.max_minutes:g} is over; " if self.stop.out_of_time else ""
+        what = "saved" if self.checkpoints and self.checkpoints.unsaved is None else "not saved"
+        return f"{reason}{what} at step {self.step} of {self.schedule.steps}; the same command goes on from there"
+
+    def _save_once(self) -> None:
+        """Save, unless this very step is saved already."""
+        if self.checkpoints is None or self.saved_step == self.step:
+            return
+        with self.meter.paused():
+            self._save()
+        self.saved_step, self.saved_s = self.step, time.monotonic()
 
     def _save(self) -> None:
         assert self.checkpoints is not None
@@ -254,6 +371,8 @@ class Trainer:
             "validated_step": self.validated_step,
             "samples_seen": self.samples_seen,
             "wall_s": self.wall_s,
+            "skips": self.skips,
+            "rollbacks": self.rollbacks,
         }
         self.checkpoints.save(self.step, self.engine, self.average, state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.memory import keep_freed_memory
 from pipeline.data.sampler import share_of
 from pipeline.distributed import on_all_ranks
 from pipeline.metrics import best_threshold, binary_metrics
@@ -25,13 +27,22 @@ class Validation:
         mine = [rows[i] for i in share_of(len(rows), rank, world_size)]
         self.world_size = world_size
         self.loader = DataLoader(
-            torch.utils.data.Subset(dataset, mine), batch_size, num_workers=workers, collate_fn=collate
+            torch.utils.data.Subset(dataset, mine),
+            batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=keep_freed_memory,
         )
 
-    def __call__(self, model: RoadworkModel) -> dict[str, Any]:
-        """MCC and its companions with all metadata NULL, at the best threshold. Collective."""
+    def __call__(self, model: RoadworkModel, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """MCC and its companions with all metadata NULL, at the best threshold. Collective.
+
+        Args:
+            model: To validate.
+            alive: Called at every batch.
+        """
         model.eval()
-        mine = on_all_ranks(lambda: self._answers(model))
+        mine = on_all_ranks(lambda: self._answers(model, alive))
         model.train()
         parts: list[Any] = [None] * self.world_size
         dist.all_gather_object(parts, mine)
@@ -41,10 +52,11 @@ class Validation:
         return {"loss": sum(part[2] for part in parts) / sum(part[3] for part in parts), **metrics}
 
     @torch.no_grad()
-    def _answers(self, model: RoadworkModel) -> tuple[np.ndarray, np.ndarray, float, int]:
+    def _answers(self, model: RoadworkModel, alive: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, float, int]:
         """Labels, probabilities, sum of the loss and number of this rank's photos."""
         labels, probabilities, loss, count = [np.empty(0)], [np.empty(0)], 0.0, 0
         for batch in self.loader:
+            alive()
             output = model(
                 **model_inputs(batch),
                 null_metadata=True,

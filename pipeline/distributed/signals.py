@@ -2,19 +2,51 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
+import time
 from types import FrameType
+
+import psutil
+
+from pipeline.errors import STARTED_VARIABLE
+
+PR_SET_PDEATHSIG = 1  # of Linux, prctl(2)
 
 
 class StopSignal:
-    """Catches SIGINT, SIGTERM and SIGUSR2; a second one of them interrupts at once."""
+    """Catches SIGINT, SIGTERM and SIGUSR2, and watches the clock; a second SIGINT interrupts at once.
 
-    def __init__(self) -> None:
-        self.received = False
+    A launcher that dies, be it by kill -9 or by a SIGUSR2 that a bare `accelerate launch` does not catch, counts as a
+    request too: its processes would train on with nobody to answer to.
+    """
+
+    def __init__(self, max_minutes: float = 0.0):
+        """Begin to listen.
+
+        Args:
+            max_minutes: The time there is, counted from the launcher's start, or else this process's; 0 is no limit.
+        """
+        self.asked = False
+        started = float(os.environ.get(STARTED_VARIABLE, psutil.Process().create_time()))
+        self.deadline = started + 60 * max_minutes if max_minutes else float("inf")
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
             signal.signal(number, self._remember)
+        if "LOCAL_RANK" in os.environ:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    @property
+    def out_of_time(self) -> bool:
+        """The deadline has passed."""
+        return time.time() >= self.deadline
+
+    @property
+    def received(self) -> bool:
+        """Somebody, or the clock, asks this process to stop."""
+        return self.asked or self.out_of_time
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = True
+        self.asked = True

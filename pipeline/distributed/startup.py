@@ -6,6 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -19,6 +20,7 @@ from pipeline.errors import UserError
 
 T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
+COLLECTIVES_LATER_MINUTES = 2.0
 
 
 def start(
@@ -28,6 +30,7 @@ def start(
     grad_clip: float,
     precision: str,
     log_with: list[str],
+    hang_minutes: float,
     expert_parallel: int = 1,
     experts: int | None = None,
 ) -> Accelerator:
@@ -42,6 +45,8 @@ def start(
         grad_clip: Largest norm of the global gradient, 0 for none.
         precision: "bf16" or "fp32", see `resolve_precision`.
         log_with: Accelerate trackers to start.
+        hang_minutes: How long a process may be waited for; collectives give up later than the watchdog, which can say
+            where the others stand.
         expert_parallel: Over how many processes a layer's experts are to be spread.
         experts: Experts per layer; None where the model has none.
 
@@ -68,7 +73,12 @@ def start(
         _skip_shared_memory_kernel()
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="nccl" if torch.cuda.is_available() else "gloo")],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(
+                backend="nccl" if torch.cuda.is_available() else "gloo",
+                timeout=timedelta(minutes=hang_minutes + COLLECTIVES_LATER_MINUTES),
+            )
+        ],
         gradient_accumulation_steps=accumulation,
         log_with=log_with or None,
     )

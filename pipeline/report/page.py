@@ -143,6 +143,7 @@ def _curves(run: Path) -> list[str]:
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
+    train = [line for line in train if "loss" in line]  # none where every step since the line before was skipped
     drawings = []
     if train:
         drawings.append(plots.loss_curve([t["step"] for t in train], [t["loss"] for t in train]))

@@ -85,7 +85,7 @@ def test_zero_0_in_bf16_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero0.json")
     monkeypatch.setenv("WORLD_SIZE", "1")
     with pytest.raises(UserError, match="use stage 1"):
-        start(batch_size=1, accumulation=1, grad_clip=1.0, precision="bf16", log_with=[])
+        start(batch_size=1, accumulation=1, grad_clip=1.0, precision="bf16", log_with=[], hang_minutes=1)
 
 
 def test_experts_are_shared_where_they_can_be_and_stay_whole_on_one_process():
