@@ -67,6 +67,8 @@ class Cell:
     """Folder of tensors to go on from."""
     save: str = ""
     """Folder that tensors are saved to half-way."""
+    again: bool = False
+    """Whether the run goes back at its end to what it saved, and takes the second half once more."""
     export: str = ""
     """Folder that the averaged model is saved to at the end."""
     offload: bool = False
@@ -234,12 +236,27 @@ def train(cell: Cell, settings_file: Path) -> Curve:
     trainer = Trainer(settings, accelerator, model, nothing, None, batching, schedule, None)
     if cell.resume:
         load(trainer, Path(cell.resume))
+    curve = take_steps(cell, trainer)
+    if cell.again:
+        load(trainer, Path(cell.save))
+        curve = take_steps(cell, trainer)
+    if cell.export:
+        averaged = trainer._averaged_model()
+        if trainer.rank == 0:
+            averaged.save_pretrained(cell.export)
+    trainer.engine.destroy()
+    return curve
+
+
+def take_steps(cell: Cell, trainer: Trainer) -> Curve:
+    """From where the trainer stands to the last step."""
+    micro = trainer.batching.micro_batch_size
     losses, norms = [], []
     for step in range(trainer.step, STEPS):
         if cell.save and step == STEPS // 2:
             save(trainer, Path(cell.save))
         mine = range(trainer.rank, BATCH, cell.processes)
-        parts = [batch(step, mine[i * micro : (i + 1) * micro], model) for i in range(cell.accumulation)]
+        parts = [batch(step, mine[i * micro : (i + 1) * micro], trainer.model) for i in range(cell.accumulation)]
         counts, _, _ = trainer._agree(parts, None)
         sums, _ = trainer._take_step(parts, counts)
         trainer.step += 1
@@ -247,19 +264,18 @@ def train(cell: Cell, settings_file: Path) -> Curve:
         losses.append(sums.tolist())
         norm = trainer.engine.get_global_grad_norm()
         norms.append(float("nan") if norm is None or cell.stage == 0 else float(norm))
-    if cell.export:
-        averaged = trainer._averaged_model()
-        if trainer.rank == 0:
-            averaged.save_pretrained(cell.export)
-    trainer.engine.destroy()
     return Curve(np.array(losses), np.array(norms))
 
 
 def ds_settings(cell: Cell) -> dict[str, Any]:
-    """The project's own file of the stage; under ZeRO-3 even the smallest parameter is cut into pieces."""
+    """The project's own file of the stage.
+
+    Under ZeRO-3 every parameter of this model is below the size from which one is cut into pieces. So all are cut here,
+    except in a run that goes back: parameters that stay whole between the steps have to go back too.
+    """
     name = f"zero{cell.stage}{'_offload' if cell.offload else ''}.json"
     settings: dict[str, Any] = json.loads((ROOT / "ds_configs" / name).read_text())
-    if cell.stage == 3:
+    if cell.stage == 3 and not cell.again:
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return settings
 

@@ -1,5 +1,7 @@
 """Tensors saved from an engine, set in another of the same or of any other form."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ FORMS = {  # name to where it goes on from, and how
     "two to one": ("sharded", Cell(2, 1, 1)),
     "ZeRO-3 to one, ZeRO-0": ("cut", Cell(0, 1, 1)),
 }
+BACK = {"sharded, back": Cell(2, 2, 2), "cut, back": Cell(3, 1, 2)}
 BITWISE = {"same": "sharded", "ZeRO-3 again": "cut"}
 
 
@@ -31,6 +34,8 @@ def world(tmp_path_factory):
         "sharded": Cell(2, 2, 2, save=str(folder / "sharded"), export=str(folder / "sharded-model")),
         "cut": Cell(3, 1, 2, save=str(folder / "cut"), export=str(folder / "cut-model")),
     }
+    for name, cell in BACK.items():
+        cells[name] = replace(cell, save=str(folder / name), export=str(folder / f"{name}-model"), again=True)
     for name, (source, cell) in FORMS.items():
         places = {"resume": str(folder / source), "export": str(folder / f"{name}-model")}
         cells[name] = Cell(cell.stage, cell.sharding, cell.processes, cell.accumulation, **places)
@@ -47,6 +52,12 @@ def test_a_run_goes_on_in_any_form(world, name):
     curves, bare, _ = world
     assert len(curves[name].losses) == STEPS - HALF
     assert curves[name].losses[:, 0] == pytest.approx(curves[FORMS[name][0]].losses[HALF:, 0], rel=1e-6)
+    assert curves[name].losses[:, 0] == pytest.approx(bare.losses[HALF:, 0], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", BACK)
+def test_an_engine_that_has_gone_on_goes_back_to_what_it_saved(world, name):
+    curves, bare, _ = world
     assert curves[name].losses[:, 0] == pytest.approx(bare.losses[HALF:, 0], rel=1e-6)
 
 
@@ -68,7 +79,7 @@ def test_names_and_shapes_are_those_of_the_model_as_it_was_built(world, source):
     }
 
 
-@pytest.mark.parametrize("name", ["sharded", "cut", *FORMS])
+@pytest.mark.parametrize("name", ["sharded", "cut", *BACK, *FORMS])
 @torch.inference_mode()
 def test_the_saved_average_answers_as_that_of_a_bare_loop(world, name):
     """So it holds every expert, each in its place."""

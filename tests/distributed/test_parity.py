@@ -10,6 +10,7 @@ from benchmarks.parity_cells import Cell, bare_loop, batch, build, run
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
 from pipeline.data.dataset import collate, model_inputs
 from pipeline.data.stand_in import StandIn
+from pipeline.distributed import start
 from pipeline.distributed.experts import resolve_expert_parallel
 from pipeline.distributed.startup import ROOT
 from pipeline.errors import UserError
@@ -80,6 +81,13 @@ def test_what_cannot_be_done_is_refused_with_the_reason(wanted, experts, world_s
         resolve_expert_parallel(wanted, experts, world_size, stage, grad_clip)
 
 
+def test_zero_0_in_bf16_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero0.json")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="use stage 1"):
+        start(batch_size=1, accumulation=1, grad_clip=1.0, precision="bf16", log_with=[], hang_minutes=1)
+
+
 def test_experts_are_shared_where_they_can_be_and_stay_whole_on_one_process():
     assert resolve_expert_parallel(2, 4, 4, 0, 0.0) == 2
     assert resolve_expert_parallel(4, 4, 8, 3, 1.0) == 4
@@ -124,7 +132,7 @@ def test_a_launched_run_with_zero_3_and_sharded_experts_validates_and_saves_as_o
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
     shutil.rmtree(tmp_path / "spread" / "checkpoints" / "step-00000004")
     (tmp_path / "spread" / "summary.json").unlink()
-    _, err = finish(launch(tmp_path, tmp_path / "spread", processes=1))
+    _, err = finish(launch(tmp_path, tmp_path / "spread", *spread))  # the file lets small parameters stay whole
     assert "resuming at step 3 of 4" in err
     again = lines(tmp_path / "spread")
     assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
