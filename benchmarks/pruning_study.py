@@ -191,7 +191,7 @@ def train_head(config: ModelConfig, train: Data, steps: int, seed: int) -> Roadw
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.grad_clip)
         optimizer.step()
-        average.update(model, step)
+        average.update(step)
     copy_into(dict(model.named_parameters()), average.tensors)
     return model.eval()
 

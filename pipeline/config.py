@@ -6,6 +6,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -25,6 +26,7 @@ ALIASES = {
     "--run": "--train.run",
     "--max-minutes": "--train.max_minutes",
     "--profile": "--train.profile",
+    "--resume": "--checkpoint.resume",
 }
 
 
@@ -80,6 +82,8 @@ class TrainConfig:
     """Samples per optimizer step, over all processes: the world size changes the speed, not the run."""
     micro_batch_size: int = 16
     """Most samples of one process in one forward pass; accumulation follows."""
+    expert_parallel: int = 1
+    """Processes that share the experts of a layer; 1 gives every process all of them. One process alone keeps them."""
     precision: str = "auto"
     """`bf16`, `fp32`, or `auto`: bf16 where a GPU computes in it."""
     seed: int = 0
@@ -109,7 +113,9 @@ class TrainConfig:
     """Steps to trace with torch's profiler, as FIRST:LAST; empty traces none."""
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "micro_batch_size", "log_every", "validations_per_epoch"):
+        for key in (
+            "epochs", "batch_size", "micro_batch_size", "expert_parallel", "log_every", "validations_per_epoch",
+        ):  # fmt: skip
             require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
         require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         for key in ("seed", "patience", "distil_every"):
@@ -137,19 +143,41 @@ def profile_window(text: str) -> tuple[int, int]:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written and how many are kept."""
+    """When checkpoints are written, which ones stay, and where copies go. None of it changes what is computed."""
 
     every_steps: int = 0
     """Optimizer steps between checkpoints; 0 leaves it to the clock and the validations."""
     every_minutes: float = 10.0
     """Minutes between checkpoints; 0 turns the clock off."""
     keep: int = 2
-    """Latest checkpoints kept."""
+    """Latest checkpoints kept, besides the one with the best validation."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are kept for good; 0 keeps none for good."""
+    sync: str = ""
+    """URL to which finished checkpoints are copied in the background: `s3://`, `gs://`, `file://`, or any other that
+    fsspec knows. Where the run folder has no checkpoint, the newest one from there is fetched. Empty copies nothing."""
+    sync_wait_s: float = 60.0
+    """Seconds that the end of a run, or a stop, waits for the last copy."""
+    resume: str = ""
+    """URL to fetch the newest valid checkpoint from, where it is newer than the run folder's; empty means `sync`."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
         require(self.every_minutes >= 0, "checkpoint.every_minutes", self.every_minutes, "0 or more")
         require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
+        require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "0 or more")
+        require(self.sync_wait_s >= 0, "checkpoint.sync_wait_s", self.sync_wait_s, "0 or more")
+        for key in ("sync", "resume"):
+            require_plain_url(f"checkpoint.{key}", getattr(self, key))
+
+
+def require_plain_url(key: str, value: str) -> None:
+    """Refuse what is no URL, and one with a secret in it: the configuration is written down in many places."""
+    parts = urlsplit(value)
+    if parts.password is not None or parts.query:
+        raise UserError(f"{key} has a password or a signature in it; leave credentials to the driver's environment")
+    is_url = bool(parts.scheme) and "://" in value
+    require(is_url or not value, key, value, "a URL such as s3://bucket/folder, or empty")
 
 
 @dataclass

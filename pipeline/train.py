@@ -20,7 +20,7 @@ from pipeline.data.features import FeatureCache, open_cache
 from pipeline.data.index import INDEX_NAME, read_index
 from pipeline.data.inputs import check_inputs
 from pipeline.data.storage import open_folder
-from pipeline.distributed import on_rank_zero, resolve_precision, start
+from pipeline.distributed import describe_experts, expert_parallel_size, on_rank_zero, resolve_precision, start
 from pipeline.errors import run
 from pipeline.feed import open_feed
 from pipeline.files import write_summary
@@ -62,6 +62,8 @@ def train(config: Config, dry_run: bool) -> Path | None:
         accumulation=batching.accumulation,
         grad_clip=config.optim.grad_clip,
         precision=precision,
+        expert_parallel=config.train.expert_parallel,
+        experts=config.model.experts if config.model.head == "roadwork" else None,
         log_with=["wandb"] if config.train.wandb and not dry_run else [],
         hang_minutes=config.train.hang_minutes,
     )
@@ -84,7 +86,8 @@ def train(config: Config, dry_run: bool) -> Path | None:
     model.loss_config = config.loss
     check_cache(cache, model, config)
     if lead:
-        for line in describe_model(config, model, precision, world_size):
+        placement = describe_experts(config, expert_parallel_size(accelerator))
+        for line in (*describe_model(config, model, precision, world_size), *placement):
             say(line)
     validation = None
     if index is not None and not dry_run and (index.splits["val"].labels >= 0).any():
@@ -102,7 +105,8 @@ def train(config: Config, dry_run: bool) -> Path | None:
     if lead:
         folder.create(config, index, world_size)
     start_tracking(accelerator, config)
-    summary = trainer.run()
+    with contextlib.closing(trainer):
+        summary = trainer.run()
     accelerator.end_training()
     return write_summary(folder.path, summary) if lead else None
 

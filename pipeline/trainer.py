@@ -12,17 +12,22 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from pipeline.bad_samples import find_bad_samples, in_words
 from pipeline.config import Config
 from pipeline.data.dataset import model_inputs
 from pipeline.distributed import (
     Agreement,
     Checkpoints,
+    EngineAverage,
     StopSignal,
     Watchdog,
     count_steps,
     create_optimizer_state,
+    expert_parallel_size,
+    on_rank_zero,
     skip_steps_that_are_not_finite,
     spoil_gradient,
+    watch_routers,
 )
 from pipeline.errors import Stopped, UserError
 from pipeline.feed import Batch, Feed
@@ -30,25 +35,17 @@ from pipeline.files import replace_folder
 from pipeline.losses import TERMS, Targets, count_targets
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import WeightAverage, build_optimizer, lr_at
+from pipeline.optim import build_optimizer, lr_at
 from pipeline.plan import Batching, Schedule
 from pipeline.progress import format_seconds, say
 from pipeline.run_folder import RunFolder
 from pipeline.telemetry import Meter, Profiler
 from pipeline.validation import Validation
 
-NAMES_SAID = 8  # samples on the line of a skipped step; metrics.jsonl has them all
-
 
 def targets_of(batch: Batch) -> Targets:
     """A batch's targets."""
     return Targets(batch["labels"], batch["weather"], batch["mask_targets"])
-
-
-def is_finite(output: RoadworkOutput) -> torch.Tensor:
-    """Which samples' losses are, in every term: bool [B]."""
-    assert output.loss_terms is not None
-    return torch.stack([values.detach().isfinite() for values in output.loss_terms.values()]).all(dim=0)
 
 
 class Trainer:
@@ -71,11 +68,13 @@ class Trainer:
         self.batching, self.schedule, self.folder = batching, schedule, folder
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         model.train()
-        self.engine, self.optimizer = accelerator.prepare(model, build_optimizer(model, config.optim))
+        optimizer = build_optimizer(model, config.optim, expert_parallel_size(accelerator))
+        self.engine, self.optimizer = accelerator.prepare(model, optimizer)
+        watch_routers(model)
         create_optimizer_state(self.engine)
         skip_steps_that_are_not_finite(self.engine)
-        self.average = WeightAverage(model, config.train.ema_decay)
-        self.checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, self.rank) if folder else None
+        self.average = EngineAverage(model, config.train.ema_decay)
+        self.checkpoints = Checkpoints(folder.checkpoints, config, self.rank) if folder else None
         self.stop = StopSignal(config.train.max_minutes)
         self.agreement = Agreement()
         self.meter = Meter(accelerator.device, batching.batch_size, self.agreement)
@@ -199,23 +198,18 @@ class Trainer:
                 if term in output.loss_terms:
                     sums[1 + i] += output.loss_terms[term].detach().sum() / counts[i].clamp(min=1)
         if self.engine.was_step_applied():
-            self.average.update(self.model, self.step)
+            self.average.update(self.step)
         return sums, outputs
 
     def _skip(self, batches: list[Batch], outputs: list[RoadworkOutput]) -> None:
         """Name the samples of a step that was not taken, and roll back after several in a row. Collective."""
         count_steps(self.engine, self.step)
-        rows = [self.feed.name(row) for batch in batches for row in batch["row"].tolist()]
-        sound = [flag for output in outputs for flag in is_finite(output).tolist()]
-        found = [pair for pairs in self.agreement.gather(list(zip(rows, sound, strict=True))) for pair in pairs]
-        bad = [name for name, flag in found if not flag]
-        reason, names = ("loss", bad) if bad else ("gradient", [name for name, _ in found])
+        reason, names = find_bad_samples(self.agreement, self.feed, batches, outputs)
         in_a_row, most = self.skips, self.config.train.max_skips
         self._write({"kind": "skip", "step": self.step, "reason": reason, "samples": names, "in_a_row": in_a_row})
         if self.rank == 0:
             say(
-                f"step {self.step} skipped: its {reason} is not finite; the sample{'s' if len(names) > 1 else ''}: "
-                f"{', '.join(names[:NAMES_SAID])}{' ...' if len(names) > NAMES_SAID else ''} "
+                f"step {self.step} skipped: its {reason} is not finite; samples: {in_words(names)} "
                 f"({in_a_row} in a row, {most} make a roll-back)"
             )
         if in_a_row >= most:
@@ -273,11 +267,12 @@ class Trainer:
 
     def _validate(self) -> None:
         assert self.validation is not None
-        with self.average.applied_to(self.model), self.meter.paused():
-            scores = self.validation(self.model, self.alive)
-            better = self.best is None or (scores["mcc"], -scores["loss"]) > (self.best["mcc"], -self.best["loss"])
-            if better and self.folder and self.rank == 0:
-                replace_folder(self.folder.model, self.model.save_pretrained)
+        with self.meter.paused():
+            averaged = self._averaged_model()
+            scores = self.validation(averaged, self.alive)
+        better = self.best is None or (scores["mcc"], -scores["loss"]) > (self.best["mcc"], -self.best["loss"])
+        if better and self.folder and self.rank == 0:
+            replace_folder(self.folder.model, averaged.save_pretrained)
         if better:
             self.best, self.validations_since_best = {"step": self.step, **scores}, 0
         else:
@@ -289,6 +284,17 @@ class Trainer:
                 f"step {self.step}/{self.schedule.steps}  validation: MCC {scores['mcc']:.3f} (metadata NULL, "
                 f"n={scores['n']}){', the best so far' if better else ''}"
             )
+
+    def _averaged_model(self) -> RoadworkModel:
+        """A whole model with the averaged weights, whatever holds the pieces of the one in training. Collective.
+
+        A rank asks it by itself: one that has fewer photos to validate keeps no other waiting.
+        """
+        config: Any = self.model.config
+        model = RoadworkModel(config).attach(self.model.backbone)
+        model.loss_config = self.config.loss
+        model.load_state_dict(self.average.gathered())
+        return model.to(self.accelerator.device).to(self.model.dtype)
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
@@ -302,6 +308,7 @@ class Trainer:
         self.validations_since_best, self.validated_step = state["validations_since_best"], state["validated_step"]
         self.wall_s = state["wall_s"]
         self.skips, self.rollbacks, self.saved_step = state["skips"], state["rollbacks"], self.step
+        on_rank_zero(self._restore_best_model)
         if self.rank == 0 and self.folder:
             self.folder.truncate_metrics(self.step)
             say(f"resuming at step {self.step} of {self.schedule.steps}")
@@ -309,7 +316,7 @@ class Trainer:
 
     def _farewell(self) -> str:
         reason = f"train.max_minutes={self.config.train.max_minutes:g} is over; " if self.stop.out_of_time else ""
-        what = "saved" if self.checkpoints else "nothing saved"
+        what = "saved" if self.checkpoints and self.checkpoints.unsaved is None else "not saved"
         return f"{reason}{what} at step {self.step} of {self.schedule.steps}; the same command goes on from there"
 
     def _save_once(self) -> None:
@@ -319,6 +326,27 @@ class Trainer:
         with self.meter.paused():
             self._save()
         self.saved_step, self.saved_s = self.step, time.monotonic()
+
+    def _restore_best_model(self) -> None:
+        """Write the best weights again where the checkpoint comes from another machine, which took them with it."""
+        assert self.checkpoints is not None and self.folder is not None  # noqa: PT018
+        folder = self.folder
+        if self.best is None or ((folder.model / "config.json").exists() and not self.checkpoints.fetched):
+            return
+        weights = self.checkpoints.best_average()
+        if weights is None:
+            raise UserError(
+                f"the best weights so far, those of step {self.best['step']}, are neither in {folder.model} nor in a "
+                "checkpoint; copy that folder here, or choose another --train.run"
+            )
+        model = RoadworkModel(self.model.config)  # type: ignore[arg-type]
+        model.load_state_dict(weights)
+        replace_folder(folder.model, model.save_pretrained)
+
+    def close(self) -> None:
+        """Wait, for a bounded time, for what is still on its way to a store; says what did not get there."""
+        if self.checkpoints:
+            self.checkpoints.close()
 
     def _save(self) -> None:
         assert self.checkpoints is not None
@@ -344,10 +372,11 @@ class Trainer:
     def _finish(self) -> dict[str, Any]:
         if self.rank == 0 and self._out_of_patience():
             say(f"stopped early: {self.validations_since_best} validations without a better MCC")
-        if self.folder and self.best is None and self.rank == 0:
+        if self.folder and self.best is None:
             # Nothing to validate on: the last average is the best there is.
-            with self.average.applied_to(self.model):
-                replace_folder(self.folder.model, self.model.save_pretrained)
+            averaged = self._averaged_model()
+            if self.rank == 0:
+                replace_folder(self.folder.model, averaged.save_pretrained)
         best = None
         if self.best is not None:
             best = {"step": self.best["step"], "val": {key: self.best[key] for key in self.best if key != "step"}}

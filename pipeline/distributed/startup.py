@@ -13,7 +13,9 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+from transformers.integrations import unset_hf_deepspeed_config
 
+from pipeline.distributed.experts import expert_settings, resolve_expert_parallel
 from pipeline.errors import UserError
 
 T = TypeVar("T")
@@ -22,7 +24,15 @@ COLLECTIVES_LATER_MINUTES = 2.0
 
 
 def start(
-    *, batch_size: int, accumulation: int, grad_clip: float, precision: str, log_with: list[str], hang_minutes: float
+    *,
+    batch_size: int,
+    accumulation: int,
+    grad_clip: float,
+    precision: str,
+    log_with: list[str],
+    hang_minutes: float,
+    expert_parallel: int = 1,
+    experts: int | None = None,
 ) -> Accelerator:
     """Join the process group and return an `Accelerator` with DeepSpeed under it.
 
@@ -37,21 +47,27 @@ def start(
         log_with: Accelerate trackers to start.
         hang_minutes: How long a process may be waited for; collectives give up later than the watchdog, which can say
             where the others stand.
+        expert_parallel: Over how many processes a layer's experts are to be spread.
+        experts: Experts per layer; None where the model has none.
+
+    Raises:
+        UserError: A combination that DeepSpeed cannot do.
     """
     _without_launcher()
-    path = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero2.json"))
-    # A relative path is the project's own file, wherever the command was given, unless there is one in that place.
-    settings = read_ds_config(path if path.exists() else ROOT / path)
+    settings = ds_settings()
     settings |= {
         "train_micro_batch_size_per_gpu": batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": grad_clip,
         "bf16": {"enabled": precision == "bf16"},
     }
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    size = resolve_expert_parallel(expert_parallel, experts, int(os.environ["WORLD_SIZE"]), stage, grad_clip)
+    settings |= expert_settings(size, precision)
     if not torch.cuda.is_available():
         _skip_shared_memory_kernel()
     accelerator = Accelerator(
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings),
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False),
         kwargs_handlers=[
             InitProcessGroupKwargs(
                 backend="nccl" if torch.cuda.is_available() else "gloo",
@@ -61,6 +77,8 @@ def start(
         gradient_accumulation_steps=accumulation,
         log_with=log_with or None,
     )
+    # transformers would load the frozen backbone in pieces under ZeRO-3; the engine never sees it, so it stays whole.
+    unset_hf_deepspeed_config()
     # Without a matching backend every rank believes it is alone, and trains on all of the data.
     assert accelerator.num_processes == int(os.environ["WORLD_SIZE"])
     return accelerator
@@ -114,6 +132,13 @@ def resolve_precision(wanted: str) -> str:
     if wanted == "bf16" and not supported:
         raise UserError("train.precision is 'bf16', but no GPU here computes in it; use 'auto' or 'fp32'")
     return wanted
+
+
+def ds_settings() -> dict[str, Any]:
+    """The DeepSpeed settings that the accelerate configuration of this launch names."""
+    path = Path(os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero2.json"))
+    # A relative path is the project's own file, wherever the command was given, unless there is one in that place.
+    return read_ds_config(path if path.exists() else ROOT / path)
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:

@@ -37,10 +37,14 @@ class SparseExperts(nn.Module):
         for parameter in self.block.parameters():
             nn.init.normal_(parameter, std=INIT_STD)
         self._logits: torch.Tensor | None = None
-        self.block.gate.register_forward_hook(self._keep_logits)
+        self.watch(self.block.gate)
+
+    def watch(self, router: nn.Module) -> None:
+        """Take the logits from this router's output: a tensor [B*T, E], or a tuple that begins with it."""
+        router.register_forward_hook(self._keep_logits)
 
     def _keep_logits(self, router: nn.Module, inputs: Any, output: Any) -> None:
-        self._logits = output[0]
+        self._logits = output[0] if isinstance(output, tuple) else output
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Send every token [B, T, H] to its experts; gives the update [B, T, H] and the logits [B, T, E]."""

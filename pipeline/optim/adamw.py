@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.errors import require
+from pipeline.model.moe import SparseExperts
 
 
 @dataclass
@@ -42,18 +43,33 @@ class OptimConfig:
         require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "0 or more")
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig, expert_parallel: int = 1) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) over the parameters of `model` that require a gradient.
 
-    Every group has a `name`: DeepSpeed asks for one in each group as soon as one group is named.
+    Args:
+        model: As it was built, before an engine shards it.
+        config: Rates and decay.
+        expert_parallel: Processes that share a layer's experts. Where there are several, the experts have a group of
+            their own, marked as DeepSpeed asks for; it is named after the process group that holds the same experts.
+            Every group has a name, as DeepSpeed wants as soon as one has.
     """
+    experts = set()
+    if expert_parallel > 1:
+        blocks = [m for m in model.modules() if isinstance(m, SparseExperts)]
+        experts = {id(p) for block in blocks for p in block.block.experts.parameters()}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    decay = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings]
+    decay = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings | experts]
     rest = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
     groups = [
         {"name": "decay", "params": decay, "weight_decay": config.weight_decay},
         {"name": "no_decay", "params": rest, "weight_decay": 0.0},
+        {
+            "name": f"ep_size_{expert_parallel}",
+            "params": [p for p in trainable if id(p) in experts],
+            "weight_decay": config.weight_decay,
+            "moe": True,
+        },
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -21,35 +20,42 @@ def decay_at(step: int, max_decay: float = MAX_DECAY) -> float:
 
 
 class WeightAverage:
-    """Keeps an fp32 average of every trainable parameter of a model, by name."""
+    """Keeps an fp32 average of every trainable parameter of a model, by name.
+
+    Where a model is spread over processes, see `pipeline.distributed.EngineAverage`.
+    """
 
     def __init__(self, model: nn.Module, max_decay: float = MAX_DECAY):
         self.max_decay = max_decay
-        self.tensors = {name: p.detach().float().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.model = model
+        self.tensors = {name: weight.detach().float().clone() for name, weight in self._held().items()}
+
+    def _held(self) -> Mapping[str, torch.Tensor]:
+        """The model's present weights, or the part of them that this process has."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Move the average towards the model's present weights, after optimizer step `step` (from 0)."""
         weight = 1 - decay_at(step, self.max_decay)
-        present = dict(model.named_parameters())
+        present = self._held()
         torch._foreach_lerp_(
             list(self.tensors.values()), [present[name].detach().float() for name in self.tensors], weight
         )
 
-    @contextmanager
-    def applied_to(self, model: nn.Module) -> Iterator[None]:
-        """Run the body with the averaged weights in `model`; its own come back afterwards, bit for bit."""
-        parameters = {n: p for n, p in model.named_parameters() if n in self.tensors}
-        own = {name: p.detach().clone() for name, p in parameters.items()}
-        try:
-            copy_into(parameters, self.tensors)
-            yield
-        finally:
-            copy_into(parameters, own)
+    def gathered(self) -> dict[str, torch.Tensor]:
+        """The whole average by the names of the unspread model, on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `gathered`."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(tensors[name])
 
 
 @torch.no_grad()
-def copy_into(parameters: dict[str, nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+def copy_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
     """Copy `values` into `parameters` in place, name by name, so that a parameter's storage stays its own."""
     for name, parameter in parameters.items():
         parameter.copy_(values[name])

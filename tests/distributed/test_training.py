@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
-from pipeline.distributed.checkpoint import find_damage
+from pipeline.distributed.checkpoint_files import Damaged, check_checkpoint
 from pipeline.model.roadwork import RoadworkModel
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
 
@@ -60,6 +61,12 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
+def train_losses(run: Path) -> dict[int, float]:
+    """Those of the steps that this folder has seen."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(world):
     """A run of two processes from beginning to end."""
@@ -79,8 +86,9 @@ def test_two_processes_train_validate_and_leave_a_run_folder(uninterrupted):
     assert provenance["hardware"]["processes"] == 2
     assert provenance["versions"]["torch"] == torch.__version__
     assert not RoadworkModel.from_pretrained(uninterrupted / "model").training
-    assert [path.name for path in sorted((uninterrupted / "checkpoints").iterdir())] == [
-        f"step-{step:08d}" for step in (STEPS - 1, STEPS)
+    best = summary["best"]["step"]
+    assert [path.name for path in sorted((uninterrupted / "checkpoints").glob("step-*"))] == [
+        f"step-{step:08d}" for step in sorted({best, STEPS - 1, STEPS})
     ]
 
 
@@ -106,7 +114,7 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same_losses(world, uninterrupted):
     _, err = finish(process, status=75)
     assert "Traceback" not in err
     assert not (run / "summary.json").exists()
-    taken = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").iterdir())
+    taken = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
     assert 2 <= taken < STEPS
     _, err = finish(launch(world, run))
     assert f"resuming at step {taken} of {STEPS}" in err
@@ -126,7 +134,8 @@ def test_a_killed_run_falls_back_to_the_checkpoint_that_is_whole(world, uninterr
     newest = max((run / "checkpoints").glob("step-*"))
     weights = newest / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))
-    assert find_damage(newest) == "weights.safetensors has changed"
+    with pytest.raises(Damaged, match=r"^weights\.safetensors has another SHA-256"):
+        check_checkpoint(newest)
     _, err = finish(launch(world, run))
     assert f"checkpoint {newest} is damaged" in err
     assert losses(run) == losses(uninterrupted)
@@ -158,3 +167,44 @@ def test_weights_and_biases_logs_offline_into_the_run_folder(world):
     _, err = finish(launch(world, run, "--train.wandb", "true", "--epochs", "1", processes=1))
     assert "logging offline" in err
     assert list(run.glob("wandb/offline-run-*"))
+
+
+def test_a_run_whose_machine_is_lost_goes_on_elsewhere_from_its_synced_checkpoint(world, uninterrupted):
+    """With another number of processes, and with the best weights, which no checkpoint but the best one holds."""
+    run, url = world / "lost", f"file://{world}/remote"
+    process = launch(world, run, "--checkpoint.sync", url)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 4/"):
+            process.send_signal(signal.SIGINT)
+            break
+    finish(process, status=75)
+    run.rename(world / "gone")
+    taken = max(int(path.name.removeprefix("step-")) for path in (world / "remote").glob("step-*"))
+    assert 4 <= taken < STEPS
+    _, err = finish(launch(world, run, "--resume", url, processes=1))
+    assert f"fetched checkpoint {url}/step-{taken:08d}" in err
+    assert f"resuming at step {taken} of {STEPS}" in err
+    after, expected = (train_losses(folder) for folder in (run, uninterrupted))
+    assert list(after) == list(range(taken + 1, STEPS + 1))
+    assert after == pytest.approx({step: expected[step] for step in after}, rel=1e-6)
+    best = [json.loads((folder / "summary.json").read_text())["best"]["step"] for folder in (run, uninterrupted)]
+    assert best[0] == best[1]
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, uninterrupted))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+def test_a_disk_without_room_for_checkpoints_does_not_end_a_run(world, uninterrupted):
+    """The system lets no file grow to the size of the optimizer's state, but those of the best model fit."""
+    newest = max((uninterrupted / "checkpoints").glob("step-*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * (newest / "weights.safetensors").stat().st_size // 2, limits[1]))
+    try:
+        process = launch(world, world / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    _, err = finish(process)
+    assert "the checkpoint of step 1 is not saved (file too large); there is no earlier one" in err
+    assert f"the state of step {STEPS} is not saved; there is no earlier one" in err
+    assert list((world / "full" / "checkpoints").iterdir()) == []
+    assert losses(world / "full") == losses(uninterrupted)

@@ -1,0 +1,285 @@
+"""Cells of the parity matrix: short runs of DeepSpeed's engine in one of its forms, many in one start of processes.
+
+Every cell takes the trainer's own steps on the same few photos (as cached tokens, some without label, weather or mask,
+some with views that do not exist), so that all its numbers can be compared with those of a bare loop in PyTorch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+from torch import multiprocessing
+
+from pipeline.config import Config, OptimConfig, TrainConfig
+from pipeline.data.dataset import collate, mask_targets, metadata_tensors, model_inputs
+from pipeline.data.record import Metadata
+from pipeline.data.views import view_boxes
+from pipeline.distributed import start
+from pipeline.distributed.engine_tensors import gather_tensors, set_tensors
+from pipeline.distributed.startup import ROOT
+from pipeline.feed import Batch
+from pipeline.losses import TERMS
+from pipeline.model.config import ModelConfig
+from pipeline.model.moe import SparseExperts
+from pipeline.model.roadwork import RoadworkModel
+from pipeline.optim import WeightAverage, build_optimizer, lr_at
+from pipeline.optim.ema import copy_into
+from pipeline.plan import Batching, Schedule
+from pipeline.progress import silence_libraries
+from pipeline.trainer import Trainer
+
+STEPS = 5
+BATCH = 8  # photos per optimizer step, whatever the processes
+GRAD_CLIP = 0.3  # below the norms of all steps, so that a wrong norm shows
+EXPERTS = 4
+SMALL = 0.05  # of a loss term, below which differences are taken as absolute
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One form of the engine."""
+
+    stage: int
+    """ZeRO stage."""
+    sharding: int
+    """Processes that share a layer's experts; 1 when all have them whole."""
+    processes: int
+    accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    clip: bool = True
+    """Whether gradients are clipped."""
+    idle: bool = False
+    """Whether the routers send every token to one of the first two experts, so that the others get none."""
+    resume: str = ""
+    """Folder of tensors to go on from."""
+    save: str = ""
+    """Folder that tensors are saved to half-way."""
+    export: str = ""
+    """Folder that the averaged model is saved to at the end."""
+    offload: bool = False
+    """Whether the optimizer is on the CPU, as in `ds_configs/zero2_offload.json`."""
+
+    def __str__(self) -> str:
+        experts = f"experts over {self.sharding}" if self.sharding > 1 else "whole experts"
+        return f"ZeRO-{self.stage}, {experts}, {self.processes} processes, accumulation {self.accumulation}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What a cell's steps gave."""
+
+    losses: np.ndarray
+    """[steps, 1 + terms]: the loss and each of its terms, over all ranks."""
+    norms: np.ndarray
+    """[steps], of the global gradient before clipping; NaN where DeepSpeed does not tell (ZeRO-0)."""
+
+    def difference(self, other: Curve) -> float:
+        """Largest difference of any loss, term or norm of any step, relative to the other value or to 0.05.
+
+        The disagreement of views that nearly agree is the small difference of numbers around 1, in 32 bits.
+        """
+        ours, theirs = (np.column_stack([curve.losses, curve.norms]) for curve in (self, other))
+        return float(np.nanmax(np.abs(ours - theirs) / np.maximum(np.abs(theirs), SMALL)))
+
+
+def config(cell: Cell) -> Config:
+    """The recipe of a cell; nothing in it is random, so that the number of processes changes nothing."""
+    # A step so small that the idle experts stay idle.
+    lr = 1e-5 if cell.idle else 3e-3
+    return Config(
+        train=TrainConfig(batch_size=BATCH, distil_every=2, seed=SEED, expert_parallel=cell.sharding, wandb=False),
+        model=ModelConfig(
+            backbone="scenes-tiny", view_side=32, keep_views=4, pool_grid=2, width=32, layers=2, heads=2,
+            fusion_heads=2, experts=EXPERTS, experts_per_token=1 if cell.idle else 2, expert_width=16,
+            mask_side=4, dropout=0.0, metadata_field_dropout=0.0, metadata_all_dropout=0.0, pruning="off",
+        ),
+        optim=OptimConfig(lr=lr, grad_clip=GRAD_CLIP if cell.clip else 0.0),
+    )  # fmt: skip
+
+
+def build(cell: Cell) -> RoadworkModel:
+    """The same model for every cell."""
+    torch.manual_seed(SEED)
+    settings = config(cell)
+    model = RoadworkModel.build(settings.model)
+    model.loss_config = settings.loss
+    if cell.idle:
+        favour_two_experts(model)
+    return model
+
+
+@torch.no_grad()
+def favour_two_experts(model: RoadworkModel) -> None:
+    """Let no token reach the third and fourth expert: of logits t, -t, 0, 0 one of the first two is the largest."""
+    for module in model.modules():
+        if isinstance(module, SparseExperts):
+            router = cast(torch.Tensor, module.block.gate.weight)
+            router[0] *= 200  # so that t is far from 0 for every token
+            router[1] = -router[0]
+            router[2:] = 0.0
+
+
+def photo(row: int, dim: int, sizes: ModelConfig) -> dict[str, torch.Tensor]:
+    """A photo as the feature cache gives it, with something missing in two of three."""
+    generator = torch.Generator().manual_seed(row)
+    views, cells = sizes.num_views, sizes.pool_grid**2
+    cover = torch.rand(6, sizes.mask_side, sizes.mask_side, generator=generator)
+    known = Metadata(gps=(55.7, 13.2), weather=("sunny",) if row % 3 else None, daytime="light")
+    return {
+        "cls": torch.randn(views, dim, generator=generator),
+        "cells": torch.randn(views, cells, 2 * dim, generator=generator),
+        "regions": torch.randn(views, dim, generator=generator),
+        "boxes": view_boxes(4032, 3024, sizes.view_side)[:views],
+        "view_mask": torch.arange(views) < views - row % 4,
+        **metadata_tensors(known, text_dim=sizes.text_dim),
+        "labels": torch.tensor(row % 2 if row % 5 else -1),
+        "mask_targets": cover if row % 3 == 1 else mask_targets(None, sizes.mask_side),
+        "row": torch.tensor(row),
+    }
+
+
+def batch(step: int, rows: Sequence[int], model: RoadworkModel) -> Batch:
+    """Some photos of an optimizer step."""
+    return collate([photo(step * BATCH + row, model.config.backbone_dim, model.config.sizes) for row in rows])
+
+
+def bare_loop(cell: Cell) -> Curve:
+    """One process, the whole batch at once, no DeepSpeed."""
+    settings, model = config(cell), build(cell).train()
+    optimizer, average = build_optimizer(model, settings.optim), WeightAverage(model, settings.train.ema_decay)
+    losses, norms = [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, STEPS, settings.optim)
+        photos = batch(step, range(BATCH), model)
+        output = model(
+            **model_inputs(photos), labels=photos["labels"], mask_targets=photos["mask_targets"], keep_all=step % 2 == 0
+        )
+        assert output.loss is not None
+        optimizer.zero_grad()
+        output.loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.optim.grad_clip or float("inf"))
+        optimizer.step()
+        average.update(step)
+        counts = {"roadwork": photos["labels"] >= 0, "weather": photos["weather"].sum(dim=-1) > 0}
+        counts["segmentation"] = ~photos["mask_targets"].flatten(1).isnan().any(dim=1)
+        means = [
+            float(output.loss_terms[term].detach().sum()) / max(1, int(counts[term].sum()) if term in counts else BATCH)
+            if term in output.loss_terms else 0.0
+            for term in TERMS
+        ]  # fmt: skip
+        losses.append([float(output.loss.detach()), *means])
+        norms.append(float(norm))
+    if cell.export:
+        copy_into(dict(model.named_parameters()), average.tensors)
+        model.save_pretrained(cell.export)
+    return Curve(np.array(losses), np.array(norms))
+
+
+def run(cells: Sequence[Cell]) -> list[Curve]:
+    """The curves of cells that have the same number of processes, which are started once for all of them."""
+    assert len({cell.processes for cell in cells}) == 1
+    processes = cells[0].processes
+    with tempfile.TemporaryDirectory(prefix="roadwork-parity-") as folder, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        probe.close()
+        multiprocessing.spawn(worker, (port, list(cells), folder), processes)
+        found = [np.load(Path(folder) / f"{number}.npz") for number in range(len(cells))]
+        return [Curve(values["losses"], values["norms"]) for values in found]
+
+
+def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:
+    """One process: all cells in turn, each with an engine of its own; rank 0 writes the curves."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cells[0].processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    silence_libraries()
+    linear = torch.nn.functional.linear
+    for number, cell in enumerate(cells):
+        torch.nn.functional.linear = linear  # ZeRO-3 leaves one of its own, whose last digits differ
+        curve = train(cell, Path(folder) / f"{number}-{rank}.json")
+        if rank == 0:
+            np.savez(Path(folder) / f"{number}.npz", losses=curve.losses, norms=curve.norms)
+    dist.destroy_process_group()
+
+
+def train(cell: Cell, settings_file: Path) -> Curve:
+    """The cell's steps, by the trainer."""
+    settings = config(cell)
+    settings_file.write_text(json.dumps(ds_settings(cell)))
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings_file)
+    micro = BATCH // cell.processes // cell.accumulation
+    AcceleratorState._reset_state()  # the state of the cell before; the process group stays
+    accelerator = start(
+        batch_size=micro, accumulation=cell.accumulation, grad_clip=settings.optim.grad_clip, precision="fp32",
+        log_with=[],
+        hang_minutes=settings.train.hang_minutes, expert_parallel=cell.sharding, experts=EXPERTS,
+    )  # fmt: skip
+    model = build(cell)
+    batching, schedule = Batching(BATCH, micro, cell.accumulation), Schedule(BATCH, STEPS, frozenset())
+    nothing: Any = None
+    trainer = Trainer(settings, accelerator, model, nothing, None, batching, schedule, None)
+    if cell.resume:
+        load(trainer, Path(cell.resume))
+    losses, norms = [], []
+    for step in range(trainer.step, STEPS):
+        if cell.save and step == STEPS // 2:
+            save(trainer, Path(cell.save))
+        mine = range(trainer.rank, BATCH, cell.processes)
+        parts = [batch(step, mine[i * micro : (i + 1) * micro], model) for i in range(cell.accumulation)]
+        counts, _, _ = trainer._agree(parts, None)
+        sums, _ = trainer._take_step(parts, counts)
+        trainer.step += 1
+        dist.all_reduce(sums)
+        losses.append(sums.tolist())
+        norm = trainer.engine.get_global_grad_norm()
+        norms.append(float("nan") if norm is None or cell.stage == 0 else float(norm))
+    if cell.export:
+        averaged = trainer._averaged_model()
+        if trainer.rank == 0:
+            averaged.save_pretrained(cell.export)
+    trainer.engine.destroy()
+    return Curve(np.array(losses), np.array(norms))
+
+
+def ds_settings(cell: Cell) -> dict[str, Any]:
+    """The project's own file of the stage; under ZeRO-3 even the smallest parameter is cut into pieces."""
+    name = f"zero{cell.stage}{'_offload' if cell.offload else ''}.json"
+    settings: dict[str, Any] = json.loads((ROOT / "ds_configs" / name).read_text())
+    if cell.stage == 3:
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return settings
+
+
+def save(trainer: Trainer, folder: Path) -> None:
+    """Write an engine's state as a checkpoint does."""
+    weights, moments = gather_tensors(trainer.engine)
+    average = trainer.average.gathered()
+    if trainer.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tensors in (("weights", weights), ("moments", moments), ("average", average)):
+            save_file(tensors, folder / f"{name}.safetensors")
+        (folder / "step").write_text(str(trainer.step))
+    dist.barrier()
+
+
+def load(trainer: Trainer, folder: Path) -> None:
+    """Go on from what `save` wrote."""
+    trainer.step = int((folder / "step").read_text())
+    weights, moments = (load_file(folder / f"{name}.safetensors") for name in ("weights", "moments"))
+    set_tensors(trainer.engine, weights, moments, trainer.step)
+    trainer.average.load(load_file(folder / "average.safetensors"))

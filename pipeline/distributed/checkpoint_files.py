@@ -1,0 +1,224 @@
+"""What a checkpoint is on a disk or in a store: its files, how they come to be whole, and how damage is found.
+
+A checkpoint is a folder `step-00001234`. Its files are safetensors and JSON, so reading one never runs what is in it,
+and they say nothing of the processes that wrote them:
+
+    weights.safetensors      fp32 master weights by parameter name
+    optimizer.safetensors    `<parameter>/exp_avg` and `<parameter>/exp_avg_sq`
+    average.safetensors      the average of the weights, by the same names
+    state.json               where the trainer stands
+    manifest.json            bytes and SHA-256 of each of the four
+    complete.json            SHA-256 of the manifest; written last, so that without it there is no checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from pipeline.files import sha256_of, sync
+
+Tensors = Mapping[str, torch.Tensor]
+
+WEIGHTS, OPTIMIZER, AVERAGE = (f"{name}.safetensors" for name in ("weights", "optimizer", "average"))
+STATE, MANIFEST, MARKER = "state.json", "manifest.json", "complete.json"
+POINTERS = "names.json"  # beside the checkpoints: what `last` and `best` are; object stores have no links
+FILES = (WEIGHTS, OPTIMIZER, AVERAGE, STATE)
+IN_ORDER = (*FILES, MANIFEST, MARKER)
+FORMAT = 1
+DTYPE = "F32"  # as safetensors calls it
+
+
+class Damaged(Exception):
+    """A checkpoint that must not be used; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the manifest says of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def name_of(step: int) -> str:
+    """The name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int:
+    """The inverse of `name_of`."""
+    return int(name.removeprefix("step-"))
+
+
+def newest_first(names: Iterable[str]) -> list[str]:
+    """Those of some names that are checkpoints'."""
+    return sorted((name for name in names if re.fullmatch(r"step-\d{8}", name)), reverse=True)
+
+
+def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> Path:
+    """Write a checkpoint under a hidden name, and give it its own when it is whole and on the disk.
+
+    Args:
+        folder: Of all checkpoints.
+        step: Optimizer steps taken.
+        tensors: File name to tensors.
+        state: JSON values.
+
+    Raises:
+        OSError: It could not be written; nothing of it remains, and what was there before is untouched.
+    """
+    final = folder / name_of(step)
+    temporary, old = (folder / f".{final.name}.{kind}" for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        entries = {name: _write(temporary / name, save(_contiguous(values))) for name, values in tensors.items()}
+        entries[STATE] = _write(temporary / STATE, to_json({"step": step, **state}))
+        manifest = {"format": FORMAT, "files": {name: asdict(entry) for name, entry in entries.items()}}
+        listed = _write(temporary / MANIFEST, to_json(manifest))
+        _write(temporary / MARKER, to_json({"manifest_sha256": listed.sha256}))
+        sync(temporary)
+        if final.exists():  # of a part of the run that was taken back
+            os.rename(final, old)
+        os.rename(temporary, final)
+        sync(folder)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def to_json(values: dict[str, Any]) -> bytes:
+    """Indented JSON; NaN and infinities are refused, since JSON has none."""
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _contiguous(tensors: Tensors) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def _write(path: Path, data: bytes) -> Entry:
+    # The library's own writer would report a full disk as text without a number; bytes are ours to write.
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return Entry(len(data), hashlib.sha256(data).hexdigest())
+
+
+def read_manifest(read: Callable[[str], bytes]) -> dict[str, Entry]:
+    """File name to what the manifest says of it.
+
+    Args:
+        read: Gives a file of the checkpoint by name.
+
+    Raises:
+        Damaged: The checkpoint was not finished, or its manifest is not the one that was written.
+    """
+    marker, manifest = (_present(name, read) for name in (MARKER, MANIFEST))
+    if _parse(MARKER, marker).get("manifest_sha256") != hashlib.sha256(manifest).hexdigest():
+        raise Damaged(f"{MANIFEST} has another SHA-256 than {MARKER} says")
+    values = _parse(MANIFEST, manifest)
+    if values.get("format") != FORMAT or set(values.get("files", ())) != set(FILES):
+        raise Damaged(f"{MANIFEST} is not that of a checkpoint of this version")
+    return {name: Entry(**entry) for name, entry in values["files"].items()}
+
+
+def _present(name: str, read: Callable[[str], bytes]) -> bytes:
+    try:
+        return read(name)
+    except FileNotFoundError as error:
+        raise Damaged(f"{name} is missing") from error
+
+
+def _parse(name: str, data: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(data)
+    except ValueError as error:
+        raise Damaged(f"{name} is no JSON") from error
+    if not isinstance(values, dict):
+        raise Damaged(f"{name} is no JSON object")
+    return values
+
+
+def check_checkpoint(path: Path) -> None:
+    """Read every byte of a checkpoint and compare it with the manifest; nothing is unpickled.
+
+    Raises:
+        Damaged: A file is missing, cut off, changed, replaced, or does not belong there.
+    """
+    try:
+        entries = read_manifest(lambda name: (path / name).read_bytes())
+        strangers = sorted({file.name for file in path.iterdir()} - set(IN_ORDER))
+        if strangers:
+            raise Damaged(f"{strangers[0]} does not belong to a checkpoint")
+        for name, entry in entries.items():
+            check_file(path / name, entry)
+        if read_state(path).get("step") != step_of(path.name):
+            raise Damaged(f"{STATE} is of another step")
+    except OSError as error:
+        raise Damaged(str(error)) from error
+
+
+def check_file(path: Path, entry: Entry) -> None:
+    """Compare a file with its line of the manifest.
+
+    Raises:
+        Damaged: It differs.
+    """
+    if not path.is_file():
+        raise Damaged(f"{path.name} is missing")
+    if path.stat().st_size != entry.bytes:
+        raise Damaged(f"{path.name} has {path.stat().st_size} of {entry.bytes} bytes")
+    if sha256_of(path) != entry.sha256:
+        raise Damaged(f"{path.name} has another SHA-256 than {MANIFEST} says")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise Damaged(f"{path.name} is no safetensors file") from error
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """The trainer's state in a checkpoint."""
+    return _parse(STATE, (path / STATE).read_bytes())
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file."""
+    with safe_open(path, framework="pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+
+
+def difference(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """How the tensors of a safetensors file differ from what they must be, in a few words; reads its header only.
+
+    Args:
+        path: The file.
+        shapes: Name to shape of every fp32 tensor that must be there.
+    """
+    with safe_open(path, framework="pt") as tensors:
+        found = set(tensors.keys())
+        for name in sorted(found ^ shapes.keys()):
+            return f"{name} is {'only in it' if name in found else 'not in it'}"
+        for name, shape in shapes.items():
+            part = tensors.get_slice(name)
+            if tuple(part.get_shape()) != shape:
+                return f"{name} is {part.get_shape()} in it and {list(shape)} here"
+            if part.get_dtype() != DTYPE:
+                return f"{name} is {part.get_dtype()} in it and {DTYPE} here"
+    return None

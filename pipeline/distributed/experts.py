@@ -1,0 +1,163 @@
+"""Sharded experts: what DeepSpeed's AutoEP is told, and the way between its parameters and the model's own names.
+
+AutoEP replaces a `Qwen3MoeSparseMoeBlock` by a layer that holds E / N of the experts, sends every token to the
+processes of its experts and back, and keeps the gate and up projections apart. Everything here that rests on how it
+does so is guarded by `check_version`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from pipeline.config import Config
+from pipeline.errors import UserError
+from pipeline.model.moe import SparseExperts
+
+KNOWN_DEEPSPEED = "0.19.8"
+EXPERT_WEIGHTS = ("w1", "w2", "w3")  # gate, down and up projection, each [E / N, out, in]
+
+
+def resolve_expert_parallel(wanted: int, experts: int | None, world_size: int, stage: int, grad_clip: float) -> int:
+    """Over how many processes each layer's experts are spread; 1 means that every process has them all.
+
+    Args:
+        wanted: `train.expert_parallel`.
+        experts: Experts per layer; None for a head without.
+        world_size: Processes of the run.
+        stage: ZeRO stage.
+        grad_clip: `optim.grad_clip`.
+
+    Raises:
+        UserError: It cannot be done, and why.
+    """
+    if wanted == 1:
+        return 1
+    if experts is None:
+        raise UserError(f"train.expert_parallel is {wanted}, but a baseline head has no experts; set it to 1")
+    if experts % wanted:
+        raise UserError(
+            f"train.expert_parallel is {wanted}, which does not divide the {experts} experts of a layer (model.experts)"
+        )
+    if world_size == 1:
+        return 1
+    if world_size % wanted:
+        fitting = [size for size in range(1, experts + 1) if experts % size == 0 and world_size % size == 0]
+        raise UserError(
+            f"train.expert_parallel is {wanted}, which does not divide the {world_size} processes of this run; "
+            f"choose {' or '.join(map(str, fitting))}"
+        )
+    if stage == 0 and grad_clip > 0:
+        raise UserError(
+            "train.expert_parallel needs ZeRO stage 1, 2 or 3, or optim.grad_clip 0: at stage 0 DeepSpeed takes the "
+            "mean of the processes' gradient norms, as if all had the same experts, and would clip at another norm"
+        )
+    return wanted
+
+
+def expert_settings(size: int, precision: str) -> dict[str, Any]:
+    """The section `expert_parallel` of the DeepSpeed configuration; empty where experts stay whole."""
+    if size == 1:
+        return {}
+    check_version()
+    return {
+        "expert_parallel": {
+            "enabled": True,
+            "autoep_size": size,
+            "moe_layer_pattern": r"head\.layers\.\d+\.mlp\.block",
+            "num_experts_attr": "experts",
+            "top_k_attr": "experts_per_token",
+            # The grouped product is a bf16 kernel; the loop over experts does the same in fp32.
+            "use_grouped_mm": precision == "bf16",
+        }
+    }
+
+
+def describe_experts(config: Config, size: int) -> Iterator[str]:
+    """Where a layer's experts are: a line of the plan, or none where there are none to speak of.
+
+    Args:
+        config: Of the run.
+        size: From `resolve_expert_parallel`.
+    """
+    experts, wanted = config.model.experts, config.train.expert_parallel
+    if size > 1:
+        yield f"experts    {experts} per layer, {experts // size} on each of {size} processes"
+    elif wanted > 1:
+        yield f"experts    all {experts} of a layer stay whole: one process has nobody to share them with"
+
+
+def check_version() -> None:
+    """Refuse a DeepSpeed whose sharded layer may look different from what this file expects."""
+    found = version("deepspeed")
+    if found != KNOWN_DEEPSPEED:
+        raise UserError(
+            f"experts are sharded with private parts of deepspeed {KNOWN_DEEPSPEED}, and this is {found}; install that "
+            "version or set train.expert_parallel to 1"
+        )
+
+
+def expert_parallel_size(accelerator: Accelerator) -> int:
+    """Over how many processes the experts of this run's layers are spread."""
+    size: int = accelerator.deepspeed_plugin.deepspeed_config.get("expert_parallel", {}).get("autoep_size", 1)
+    return size
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module is the layer that took the place of a block of experts."""
+    return getattr(module, "_is_autoep_layer", False)
+
+
+def sharded_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Names and modules of the layers whose experts are sharded."""
+    return ((name, module) for name, module in model.named_modules() if is_sharded(module))
+
+
+def watch_routers(model: nn.Module) -> None:
+    """Take the router's logits from the layers that replaced the blocks, as `SparseExperts` does by itself."""
+    for module in model.modules():
+        if isinstance(module, SparseExperts) and is_sharded(module.block):
+            block: Any = module.block
+            module.watch(block.router.gate)
+
+
+def merge_experts(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """From the parameters' names and this process's experts to the names and all experts of the unsharded model.
+
+    Collective.
+
+    Args:
+        model: The engine's module.
+        values: Weights, or anything of their shapes, by the names of the module's parameters.
+    """
+    merged = dict(values)
+    for name, block in sharded_blocks(model):
+        gate, down, up = (_all_experts(block, merged.pop(f"{name}.experts.{weight}")) for weight in EXPERT_WEIGHTS)
+        merged[f"{name}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        merged[f"{name}.experts.down_proj"] = down
+        merged[f"{name}.gate.weight"] = merged.pop(f"{name}.router.gate.weight")
+    return merged
+
+
+def split_experts(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `merge_experts`."""
+    split = dict(values)
+    for name, block in sharded_blocks(model):
+        gate, up = split.pop(f"{name}.experts.gate_up_proj").chunk(2, dim=1)
+        first = block.ep_rank * block.num_local_experts
+        for weight, whole in zip(EXPERT_WEIGHTS, (gate, split.pop(f"{name}.experts.down_proj"), up), strict=True):
+            split[f"{name}.experts.{weight}"] = whole[first : first + block.num_local_experts].contiguous()
+        split[f"{name}.router.gate.weight"] = split.pop(f"{name}.gate.weight")
+    return split
+
+
+def _all_experts(block: Any, mine: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty_like(mine) for _ in range(block.ep_size)]
+    dist.all_gather(parts, mine.contiguous(), group=block.ep_group)
+    return torch.cat(parts)
