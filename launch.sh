@@ -15,7 +15,8 @@ usage: ./launch.sh COMMAND [options]        `./launch.sh COMMAND --help` explain
   doctor     check machine, installation, configurations and data, and say what would happen
   prep       scenes | masks | shard | merge | features | audit | verify: make data sets, shards and the feature cache, and look
              for what is wrong with them
-  slurm      submit to a SLURM cluster: ./launch.sh slurm prep --parts N [options of prep shard] [--dry_run]
+  slurm      submit to a SLURM cluster: ./launch.sh slurm RECIPE --nodes N --gpus-per-node G [options of train] [--dry-run]
+             or ./launch.sh slurm prep --parts N [options of prep shard] [--dry-run]
   train      train a recipe: ./launch.sh train demo [--config_file ACCELERATE.yaml] [--epochs N] [--dry-run] [--room.key VALUE]
   evaluate   score a run on splits it never saw, and write its report
   calibrate  find out on the validation split when a run's model may stop looking at further views
@@ -135,7 +136,13 @@ dispatch() {
       fi
       ;;
     train) module pipeline.launcher "$@" ;;
-    slurm) module data_prep.slurm "$@" ;;
+    slurm)
+      if [[ ${1:-} == prep ]]; then
+        module data_prep.slurm "${@:2}"
+      else
+        module pipeline.slurm_train "$@"
+      fi
+      ;;
     bench) module benchmarks "$@" ;;
     doctor | evaluate | calibrate | export | predict) module "pipeline.$command" "$@" ;;
   esac

@@ -13,7 +13,7 @@ from data_prep.shards import check_options, shard
 from data_prep.sources import open_source
 from pipeline.cli import Parser, spell_switches, underscored
 from pipeline.data.storage import is_url
-from pipeline.errors import UserError, require, run
+from pipeline.errors import require, run
 from pipeline.slurm import Job, Resources, python_command, submit
 
 PROG = "./launch.sh slurm prep"
@@ -64,9 +64,9 @@ def prep(
     join = python_command(MODULE, "merge", {name: given[name] for name in signature(merge).parameters if name in given})
     return submit(
         [
-            Job("plan", f"{write} --plan", resources),
-            Job("parts", f'{write} --part="$SLURM_ARRAY_TASK_ID/{parts}"', resources, tasks=parts),
-            Job("merge", join, one_core),
+            Job("plan", f"exec {write} --plan", resources),
+            Job("parts", f'exec {write} --part="$SLURM_ARRAY_TASK_ID/{parts}"', resources, tasks=parts),
+            Job("merge", f"exec {join}", one_core),
         ],
         _scripts_folder(options["out"]),
         dry_run,
@@ -82,17 +82,12 @@ def main(words: list[str]) -> Path | None:
     """Read the command line, whose options are those of `prep` and of `shard` together, and submit.
 
     Args:
-        words: What stands behind `./launch.sh slurm`.
+        words: What stands behind `./launch.sh slurm prep`.
     """
-    what, *flags = words or ["--help"]
-    if what in ("-h", "--help"):
-        flags = ["--help"]
-    elif what != "prep":
-        raise UserError(f"only prep can be submitted to SLURM so far, not {what!r}; see {PROG} --help")
     parser = Parser(prog=PROG, description=(prep.__doc__ or "").partition("\n\n    Args:")[0])
     parser.add_function_arguments(prep, as_positional=False, skip={"options"})
     parser.add_function_arguments(shard, as_positional=False, skip=OF_THE_JOBS)
-    values = parser.parse_args(spell_switches(prep, [underscored(word) for word in flags])).as_dict()
+    values = parser.parse_args(spell_switches(prep, [underscored(word) for word in words or ["--help"]])).as_dict()
     own = {name: values.pop(name) for name in signature(prep).parameters if name != "options"}
     return prep(values, **own)
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 import yaml
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 from huggingface_hub import try_to_load_from_cache
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoConfig, DINOv3ViTConfig
 
 from pipeline.cli import command
 from pipeline.config import Config, read_config
@@ -26,16 +32,21 @@ from pipeline.data.index import Index, read_index
 from pipeline.data.inputs import check_inputs, fields_read, leaking_inputs
 from pipeline.data.photo import simplejpeg
 from pipeline.data.storage import is_url
-from pipeline.distributed.startup import read_ds_config
+from pipeline.distributed.startup import read_ds_config, resolve_precision
 from pipeline.errors import AuditFailed, UserError
 from pipeline.files import write_summary
-from pipeline.launcher import ACCELERATE_CONFIGS, RECIPES, ROOT, find_recipe
-from pipeline.model.backbone import SCENES_TINY
-from pipeline.plan import describe_schedule, plan_batches, plan_schedule
+from pipeline.launch_plan import LaunchPlan, describe, resolve
+from pipeline.launcher import ACCELERATE_CONFIGS, RECIPES, ROOT, choose_launch, find_recipe
+from pipeline.memory import count, need
+from pipeline.model.backbone import SCENES_TINY, VITH16PLUS, vith16plus_config
+from pipeline.plan import describe_schedule, plan_schedule
+from pipeline.progress import say
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 COLOURS = {GOOD: "green", NOTE: "yellow", BAD: "red"}
 SMALL_DISK_GB = 5
+GIB = 2**30
+ROOM = 0.9  # of a GPU's memory; the context, the allocator's gaps and cuBLAS take the rest
 
 
 @dataclass(frozen=True)
@@ -48,13 +59,26 @@ class Finding:
     text: str
 
 
-def doctor(recipe: str = "demo", shards: str | None = None, out: Path | None = None) -> Path:
-    """Check machine, installation, configurations and data, and say what a recipe would do here.
+def doctor(
+    recipe: str = "demo",
+    shards: str | None = None,
+    out: Path | None = None,
+    *,
+    config_file: Path | None = None,
+    num_machines: int | None = None,
+    num_processes: int | None = None,
+    gpu_gib: float | None = None,
+) -> Path:
+    """Check machine, installation, configurations and data, and say what a recipe would do.
 
     Args:
-        recipe: A name in pipeline/recipes, or a YAML file.
+        recipe: A name in pipeline/recipes, or a YAML file; `--recipe` may be left out before it.
         shards: Folder of shards, or its URL; by default the recipe's.
         out: Folder for summary.json; by default a temporary one.
+        config_file: An accelerate configuration; by default the one that this machine's hardware decides on.
+        num_machines: By default the accelerate configuration's.
+        num_processes: Over all machines; by default the accelerate configuration's.
+        gpu_gib: Memory of one GPU where training will run, such as 80, if that is not this machine.
 
     Raises:
         AuditFailed: Something would fail; the table says what.
@@ -62,14 +86,25 @@ def doctor(recipe: str = "demo", shards: str | None = None, out: Path | None = N
     config = read_config(find_recipe(recipe))
     if shards is not None:
         config.data.shards = str(shards)
-    findings = [*machine(), *installation(), *configurations(), *backbone(config), *data(config), *plan(config)]
+    findings = [*machine(), *installation(), *configurations(), *backbone(config), *data(config)]
+    chosen, processes = choose_launch(config_file, num_processes)
+    gpu_gib = gpu_gib or own_gpu_gib()
+    settings: dict[str, Any] = {}
+    try:
+        launch = resolve(config, chosen, num_machines, processes, precision_on(config, gpu_gib))
+        settings = launch.settings
+        findings += [*plan(config, launch), *memory(config, launch, gpu_gib)]
+    except UserError as error:
+        findings.append(Finding(BAD, "launch", str(error)))
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
         colour = COLOURS[finding.verdict]
         table.add_row(f"[{colour}]{finding.verdict}[/]", finding.about, finding.text)
     Console(stderr=True, width=None if os.isatty(2) else 160).print(table)
     folder = out or Path(tempfile.mkdtemp(prefix="roadwork-doctor-"))
-    summary = write_summary(folder, {"recipe": recipe, "findings": [vars(finding) for finding in findings]})
+    say(f"the engine gets: {json.dumps(settings)}" if settings else "no engine can be made of this")
+    values = {"recipe": recipe, "findings": [vars(finding) for finding in findings], "deepspeed": settings}
+    summary = write_summary(folder, values)
     wrong = [finding.about for finding in findings if finding.verdict == BAD]
     if wrong:
         raise AuditFailed(f"{len(wrong)} of {len(findings)} checks failed: {', '.join(wrong)}", summary)
@@ -184,18 +219,102 @@ def inputs(config: Config, index: Index) -> Finding:
     return Finding(NOTE if leaks else GOOD, "metadata", f"the model reads {', '.join(named) or 'none'}")
 
 
-def plan(config: Config) -> Iterator[Finding]:
-    """What `./launch.sh train` would do with the recipe."""
-    world_size = torch.cuda.device_count() or min(2, len(os.sched_getaffinity(0)))
+def own_gpu_gib() -> float | None:
+    """Memory of this machine's smallest GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return float(min(card.total_memory for card in cards)) / GIB
+
+
+def precision_on(config: Config, gpu_gib: float | None) -> str:
+    """What `train.precision` comes to on a GPU of today, or on a CPU.
+
+    Raises:
+        UserError: There is no GPU for bf16.
+    """
+    wanted = config.train.precision
+    if gpu_gib is None or torch.cuda.is_available():
+        return resolve_precision(wanted)
+    return "bf16" if wanted == "auto" else wanted
+
+
+def plan(config: Config, launch: LaunchPlan) -> Iterator[Finding]:
+    """What `./launch.sh train` would do with the recipe and the configurations."""
+    for about, text in describe(launch, config):
+        yield Finding(GOOD, about, text)
+    for note in launch.notes:
+        yield Finding(NOTE, "launch", note)
     try:
-        batching = plan_batches(config.train, world_size)
         samples = len(read_index(config.data.shards).split("train").samples)
     except UserError:
-        return  # said above
-    for line in describe_schedule(config, batching, plan_schedule(config, samples), world_size):
+        samples = 0  # said above
+    schedule = plan_schedule(config, samples)
+    for line in describe_schedule(config, launch.batching, schedule, launch.world_size):
         about, text = line.split(maxsplit=1)
-        yield Finding(GOOD, about, text)
+        if about == "batch" or samples:
+            yield Finding(GOOD, about, text)
+
+
+def memory(config: Config, launch: LaunchPlan, gpu_gib: float | None) -> Iterator[Finding]:
+    """Of one process, and whether a GPU has it."""
+    backbone = backbone_config(config.model.backbone)
+    if backbone is None:
+        yield Finding(NOTE, "memory", f"not known before {config.model.backbone} is on this machine")
+        return
+    wanted = need(config, backbone, launch.precision, launch.sharding, launch.batching.micro_batch_size)
+    parts = {
+        "trained weights, gradients, optimizer and average": wanted.states,
+        "buffers": wanted.buffers,
+        "frozen backbone": wanted.backbone,
+        f"activations of {launch.batching.micro_batch_size} photos": wanted.activations,
+    }
+    text = f"{wanted.device / GIB:.2f} GiB per process: " + ", ".join(
+        f"{part / GIB:.2f} {name}" for name, part in parts.items()
+    )
+    if wanted.host:
+        text += f"; and {wanted.host / GIB:.2f} of the host's"
+    if gpu_gib is None:
+        yield Finding(GOOD, "memory", text)
+    elif wanted.device < ROOM * gpu_gib * GIB:
+        yield Finding(GOOD, "memory", f"{text}; the GPU has {gpu_gib:.0f}")
+    else:
+        fits = wanted.device < gpu_gib * GIB
+        way_out = "a smaller train.micro_batch_size needs less, at the same batch"
+        yield Finding(NOTE if fits else BAD, "memory", f"{text}; the GPU has only {gpu_gib:.0f}: {way_out}")
+    theirs = deepspeed_estimate(count(config, backbone).trained, launch)
+    if theirs is not None:
+        yield Finding(
+            GOOD, "memory", f"DeepSpeed's own estimate of the trained part, without the average: {theirs:.2f} GiB"
+        )
+
+
+def deepspeed_estimate(trained: int, launch: LaunchPlan) -> float | None:
+    """GiB of one GPU by DeepSpeed's estimator, which knows stages 2 and 3, 16-bit weights and no sharded experts."""
+    sharding, per_machine = launch.sharding, launch.world_size // launch.machines
+    if launch.precision != "bf16" or sharding.stage < 2 or sharding.expert_parallel > 1:
+        return None
+    places = {"num_gpus_per_node": per_machine, "num_nodes": launch.machines, "cpu_offload": sharding.offload}
+    if sharding.stage == 2:
+        _, device = estimate_zero2_model_states_mem_needs(trained, **places)
+    else:
+        _, device, _ = estimate_zero3_model_states_mem_needs(trained, trained, cpu_offload_params=False, **places)
+    return float(device) / GIB
+
+
+def backbone_config(name: str) -> DINOv3ViTConfig | None:
+    """The backbone's configuration if it is at hand, or known; None otherwise."""
+    if name == VITH16PLUS:
+        return vith16plus_config()
+    folder = str(SCENES_TINY) if name == "scenes-tiny" else name
+    try:
+        found = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, DINOv3ViTConfig) else None
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        sys.argv.insert(1, "--recipe")
     raise SystemExit(command(doctor))

@@ -31,6 +31,7 @@ from pipeline.errors import (
     UserError,
 )
 from pipeline.progress import say
+from pipeline.rank_logs import LOG_FOLDER_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "pipeline" / "recipes"
@@ -39,7 +40,8 @@ ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 SHUTDOWN_S = 120
 # What `pipeline.errors.run` says last. Around it the launcher speaks about its workers' end.
 OUTCOMES = ("error: ", "stopped: ", "failed: ")
-CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)")
+# The second of these comes where machine 0 has ended before this one, which is no fault.
+CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)|TCPStore.cpp.*recvValueWithTimeout failed")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,11 +54,14 @@ def main(arguments: Sequence[str]) -> int:
         print(parser.format_help())
         return subprocess.run([sys.executable, train, "--help"], check=False).returncode
     try:
-        launch = launch_words(own.config_file, own.num_processes)
+        launch = launch_words(own.config_file, own.num_processes) + machine_words(own)
         command = [*launch, train, "--config", str(find_recipe(own.recipe)), *rest]
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER
+    if own.log_folder is not None:
+        own.log_folder.mkdir(parents=True, exist_ok=True)
+        os.environ[LOG_FOLDER_VARIABLE] = str(own.log_folder.resolve())
     return supervise(command, restarts=own.max_restarts)
 
 
@@ -86,6 +91,11 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--max-restarts", "--max_restarts", type=int, default=0, metavar="N",
         help="Start again from the last checkpoint, up to N times, after a process died or hung.",
     )  # fmt: skip
+    parser.add_argument("--num_machines", type=int, default=1, help="Machines, each with a launcher of its own.")
+    parser.add_argument("--machine_rank", type=int, default=0, help="Which of them this is, from 0.")
+    parser.add_argument("--main_process_ip", default="127.0.0.1", help="Address of machine 0.")
+    parser.add_argument("--main_process_port", type=int, default=29500, help="A port that is free there.")
+    parser.add_argument("--log_folder", type=Path, help="Where each rank but 0 writes to a file of its own.")
     parser.add_argument("-h", "--help", action="store_true", help="Show this and every configuration key.")
     return parser
 
@@ -103,15 +113,35 @@ def find_recipe(name: str | None) -> Path:
 
 def launch_words(config_file: Path | None, num_processes: int | None) -> list[str]:
     """`accelerate launch` for the GPUs of this machine, or else for two processes on its CPU."""
-    if config_file is not None and not config_file.is_file():
-        raise UserError(f"there is no accelerate configuration {config_file}; see accelerate_configs/")
-    if config_file is None and torch.cuda.is_available():
-        config_file, num_processes = ACCELERATE_CONFIGS / "gpu.yaml", num_processes or torch.cuda.device_count()
-    elif config_file is None:
-        cores = len(os.sched_getaffinity(0))
-        config_file = ACCELERATE_CONFIGS / ("cpu_2.yaml" if cores > 1 else "cpu_1.yaml")
+    config_file, num_processes = choose_launch(config_file, num_processes)
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config_file)]
     return words + (["--num_processes", str(num_processes)] if num_processes else [])
+
+
+def choose_launch(config_file: Path | None, num_processes: int | None) -> tuple[Path, int | None]:
+    """The accelerate configuration that is given or that the hardware decides on, and how many processes if not its."""
+    if config_file is not None and not config_file.is_file():
+        raise UserError(f"there is no accelerate configuration {config_file}; see accelerate_configs/")
+    if config_file is not None:
+        return config_file, num_processes
+    if torch.cuda.is_available():
+        return ACCELERATE_CONFIGS / "gpu.yaml", num_processes or torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0))
+    return ACCELERATE_CONFIGS / ("cpu_2.yaml" if cores > 1 else "cpu_1.yaml"), num_processes
+
+
+def machine_words(own: argparse.Namespace) -> list[str]:
+    """Where this machine stands among several; `--num_processes` is then the sum over all of them."""
+    if own.num_machines == 1:
+        return []
+    if not own.num_processes or own.num_processes % own.num_machines:
+        raise UserError(
+            f"--num_processes is {own.num_processes}, but must be a multiple of the {own.num_machines} machines"
+        )
+    place = {name: getattr(own, name) for name in ("num_machines", "machine_rank", "main_process_ip")}
+    words = [f"--{name}={value}" for name, value in (place | {"main_process_port": own.main_process_port}).items()]
+    # `standard` starts the processes of this machine alone; the default would start all of them over ssh.
+    return [*words, "--same_network", "--deepspeed_multinode_launcher=standard"]
 
 
 class StopRequest:
@@ -197,20 +227,25 @@ def _launch_once(command: list[str], stop: StopRequest) -> End:
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
         ) as process:
             stop.process = process
+            if stop.asked:  # meanwhile
+                process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
             for line in process.stderr:
                 outcome = line.startswith(OUTCOMES)
                 if not outcome and (aside or CHATTER.search(line)):
                     aside.append(line)
-                elif line not in said:  # an outcome that another rank has told already
-                    said |= {line} if outcome else set()
+                elif line.rstrip("\n") not in said:  # an outcome that another rank has told already
+                    said |= {line.rstrip("\n")} if outcome else set()
                     sys.stderr.write(line)
                     sys.stderr.flush()
         stop.process = None
         status = process.returncode
         explained = state_file.exists()
         if explained:
-            status = int(json.loads(state_file.read_text())["exit_status"])
+            state = json.loads(state_file.read_text())
+            status, message = int(state["exit_status"]), state.get("message")
+            if message and message not in said:  # a rank with a log of its own
+                say(message)
     cause = None if explained else cause_of("".join(aside))
     if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED) and not explained and cause is None:
         sys.stderr.writelines(aside)

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
 
 from pipeline.config import Config, TrainConfig
 from pipeline.data.index import Split
 from pipeline.errors import UserError
+from pipeline.memory import Parameters, Sharding, expert_blocks, state_bytes
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.optim import lr_at
 
@@ -83,26 +83,21 @@ def describe_schedule(config: Config, batching: Batching, schedule: Schedule, wo
     yield f"lr         {first:.2e} at the first step, {config.optim.lr:.2e} at its peak, {last:.2e} at the last"
 
 
-def describe_model(config: Config, model: RoadworkModel, precision: str, world_size: int) -> Iterator[str]:
+def describe_model(config: Config, model: RoadworkModel, precision: str, sharding: Sharding) -> Iterator[str]:
     """The part of the plan that needs the model."""
-    trainable = count_parameters(model)
-    frozen = model.backbone.num_parameters
-    yield f"parameters {trainable / 1e6:.2f} M trainable, {frozen / 1e6:.2f} M frozen ({config.model.backbone})"
-    gib = memory_bytes(trainable, frozen, precision, world_size) / 2**30
-    yield f"memory     {gib:.2f} GiB per process for weights, gradients and optimizer; activations come on top"
+    parameters = count_parameters(model)
+    yield (
+        f"parameters {parameters.trained / 1e6:.2f} M trainable, {parameters.frozen / 1e6:.2f} M frozen "
+        f"({config.model.backbone})"
+    )
+    device, host = state_bytes(parameters, precision, sharding)
+    gib = (device + parameters.frozen * (2 if precision == "bf16" else 4)) / 2**30
+    waiting = f" and {host / 2**30:.2f} GiB of the host's" if host else ""
+    yield f"memory     {gib:.2f} GiB per process for weights, gradients and optimizer{waiting}; activations come on top"
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Parameters that are trained."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
-def memory_bytes(trainable: int, frozen: int, precision: str, world_size: int) -> float:
-    """What a process holds whatever the batch, under ZeRO-2 with AdamW.
-
-    Weights and the weight average are whole on every process; gradients, fp32 master weights and the two moments are
-    partitioned (ZeRO, arXiv 1910.02054, section 3).
-    """
-    low = 2 if precision == "bf16" else 4
-    partitioned = low + 4 + 4 + 4
-    return frozen * low + trainable * (low + 4 + partitioned / world_size)
+def count_parameters(model: RoadworkModel) -> Parameters:
+    """Of a model as it was built, before an engine shards it."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    experts = sum(p.numel() for block in expert_blocks(model) for p in block.parameters())
+    return Parameters(trained - experts, experts, model.backbone.num_parameters)

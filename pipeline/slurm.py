@@ -26,9 +26,14 @@ class Resources:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
+    nodes: int | None = None
+    ntasks_per_node: int | None = None
+    gpus_per_node: int | None = None
+    signal: str | None = None
 
     def __post_init__(self) -> None:
         require(self.cpus_per_task >= 1, "--cpus_per_task", self.cpus_per_task, "1 or more")
+        require(self.nodes is None or self.nodes >= 1, "--nodes", self.nodes, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,12 @@ class Job:
     name: str
     """Of the script, and the job's after `roadwork-`."""
     command: str
-    """The shell command that it runs, whose values are quoted."""
+    """What it runs, in bash; values are quoted."""
     resources: Resources
     tasks: int = 0
     """Tasks of an array, numbered from 1 in SLURM_ARRAY_TASK_ID; 0 for a job that is no array."""
+    requeue: bool = True
+    """Whether SLURM may start it again, after a node failed, say."""
 
 
 def python_command(module: str, word: str, options: dict[str, object]) -> str:
@@ -83,11 +90,11 @@ def script_of(job: Job, folder: Path, after: Job | None = None) -> str:
         "#!/bin/bash",
         f"# By hand: {' '.join(by_hand)}",
         *(f"#SBATCH --{name}={_directive_value(name, value)}" for name, value in directives.items()),
-        "#SBATCH --requeue",
+        "#SBATCH --requeue" if job.requeue else "#SBATCH --no-requeue",
         "#SBATCH --kill-on-invalid-dep=yes",
         "set -euo pipefail",
         f"cd {shlex.quote(str(Path.cwd()))}",
-        f"exec {job.command}",
+        job.command,
     ]
     return "\n".join(lines) + "\n"
 

@@ -24,9 +24,11 @@ from pipeline.distributed import describe_experts, expert_parallel_size, on_rank
 from pipeline.errors import run
 from pipeline.feed import open_feed
 from pipeline.files import write_summary
+from pipeline.memory import Sharding
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.plan import describe_model, describe_schedule, plan_batches, plan_schedule
 from pipeline.progress import say, silence_libraries
+from pipeline.rank_logs import divert_output
 from pipeline.run_folder import RunFolder
 from pipeline.tracking import start_tracking
 from pipeline.trainer import Trainer
@@ -37,6 +39,7 @@ DRY_RUN_STEPS = 2
 
 def main() -> Path | None:
     """Read the command line and train; returns the path of the summary, None after a dry run."""
+    divert_output()
     config, dry_run = parse_config(sys.argv[1:], "pipeline/train.py")
     silence_libraries()
     try:
@@ -86,8 +89,9 @@ def train(config: Config, dry_run: bool) -> Path | None:
     model.loss_config = config.loss
     check_cache(cache, model, config)
     if lead:
-        placement = describe_experts(config, expert_parallel_size(accelerator))
-        for line in (*describe_model(config, model, precision, world_size), *placement):
+        size = expert_parallel_size(accelerator)
+        sharding = Sharding.of(accelerator.deepspeed_plugin.deepspeed_config, world_size, size)
+        for line in (*describe_model(config, model, precision, sharding), *describe_experts(config, size)):
             say(line)
     validation = None
     if index is not None and not dry_run and (index.splits["val"].labels >= 0).any():

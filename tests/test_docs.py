@@ -1,4 +1,4 @@
-"""The commands of docs/data.md and docs/features.md, run as they stand there, on a few small scenes."""
+"""The commands of docs/data.md, features.md and cluster.md, run as they stand there, on a few small scenes."""
 
 import os
 import re
@@ -58,3 +58,15 @@ def test_the_commands_about_the_feature_cache(tmp_path):
         short = " --shards runs/demo/shards --epochs 1" if " train " in command else ""
         run(command + short, tmp_path)
     assert (tmp_path / "runs" / "demo-cached" / "predictions.csv").is_file()
+
+
+def test_the_commands_about_a_cluster(tmp_path):
+    """What asks for nodes is a dry run here: `tests/slurm` has some."""
+    for name in ("data_prep", "pipeline", "accelerate_configs", "ds_configs", "launch.sh"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    scenes(tmp_path / "photos", images=60, size="320x240")
+    shard(tmp_path / "photos", tmp_path / "data" / "shards")
+    commands = [command for block in blocks("cluster.md") for command in block]
+    assert {command.split()[1] for command in commands} == {"setup", "doctor", "slurm", "prep"}
+    for command in commands[1:]:
+        run(command + (" --dry-run" if " slurm " in command else ""), tmp_path)

@@ -10,6 +10,7 @@ from transformers import AutoModel, DINOv3ViTConfig, PreTrainedModel
 
 from pipeline.errors import UserError
 
+VITH16PLUS = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
 SCENES_TINY = Path(__file__).parents[1] / "assets" / "scenes-tiny"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -17,7 +18,7 @@ MAX_VIEWS_PER_PASS = 192  # bounds the activations of one forward pass
 
 
 def vith16plus_config() -> DINOv3ViTConfig:
-    """`facebook/dinov3-vith16plus-pretrain-lvd1689m` (arXiv 2508.10104): 840.6 M parameters."""
+    """That of `VITH16PLUS` (arXiv 2508.10104): 840.6 M parameters."""
     return DINOv3ViTConfig(
         hidden_size=1280,
         num_hidden_layers=32,

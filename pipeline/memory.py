@@ -1,0 +1,222 @@
+"""Memory of one process before anything runs: what ZeRO leaves on it, buffers, and activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+from pipeline.config import Config
+from pipeline.data.stand_in import StandIn
+from pipeline.model.backbone import MAX_VIEWS_PER_PASS
+from pipeline.model.moe import SparseExperts
+from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
+
+MOMENTS_AND_MASTER = 4 + 4 + 4
+AVERAGE = 4
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the trained parameters are spread over processes."""
+
+    world_size: int
+    stage: int = 2
+    """Of ZeRO."""
+    expert_parallel: int = 1
+    """Processes that share the experts of a layer."""
+    offload: bool = False
+    """Whether optimizer state waits in the host's memory."""
+    bucket: int = 0
+    """Elements of the buffer in which gradients are reduced."""
+    live: int = 0
+    """Elements of gathered parameters that stage 3 lets live at once."""
+
+    @classmethod
+    def of(cls, settings: dict[str, Any], world_size: int, expert_parallel: int) -> Sharding:
+        """From a DeepSpeed configuration."""
+        zero = settings.get("zero_optimization", {})
+        buffers = 2 if zero.get("overlap_comm", False) else 1
+        return cls(
+            world_size=world_size,
+            stage=zero.get("stage", 0),
+            expert_parallel=expert_parallel,
+            offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+            bucket=int(zero.get("reduce_bucket_size", 5e8)) * buffers,
+            live=int(zero.get("stage3_max_live_parameters", 1e9)),
+        )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Counts."""
+
+    shared: int
+    """Trained, outside the experts."""
+    experts: int
+    """Trained, of all experts."""
+    frozen: int
+
+    @property
+    def trained(self) -> int:
+        """All that is trained."""
+        return self.shared + self.experts
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of one process."""
+
+    states: float
+    """Trained weights, gradients, optimizer state and average."""
+    buffers: float
+    """Of communication."""
+    backbone: float
+    """Frozen weights."""
+    activations: float
+    host: float
+    """In the host's memory, what is offloaded."""
+
+    @property
+    def device(self) -> float:
+        """On the GPU, or where there is none, in the process."""
+        return self.states + self.buffers + self.backbone + self.activations
+
+
+def state_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> tuple[float, float]:
+    """Bytes of trained weights, gradients, AdamW's state and the weight average: on the device, and on the host.
+
+    ZeRO (arXiv 1910.02054, section 3) with W processes: stage 1 cuts fp32 master weights and both moments into W
+    pieces, 2 the gradients too, 3 the weights and here the average as well. Experts are spread over `expert_parallel`
+    processes first, and their pieces over those that hold the same ones. Stage 0 in fp32 needs no master weights.
+    """
+    low = 2 if precision == "bf16" else 4
+    device = host = 0.0
+    for count, copies in (
+        (parameters.shared, sharding.world_size),
+        (parameters.experts / sharding.expert_parallel, sharding.world_size / sharding.expert_parallel),
+    ):
+        state = MOMENTS_AND_MASTER / copies
+        if sharding.stage == 0 and precision == "fp32":
+            state = MOMENTS_AND_MASTER - 4
+        gradient = low / copies if sharding.stage >= 2 else low
+        if sharding.offload:
+            host += count * (state + gradient)
+            state = gradient = 0.0
+        weights = (low + AVERAGE) / copies if sharding.stage == 3 else low + AVERAGE
+        device += count * (weights + gradient + state)
+    return device, host
+
+
+def buffer_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> float:
+    """Buckets of the reduction, and under stage 3 the parameters that are gathered at the same time."""
+    low = 2 if precision == "bf16" else 4
+    gathered = min(parameters.trained, sharding.live) if sharding.stage == 3 else 0
+    return low * ((sharding.bucket if sharding.stage > 0 else 0) + gathered)
+
+
+def need(config: Config, backbone: DINOv3ViTConfig, precision: str, sharding: Sharding, micro_batch: int) -> Need:
+    """The memory of one process in training.
+
+    Args:
+        config: Of the run.
+        backbone: Of the frozen backbone.
+        precision: "bf16" or "fp32".
+        sharding: How training is spread.
+        micro_batch: Photos of one forward pass.
+    """
+    low = 2 if precision == "bf16" else 4
+    parameters = count(config, backbone)
+    states, host = state_bytes(parameters, precision, sharding)
+    fixed, per_photo = saved_by_the_head(config, backbone)
+    activations = low * (fixed + per_photo * micro_batch)
+    if not config.data.features:
+        activations += backbone_activations(config, backbone, precision, micro_batch)
+    buffers = buffer_bytes(parameters, precision, sharding)
+    return Need(states, buffers, low * parameters.frozen, activations, host)
+
+
+def count(config: Config, backbone: DINOv3ViTConfig) -> Parameters:
+    """Parameters of the head and of the backbone; none of them is allocated."""
+    with torch.device("meta"):
+        head, frozen = build_head(config, backbone), DINOv3ViTModel(backbone)
+    trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+    experts = sum(p.numel() for block in expert_blocks(head) for p in block.parameters())
+    return Parameters(trained - experts, experts, sum(p.numel() for p in frozen.parameters()))
+
+
+def build_head(config: Config, backbone: DINOv3ViTConfig) -> RoadworkModel:
+    """The trained part alone."""
+    return RoadworkModel(RoadworkConfig(**asdict(config.model), backbone_dim=backbone.hidden_size))
+
+
+def expert_blocks(head: nn.Module) -> Iterator[nn.Module]:
+    """The experts of each layer."""
+    return (module.block.experts for module in head.modules() if isinstance(module, SparseExperts))
+
+
+def saved_by_the_head(config: Config, backbone: DINOv3ViTConfig) -> tuple[float, float]:
+    """Elements that a training step keeps for its backward pass: a fixed number, and those of each photo.
+
+    Measured with one and two photos of noise, all views kept, as every `train.distil_every`-th step has them.
+    """
+    head = build_head(config, backbone).train()
+    one, two = (_saved(head, noise(config, backbone, photos)) for photos in (1, 2))
+    return 2 * one - two, two - one
+
+
+def noise(config: Config, backbone: DINOv3ViTConfig, photos: int) -> dict[str, torch.Tensor]:
+    """Arguments of a model's forward pass: cached tokens of noise, boxes and targets."""
+    model, generator = config.model, torch.Generator().manual_seed(0)
+    stand_in = StandIn(photos, 16, model.num_views, model.mask_side, model.text_dim)
+    rows = [stand_in[row] for row in range(photos)]
+    batch = {
+        name: torch.stack([row[name] for row in rows]) for name in ("boxes", "view_mask", "labels", "mask_targets")
+    }
+    views, dim = model.num_views, backbone.hidden_size
+    return {
+        **batch,
+        "view_mask": torch.ones_like(batch["view_mask"]),
+        "cls": torch.randn(photos, views, dim, generator=generator),
+        "cells": torch.randn(photos, views, model.pool_grid**2, 2 * dim, generator=generator),
+        "regions": torch.randn(photos, views, dim, generator=generator),
+    }
+
+
+def _saved(head: RoadworkModel, batch: dict[str, torch.Tensor]) -> int:
+    own = {parameter.untyped_storage().data_ptr() for parameter in head.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        output = head(**batch, keep_all=True)
+    del output
+    return sum(kept.values())
+
+
+def backbone_activations(config: Config, backbone: DINOv3ViTConfig, precision: str, micro_batch: int) -> float:
+    """Bytes at the peak of the frozen forward pass.
+
+    The largest chunk has min(192, 11 micro-batches) views of T = (S / 16)^2 + 1 + registers tokens. A layer holds the
+    residual stream, its norm and the output of width D, and in the gated MLP three tensors of width I; the pixels are
+    there in fp32, twice while they are normalised.
+    """
+    low = 2 if precision == "bf16" else 4
+    side = config.model.view_side
+    views = min(MAX_VIEWS_PER_PASS, max(1, config.model.num_views - 1) * micro_batch)
+    patch = backbone.patch_size
+    assert isinstance(patch, int)
+    tokens = (side // patch) ** 2 + 1 + backbone.num_register_tokens
+    layer = low * tokens * (3 * backbone.hidden_size + 3 * backbone.intermediate_size)
+    pixels = 3 * side**2 * 4
+    return views * (max(layer, pixels) + pixels)

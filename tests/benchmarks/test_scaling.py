@@ -1,0 +1,70 @@
+"""The model of training on many processes: its arithmetic, and its account of one small engine."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from benchmarks import scaling
+from benchmarks.scaling import MICRO, Assumptions, Costs, calibrate, gpu_step_s, predict
+from benchmarks.scaling_worker import Measured
+from pipeline.config import Config, DataConfig, to_yaml
+from pipeline.memory import Sharding, count, state_bytes
+from pipeline.pretrain import scenes_tiny_config
+from tests.small_run import small_config
+
+COSTS = Costs(
+    fixed_s=0.1, photo_s=0.02, optimizer_s=0.4, reduced_bytes=4e6, gathered_bytes=4e6, collectives=6
+)  # fmt: skip
+
+
+def step(photos: int, accumulation: int) -> Measured:
+    seconds = accumulation * (COSTS.fixed_s + photos * COSTS.photo_s) + COSTS.optimizer_s
+    return Measured(seconds, 1e6 + accumulation * COSTS.reduced_bytes, COSTS.collectives, 0, 0.0, math.inf)
+
+
+def test_the_parts_of_a_step_are_found_again_from_three_shapes():
+    shapes = [(MICRO, 1), (MICRO, 2), (2 * MICRO, 1)]
+    found = calibrate({shape: step(*shape) for shape in shapes}, 1_000_000)
+    assert vars(found) == pytest.approx(vars(COSTS))
+
+
+def test_a_process_alone_computes_and_several_share_the_optimizer_and_pay_for_bytes():
+    alone = predict(COSTS, 4, 4, 1, slowdown=1.0, bytes_per_s=math.inf, latency_s=0.0)
+    assert alone == pytest.approx(4 * (0.1 + 4 * 0.02) + 0.4)
+    two = predict(COSTS, 4, 2, 2, slowdown=1.0, bytes_per_s=1e8, latency_s=0.001)
+    assert two == pytest.approx(2 * 0.18 + 0.2 + (2 * 4e6 + 2e6) / 1e8 + 9 * 0.001)
+
+
+def test_gpus_lose_more_where_the_slow_network_begins_and_nothing_where_bytes_are_free():
+    assumed = Assumptions()
+    lost = [gpu_step_s(COSTS, 16, gpus, assumed) - 0.42 - 0.4 / gpus for gpus in (1, 8, 16, 512)]
+    assert lost[0] == pytest.approx(0)
+    assert lost == sorted(lost)
+    assert lost[2] > 3 * lost[1]
+    free = replace(
+        assumed, node_bytes_per_s=math.inf, fabric_bytes_per_s=math.inf, node_latency_s=0.0, fabric_latency_s=0.0
+    )
+    assert gpu_step_s(COSTS, 16, 512, free) == pytest.approx(0.42 + 0.4 / 512)
+
+
+def test_predictions_say_that_they_are_predictions():
+    rows = scaling.predicted(replace(Assumptions()), 3.0)
+    assert len(rows) == 2 * len(scaling.GPUS)
+    assert all(row.note.startswith("predicted, not measured") for row in rows)
+    assert all(0 < row.ratio <= 1 for row in rows)
+    cached, online = rows[0].ours, rows[len(scaling.GPUS)].ours
+    assert cached > 10 * online  # the backbone is what costs
+
+
+@pytest.mark.dist
+def test_two_processes_hold_and_send_what_the_model_says(tmp_path):
+    config = Config(data=DataConfig(workers=0), model=small_config("scenes-tiny"))
+    (tmp_path / "recipe.yaml").write_text(to_yaml(config))
+    found = scaling._arm(tmp_path / "recipe.yaml", 2)()[MICRO, scaling.SHARE // (MICRO * 2)]
+    parameters = count(config, scenes_tiny_config())
+    held, _ = state_bytes(parameters, "fp32", Sharding(2))
+    assert found.state_bytes == pytest.approx(held, rel=0.01)
+    # Two micro-batches of gradients; parameters without one (metadata is NULL here) send none.
+    assert 0.5 < found.sent_bytes / (2 * 4 * parameters.trained) < 1.5
+    assert found.bytes_per_s > 0
