@@ -99,10 +99,11 @@ demo() {
       [[ $1 == --help || $1 == -h ]] && return 0 || return 2
       ;;
   esac
-  local on=(--shards "$run/shards" "${short[@]}")
+  local on=(--shards "$run/shards" --data.features "$run/features" "${short[@]}")
   step "photos" prep scenes --out "$run/scenes" --images "$images" --difficulty 0.2 --seed 1
   step "shards" prep shard --source "$run/scenes" --out "$run/shards"
   step "audit" prep audit --shards "$run/shards" --accept description
+  step "features" prep features --recipe demo --shards "$run/shards" --out "$run/features"
   step "baseline" train demo_baseline --run "$run/baseline" "${on[@]}"
   step "baseline's score" evaluate --run "$run/baseline"
   step "model" train demo --run "$run" "${on[@]}"

@@ -25,7 +25,7 @@ from data_prep.features import features as make_cache
 from data_prep.scenes import KIND, scenes
 from data_prep.shards import shard
 from pipeline.config import Config, DataConfig, TrainConfig, to_yaml
-from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.dataset import ShardDataset, collate, mask_targets, model_inputs
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.features import open_cache
 from pipeline.data.index import Index, read_index
@@ -38,6 +38,7 @@ MISSION_IMAGES, MISSION_EPOCHS = 8549, 30
 SEED_HOURS, GOAL_MINUTES = 12.0, 10.0
 MFU_GOAL = Goal(0.6)
 TRAIN_BATCH = 64
+MASK_SIDE = 64
 PATCH = 16
 NAME = "ViT-H/16+, 512 px"
 NOTES = {
@@ -223,6 +224,7 @@ def passes(extractor: Extractor, setting: Setting, number: int) -> float:
         "sha256": "",
         "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0]]).expand(12, 4).contiguous(),
         "view_mask": torch.ones(12, dtype=torch.bool),
+        "mask_targets": mask_targets(None, MASK_SIDE),
     }
     rows = [{**photo, "views": views} for views in pinned.split(12)] * number
     start = time.perf_counter()

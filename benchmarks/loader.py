@@ -29,6 +29,7 @@ from data_prep.shards import shard
 from pipeline.cli import command
 from pipeline.data.dataset import ShardDataset, collate, prepare
 from pipeline.data.index import Index, read_index
+from pipeline.data.memory import keep_freed_memory
 from pipeline.data.views import NUM_VIEWS
 
 PACKAGES = ("torch", "webdataset", "datasets", "pillow", "simplejpeg")
@@ -149,7 +150,9 @@ def views_of(data: bytes, side: int) -> torch.Tensor:
 def ours(shards: Shards) -> Iterator[peers.Batch]:
     """The training split in its order, read as validation reads it."""
     data = ShardDataset(shards.folder, shards.index, "train", SIDE, NUM_VIEWS, MASK_SIDE)
-    for batch in DataLoader(data, BATCH_SIZE, num_workers=WORKERS, collate_fn=collate):
+    for batch in DataLoader(
+        data, BATCH_SIZE, num_workers=WORKERS, collate_fn=collate, worker_init_fn=keep_freed_memory
+    ):
         yield [data.split.samples[row].key for row in batch["row"].tolist()], batch["views"]
 
 

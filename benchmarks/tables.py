@@ -1,4 +1,4 @@
-"""The README's tables of results, written from the committed JSON files: `python -m benchmarks.tables`."""
+"""The tables of results in README and docs/, written from the committed JSON files: `python -m benchmarks.tables`."""
 
 from __future__ import annotations
 
@@ -14,25 +14,40 @@ BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n)(.*?)(<!-- /results:\2 -->)", 
 NUMBERS = range(2, 6)  # columns that are set flush right
 
 
-def tables(readme: Path = ROOT / "README.md", results: Path = RESULTS) -> Path:
+def tables(root: Path = ROOT, results: Path = RESULTS) -> Path:
     """Write the table of each benchmark between its markers, `<!-- results:NAME -->` and `<!-- /results:NAME -->`.
 
     Args:
-        readme: File that has the markers.
+        root: Folder of the README, and of docs/.
         results: Folder of the JSON files.
+
+    Returns:
+        The README.
     """
-    text = readme.read_text()
-    made = fill(text, results)
-    if made != text:
-        write_text(readme, made)
-    say(f"{readme}: tables of {', '.join(sorted(marked(made))) or 'nothing, since it has no markers'}")
-    return readme.resolve()
+    for page in pages(root):
+        text = page.read_text()
+        made = fill(text, results, up_from(page, root))
+        if made != text:
+            write_text(page, made)
+        if marked(made):
+            say(f"{page}: tables of {', '.join(sorted(marked(made)))}")
+    return (root / "README.md").resolve()
 
 
-def fill(text: str, results: Path = RESULTS) -> str:
-    """The text with the current table in each pair of markers."""
+def pages(root: Path = ROOT) -> list[Path]:
+    """The README and all of docs/."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def up_from(page: Path, root: Path = ROOT) -> str:
+    """What stands before a path from the root in a link on a page."""
+    return "../" * (len(page.relative_to(root).parts) - 1)
+
+
+def fill(text: str, results: Path = RESULTS, up: str = "") -> str:
+    """The text with the current table in each pair of markers; see `up_from`."""
     reports = read_all(results)
-    return BLOCK.sub(lambda found: f"{found[1]}{markdown(reports.get(found[2], []))}{found[4]}", text)
+    return BLOCK.sub(lambda found: f"{found[1]}{markdown(reports.get(found[2], []), up)}{found[4]}", text)
 
 
 def marked(text: str) -> set[str]:
@@ -49,19 +64,19 @@ def read_all(results: Path = RESULTS) -> dict[str, list[Report]]:
     return reports
 
 
-def markdown(reports: list[Report]) -> str:
+def markdown(reports: list[Report], up: str = "") -> str:
     """A table for each machine, with the command that gives it."""
-    return "".join(f"{_caption(report)}\n\n{_table(report)}\n" for report in reports)
+    return "".join(f"{_caption(report, up)}\n\n{_table(report)}\n" for report in reports)
 
 
-def _caption(report: Report) -> str:
+def _caption(report: Report, up: str) -> str:
     tools = [
         f"{name} {number}" for name, number in report.versions.items() if name not in ("python", "revision", "roadwork")
     ]
     return (
         f"`python -m benchmarks.{report.name}` on `{report.machine['name']}` ({report.machine['cpu']}, "
         f"{report.machine['memory_gb']:.0f} GB), with {', '.join(tools)}. "
-        f"Notes on each row: [JSON](benchmarks/results/{report.machine['name']}-{report.name}.json)."
+        f"Notes on each row: [JSON]({up}benchmarks/results/{report.machine['name']}-{report.name}.json)."
     )
 
 

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.features import MOST_VIEWS, NUM_VIEWS, Options
-from pipeline.data.copies import make_copy
-from pipeline.data.dataset import ShardDataset, decode_scaled, prepare_image
+from pipeline.data.copies import make_copy, placement_of
+from pipeline.data.dataset import ShardDataset, decode_scaled, mask_targets, prepare_image
 from pipeline.data.feature_key import STORED_DTYPE
 from pipeline.data.features import PhotoTokens
+from pipeline.data.memory import keep_freed_memory
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.encoder import view_tokens
 
@@ -49,6 +51,9 @@ class Row(NamedTuple):
     sha256: str
     """Of the photo."""
     tokens: PhotoTokens
+    """Without the views that add nothing."""
+    mask_targets: torch.Tensor
+    """float32 [6, m, m]."""
 
 
 class Photos(Dataset[list[dict[str, Any]]]):
@@ -62,17 +67,28 @@ class Photos(Dataset[list[dict[str, Any]]]):
         return len(self.items)
 
     def __getitem__(self, number: int) -> list[dict[str, Any]]:
-        """Per row `photo`, `sha256`, useful `views` uint8 [M, 3, S, S], `boxes` [V, 4] and `view_mask` [V]."""
+        """Per row `photo`, `sha256`, `mask_targets`, useful `views` uint8 [M, 3, S, S], `boxes` and `view_mask`."""
         item = self.items[number]
         data = self.data[item.split]
         record, photo = data.sample(item.row)
         with data.naming(data.split.samples[item.row].shard, data.split.samples[item.row]):
             image, size = decode_scaled(photo, data.side, data.decode_scale)
-        rows = [prepare_image(image, data.side, data.num_views, size)]
+        mask = data.mask(item.row)
+        rows = [self._row(data, image, mask, size)]
         for copy in range(1, item.copies):
-            rows.append(prepare_image(make_copy(image, record.sha256, copy), data.side, data.num_views))
-        useful = [{**row, "views": row["views"][row["view_mask"]]} for row in rows]
-        return [{"photo": item.row, "sha256": record.sha256, **row} for row in useful]
+            cut = None
+            if mask is not None:
+                cut = placement_of(mask.shape[1], mask.shape[0], record.sha256, copy).mask(mask)
+            rows.append(self._row(data, make_copy(image, record.sha256, copy), cut))
+        return [{"photo": item.row, "sha256": record.sha256, **row} for row in rows]
+
+    @staticmethod
+    def _row(
+        data: ShardDataset, image: np.ndarray, mask: np.ndarray | None, size: tuple[int, int] | None = None
+    ) -> dict[str, Any]:
+        row = prepare_image(image, data.side, data.num_views, size)
+        useful = row["views"][row["view_mask"]]
+        return {**row, "views": useful, "mask_targets": mask_targets(mask, data.mask_side)}
 
 
 @dataclass(frozen=True)
@@ -105,7 +121,13 @@ class Extractor:
 
     def run(self, data: Mapping[str, ShardDataset], items: list[Item]) -> Iterator[Row]:
         """The rows of all `items`, in their order."""
-        loader = DataLoader(Photos(data, items), batch_size=None, num_workers=self.workers, pin_memory=self.on_gpu)
+        loader = DataLoader(
+            Photos(data, items),
+            batch_size=None,
+            num_workers=self.workers,
+            pin_memory=self.on_gpu,
+            worker_init_fn=keep_freed_memory,
+        )
         return self.batches(chain.from_iterable(loader))
 
     def batches(self, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
@@ -184,4 +206,4 @@ def _finish(batch: Batch, parts: list[torch.Tensor], event: torch.cuda.Event | N
     split = zip(batch.rows, cls.split(counts), cells.split(counts), regions, strict=True)
     for row, one_cls, one_cells, one_regions in split:
         tokens = PhotoTokens(one_cls, one_cells, one_regions, row["boxes"], row["view_mask"])
-        yield Row(row["photo"], row["sha256"], tokens)
+        yield Row(row["photo"], row["sha256"], tokens, row["mask_targets"])

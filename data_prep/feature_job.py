@@ -28,9 +28,10 @@ from data_prep.workplace import SUMMARY_NAME, Workplace
 from pipeline.config import Config, parse_config
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_key import STORED_DTYPE, FeatureKey, feature_key
-from pipeline.data.features import FeatureIndex, read_features
+from pipeline.data.features import MASK_DTYPE, FeatureIndex, read_features
 from pipeline.data.index import INDEX_NAME, Index, read_index
 from pipeline.data.storage import is_url, open_folder
+from pipeline.data.vocabulary import MASK_CLASSES
 from pipeline.distributed import StopSignal, on_all_ranks, on_rank_zero
 from pipeline.errors import Stopped, UserError, require
 from pipeline.files import write_json, write_summary
@@ -272,9 +273,10 @@ def shards_of(header: dict[str, Any]) -> list[PlannedShard]:
 
 
 def row_bytes(key: FeatureKey, dim: int) -> int:
-    """Most bytes of one row: that of a photo all of whose views add something."""
+    """Most bytes of one row: that of a photo all of whose views add something, with all classes in its mask."""
     tokens = (2 + 2 * key.pool_grid**2) * dim * STORED_DTYPE.itemsize
-    return key.num_views * (tokens + 4 * torch.float32.itemsize + torch.bool.itemsize)
+    views = key.num_views * (tokens + 4 * torch.float32.itemsize + torch.bool.itemsize)
+    return views + len(MASK_CLASSES) * (key.mask_side**2 * MASK_DTYPE.itemsize + 1) + 1
 
 
 def spare_cores(device: torch.device) -> int:

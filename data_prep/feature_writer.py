@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save
 
 from data_prep.extraction import Item, Row
-from pipeline.data.features import FeaturePhoto, FeatureShard, PhotoTokens, checksum
+from pipeline.data.feature_reader import bytes_of
+from pipeline.data.features import MASK_DTYPE, FeaturePhoto, FeatureShard, checksum
 from pipeline.data.index import Index
 from pipeline.errors import UserError
 from pipeline.files import sha256_of, write_bytes, write_json
@@ -110,24 +111,13 @@ def write_shard(folder: Path, index: Index, shard: PlannedShard, rows: list[Row]
     Raises:
         UserError: The disk is full.
     """
-    tokens = [row.tokens for row in rows]
-    data = save(
-        {
-            "cls": torch.cat([one.cls for one in tokens]),
-            "cells": torch.cat([one.cells for one in tokens]),
-            "regions": torch.stack([one.regions for one in tokens]),
-            "boxes": torch.stack([one.boxes for one in tokens]),
-            "view_mask": torch.stack([one.view_mask for one in tokens]),
-        }
-    )
+    stored = [tensors_of(row) for row in rows]
+    data = save({name: torch.cat([one[name] for one in stored]) for name in stored[0]})
     samples = index.splits[shard.split].samples
+    checksums = tuple(checksum(*map(bytes_of, one.values())) for one in stored)
     photos = tuple(
-        FeaturePhoto(
-            key=samples[mine[0].photo].key,
-            sha256=mine[0].sha256,
-            checksums=tuple(checksum(*parts_of(row.tokens)) for row in mine),
-        )
-        for mine in (rows[first : first + shard.copies] for first in range(0, len(rows), shard.copies))
+        FeaturePhoto(samples[rows[first].photo].key, rows[first].sha256, checksums[first : first + shard.copies])
+        for first in range(0, len(rows), shard.copies)
     )
     receipt = FeatureShard(shard.name, len(data), hashlib.sha256(data).hexdigest(), photos)
     try:
@@ -142,10 +132,21 @@ def write_shard(folder: Path, index: Index, shard: PlannedShard, rows: list[Row]
         ) from error
 
 
-def parts_of(tokens: PhotoTokens) -> list[bytes]:
-    """The bytes of a row, in the order in which its checksum takes them."""
-    parts = (tokens.cls, tokens.cells, tokens.regions, tokens.boxes, tokens.view_mask)
-    return [part.contiguous().view(torch.uint8).numpy().tobytes() for part in parts]
+def tensors_of(row: Row) -> dict[str, torch.Tensor]:
+    """What a file holds of a row, in the order in which its checksum takes it; files are rows end to end."""
+    tokens, targets = row.tokens, row.mask_targets.to(MASK_DTYPE)
+    has_mask = not bool(targets.isnan().any())
+    classes = targets.flatten(1).any(dim=1) & has_mask
+    return {
+        "cls": tokens.cls,
+        "cells": tokens.cells,
+        "regions": tokens.regions[None],
+        "masks": targets[classes],
+        "boxes": tokens.boxes[None],
+        "view_mask": tokens.view_mask[None],
+        "mask_classes": classes[None],
+        "has_mask": torch.tensor([has_mask]),
+    }
 
 
 def read_receipt(folder: Path, shard: PlannedShard) -> FeatureShard | None:

@@ -18,6 +18,7 @@ from pipeline.config import read_config
 from pipeline.data.dataset import collate, photo_inputs
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.index import read_index
+from pipeline.data.memory import keep_freed_memory
 from pipeline.errors import UserError, require
 from pipeline.evaluate import find_cache
 from pipeline.files import write_summary, write_text
@@ -99,7 +100,7 @@ def open_validation(
     cache = find_cache(features, config.data, index, model)
     dataset = open_split(folder, index, "val", model.config.sizes, config.data.decode_scale, cache)
     labelled = Subset(dataset, np.flatnonzero(labels >= 0).tolist())
-    return DataLoader(labelled, batch_size, num_workers=workers, collate_fn=collate)
+    return DataLoader(labelled, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=keep_freed_memory)
 
 
 @torch.inference_mode()

@@ -24,9 +24,9 @@ ALIASES = {
     "--epochs": "--train.epochs",
     "--shards": "--data.shards",
     "--run": "--train.run",
+    "--resume": "--checkpoint.resume",
     "--max-minutes": "--train.max_minutes",
     "--profile": "--train.profile",
-    "--resume": "--checkpoint.resume",
 }
 
 

@@ -21,6 +21,7 @@ from pipeline.data.feature_key import feature_key
 from pipeline.data.features import FeatureCache, open_cache
 from pipeline.data.index import Index, read_index
 from pipeline.data.inputs import check_inputs, fields_read, leaking_inputs
+from pipeline.data.memory import keep_freed_memory
 from pipeline.errors import UserError, require
 from pipeline.files import write_summary, write_text
 from pipeline.inference import kept_views, load_model, pick_device, probability_of
@@ -200,7 +201,7 @@ def predict_split(
         The columns of predictions.csv but `prediction`, in the order of the shards; `label` is NA where
         unknown.
     """
-    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate)
+    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=keep_freed_memory)
     found = list(track(answers(model, loader), len(dataset), f"evaluating {name}"))
     samples = dataset.split.samples
     return pd.DataFrame(

@@ -14,6 +14,7 @@ from pipeline.data.dataset import ShardDataset, collate
 from pipeline.data.feature_dataset import CopySampler, FeatureDataset, open_split
 from pipeline.data.features import FeatureCache
 from pipeline.data.index import Index
+from pipeline.data.memory import keep_freed_memory
 from pipeline.data.sampler import PositionSampler
 from pipeline.data.stand_in import StandIn
 from pipeline.data.streaming import StreamedSplit, inclusion
@@ -87,7 +88,7 @@ def _random_access(
     )  # fmt: skip
     loader = DataLoader(
         data, batch_sampler=order, num_workers=config.data.workers, collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=keep_freed_memory, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     return Feed(loader, order, len(data), () if isinstance(data, StandIn) else keys_of(data))
 
@@ -115,7 +116,12 @@ def _streamed(
             "photos around the interruption may come once more or once less"
         )
     loader = DataLoader(
-        order, batch_size, num_workers=workers, collate_fn=collate, pin_memory=torch.cuda.is_available()
+        order,
+        batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=keep_freed_memory,
+        pin_memory=torch.cuda.is_available(),
     )
     return Feed(loader, order, len(data), keys_of(data))
 

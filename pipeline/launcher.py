@@ -234,8 +234,8 @@ def _launch_once(command: list[str], stop: StopRequest) -> End:
                 outcome = line.startswith(OUTCOMES)
                 if not outcome and (aside or CHATTER.search(line)):
                     aside.append(line)
-                elif line.rstrip("\n") not in said:  # an outcome that another rank has told already
-                    said |= {line.rstrip("\n")} if outcome else set()
+                elif line not in said:  # an outcome that another rank has told already
+                    said |= {line} if outcome else set()
                     sys.stderr.write(line)
                     sys.stderr.flush()
         stop.process = None
@@ -244,7 +244,7 @@ def _launch_once(command: list[str], stop: StopRequest) -> End:
         if explained:
             state = json.loads(state_file.read_text())
             status, message = int(state["exit_status"]), state.get("message")
-            if message and message not in said:  # a rank with a log of its own
+            if message and message not in {line.rstrip("\n") for line in said}:  # a rank with a log of its own
                 say(message)
     cause = None if explained else cause_of("".join(aside))
     if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED) and not explained and cause is None:

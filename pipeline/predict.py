@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.cli import command
 from pipeline.data.dataset import collate, prepare
+from pipeline.data.memory import keep_freed_memory
 from pipeline.data.photo import BadPhoto
 from pipeline.data.vocabulary import LABEL_NAMES
 from pipeline.errors import UserError, require
@@ -136,7 +137,9 @@ def collate_readable(samples: list[Prepared]) -> Batch:
 def answers(model: RoadworkModel, files: list[Path], batch_size: int, workers: int) -> Iterator[Row]:
     """One row per file, in their order."""
     dataset = PhotoFiles(files, model.config.view_side, model.config.num_views)
-    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate_readable)
+    loader = DataLoader(
+        dataset, batch_size, num_workers=workers, collate_fn=collate_readable, worker_init_fn=keep_freed_memory
+    )
     paths = iter(files)
     for views, reasons in loader:
         scored = iter(() if views is None else score(model, views))

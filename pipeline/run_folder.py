@@ -24,8 +24,8 @@ PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "scikit
 # What may differ between the parts of one run: none of these changes what is computed.
 FREE_KEYS = {
     "train": {
-        "run", "log_every", "wandb", "micro_batch_size", "expert_parallel", "max_minutes", "max_skips",
-        "max_rollbacks", "hang_minutes", "profile",
+        "run", "log_every", "wandb", "micro_batch_size", "expert_parallel", "max_minutes", "max_skips", "max_rollbacks",
+        "hang_minutes", "profile",
     },
     "data": {"shards", "workers"},
 }  # fmt: skip

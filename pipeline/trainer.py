@@ -270,9 +270,9 @@ class Trainer:
         with self.meter.paused():
             averaged = self._averaged_model()
             scores = self.validation(averaged, self.alive)
-        better = self.best is None or (scores["mcc"], -scores["loss"]) > (self.best["mcc"], -self.best["loss"])
-        if better and self.folder and self.rank == 0:
-            replace_folder(self.folder.model, averaged.save_pretrained)
+            better = self.best is None or (scores["mcc"], -scores["loss"]) > (self.best["mcc"], -self.best["loss"])
+            if better and self.folder and self.rank == 0:
+                replace_folder(self.folder.model, averaged.save_pretrained)
         if better:
             self.best, self.validations_since_best = {"step": self.step, **scores}, 0
         else:
@@ -290,11 +290,16 @@ class Trainer:
 
         A rank asks it by itself: one that has fewer photos to validate keeps no other waiting.
         """
-        config: Any = self.model.config
-        model = RoadworkModel(config).attach(self.model.backbone)
+        model = self._model_of(self.average.gathered()).attach(self.model.backbone)
         model.loss_config = self.config.loss
-        model.load_state_dict(self.average.gathered())
         return model.to(self.accelerator.device).to(self.model.dtype)
+
+    def _model_of(self, weights: dict[str, torch.Tensor]) -> RoadworkModel:
+        """A whole head with the given weights, without a backbone."""
+        config: Any = self.model.config
+        model = RoadworkModel(config)
+        model.load_state_dict(weights)
+        return model
 
     def _out_of_patience(self) -> bool:
         patience = self.config.train.patience
@@ -314,19 +319,6 @@ class Trainer:
             say(f"resuming at step {self.step} of {self.schedule.steps}")
         dist.barrier()
 
-    def _farewell(self) -> str:
-        reason = f"train.max_minutes={self.config.train.max_minutes:g} is over; " if self.stop.out_of_time else ""
-        what = "saved" if self.checkpoints and self.checkpoints.unsaved is None else "not saved"
-        return f"{reason}{what} at step {self.step} of {self.schedule.steps}; the same command goes on from there"
-
-    def _save_once(self) -> None:
-        """Save, unless this very step is saved already."""
-        if self.checkpoints is None or self.saved_step == self.step:
-            return
-        with self.meter.paused():
-            self._save()
-        self.saved_step, self.saved_s = self.step, time.monotonic()
-
     def _restore_best_model(self) -> None:
         """Write the best weights again where the checkpoint comes from another machine, which took them with it."""
         assert self.checkpoints is not None and self.folder is not None  # noqa: PT018
@@ -339,14 +331,25 @@ class Trainer:
                 f"the best weights so far, those of step {self.best['step']}, are neither in {folder.model} nor in a "
                 "checkpoint; copy that folder here, or choose another --train.run"
             )
-        model = RoadworkModel(self.model.config)  # type: ignore[arg-type]
-        model.load_state_dict(weights)
-        replace_folder(folder.model, model.save_pretrained)
+        replace_folder(folder.model, self._model_of(weights).save_pretrained)
 
     def close(self) -> None:
         """Wait, for a bounded time, for what is still on its way to a store; says what did not get there."""
         if self.checkpoints:
             self.checkpoints.close()
+
+    def _farewell(self) -> str:
+        reason = f"train.max_minutes={self.config.train.max_minutes:g} is over; " if self.stop.out_of_time else ""
+        what = "saved" if self.checkpoints and self.checkpoints.unsaved is None else "not saved"
+        return f"{reason}{what} at step {self.step} of {self.schedule.steps}; the same command goes on from there"
+
+    def _save_once(self) -> None:
+        """Save, unless this very step is saved already."""
+        if self.checkpoints is None or self.saved_step == self.step:
+            return
+        with self.meter.paused():
+            self._save()
+        self.saved_step, self.saved_s = self.step, time.monotonic()
 
     def _save(self) -> None:
         assert self.checkpoints is not None

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.memory import keep_freed_memory
 from pipeline.data.sampler import share_of
 from pipeline.distributed import on_all_ranks
 from pipeline.metrics import best_threshold, binary_metrics
@@ -26,7 +27,11 @@ class Validation:
         mine = [rows[i] for i in share_of(len(rows), rank, world_size)]
         self.world_size = world_size
         self.loader = DataLoader(
-            torch.utils.data.Subset(dataset, mine), batch_size, num_workers=workers, collate_fn=collate
+            torch.utils.data.Subset(dataset, mine),
+            batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=keep_freed_memory,
         )
 
     def __call__(self, model: RoadworkModel, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from data_prep.features import features
 from pipeline.config import Config, DataConfig, to_yaml
 from tests.small_run import small_config
 
-ROW_BYTES = 12 * ((2 + 2 * 4) * 32 * 2 + 4 * 4 + 1)
+ROW_BYTES = 12 * ((2 + 2 * 4) * 32 * 2 + 4 * 4 + 1) + 6 * (4 * 4 * 2 + 1) + 1
 """Of the backbone and the sizes that `small_run` has."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -128,26 +128,27 @@ def metadata_tensors(
     }
 
 
-def mask_targets(
-    data: bytes | None, side: int, cut: Callable[[np.ndarray], np.ndarray] = lambda mask: mask
-) -> torch.Tensor:
+def decode_mask(data: bytes) -> np.ndarray:
+    """A mask PNG, whose value c + 1 marks class c, as uint8 [H, W].
+
+    Raises:
+        BadPhoto: It is no image.
+    """
+    try:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+    except PILLOW_ERRORS as error:
+        raise BadPhoto(f"the mask cannot be decoded: {error}") from error
+
+
+def mask_targets(mask: np.ndarray | None, side: int) -> torch.Tensor:
     """Share of each cell that each class covers: float32 [6, side, side], all NaN without a mask.
 
     Args:
-        data: A mask PNG whose value c + 1 marks class c, or None.
+        mask: See `decode_mask`, or None.
         side: Cells per side.
-        cut: What became of the photo's geometry: uint8 [H, W] to [h, w].
-
-    Raises:
-        BadPhoto: The mask is no image.
     """
-    if data is None:
+    if mask is None:
         return torch.full((len(MASK_CLASSES), side, side), torch.nan)
-    try:
-        mask = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
-    except PILLOW_ERRORS as error:
-        raise BadPhoto(f"the mask cannot be decoded: {error}") from error
-    mask = cut(mask)
     targets = torch.zeros(len(MASK_CLASSES), side, side)
     for class_, target in enumerate(targets):
         covered = mask == class_ + 1
@@ -215,29 +216,30 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         sample = self.split.samples[row]
         with self.naming(sample.shard, sample):
             record = check_sample(sample, self.name, members)
+            mask = decode_mask(members["mask.png"]) if "mask.png" in members else None
             return {
                 **prepare(members[sample.photo_extension], self.side, self.num_views, self.decode_scale),
-                **self.targets(row, record, members.get("mask.png")),
+                **self.about(row, record),
+                "mask_targets": mask_targets(mask, self.mask_side),
             }
 
-    def targets(
-        self, row: int, record: Record, mask: bytes | None, cut: Callable[[np.ndarray], np.ndarray] = lambda mask: mask
-    ) -> dict[str, torch.Tensor]:
-        """All of a sample but its photo: metadata, `labels`, `mask_targets` and `row`.
-
-        Args:
-            row: Its place in the split.
-            record: Its record.
-            mask: Its mask PNG, or None.
-            cut: See `mask_targets`.
-        """
+    def about(self, row: int, record: Record) -> dict[str, torch.Tensor]:
+        """What is known of a sample beside its photo and its mask: metadata, `labels` and `row`."""
         label = self.split.samples[row].label
         return {
             **metadata_tensors(record.metadata, record.text_vector, self.text_dim),
             "labels": torch.tensor(-1 if label is None else label),
-            "mask_targets": mask_targets(mask, self.mask_side, cut),
             "row": torch.tensor(row),
         }
+
+    def mask(self, row: int) -> np.ndarray | None:
+        """The sample's mask, see `decode_mask`; None where it has none."""
+        sample = self.split.samples[row]
+        if "mask.png" not in sample.members:
+            return None
+        members = self._read(row, ["mask.png"])
+        with self.naming(sample.shard, sample):
+            return decode_mask(members["mask.png"])
 
     def sample(self, row: int) -> tuple[Record, bytes]:
         """The sample's record, and the photo's original bytes."""

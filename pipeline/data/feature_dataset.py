@@ -8,17 +8,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.data.copies import placement_of
 from pipeline.data.dataset import ShardDataset
-from pipeline.data.features import FeatureCache, FeatureReader, stale
+from pipeline.data.feature_reader import FeatureReader
+from pipeline.data.features import FeatureCache, stale
 from pipeline.data.index import Index
-from pipeline.data.integrity import read_record
 from pipeline.data.sampler import PositionSampler
 from pipeline.model.config import ModelConfig
 
 
 class FeatureDataset(ShardDataset):
-    """A split of the shards whose photos are never opened.
+    """A split of the shards whose photos and masks are never opened.
 
     A photo has several rows in the cache, itself and its augmented copies. The loader asks for one by the number
     `copy * len(self) + row`, so that the photos themselves have the numbers that they have without a cache.
@@ -39,25 +38,16 @@ class FeatureDataset(ShardDataset):
         return self.reader.copies
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """Tokens, metadata and targets; see `ShardDataset`, and `PhotoTokens` in the place of views.
-
-        The mask of a copy is cut as the copy was.
-        """
+        """Tokens, metadata and targets; see `ShardDataset`, and `PhotoTokens` in the place of views."""
         copy, row = divmod(number, len(self))
-        sample = self.split.samples[row]
-        members = self._read(row, [name for name in sample.members if name != sample.photo_extension])
-        with self.naming(sample.shard, sample):
-            record = read_record(sample, self.name, members["json"])
+        sample, record = self.split.samples[row], self.record(row)
         if record.sha256 != self.reader.photo(row).sha256:
             raise stale(self.reader.place, f"it holds another photo as {sample.key}")
-        tokens = self.reader.read(row, copy)
-
-        def cut(mask: np.ndarray) -> np.ndarray:
-            return placement_of(mask.shape[1], mask.shape[0], record.sha256, copy).mask(mask) if copy else mask
-
+        found = self.reader.read(row, copy)
         return {
-            **{name: value[: self.num_views] for name, value in vars(tokens).items()},
-            **self.targets(row, record, members.get("mask.png"), cut),
+            **{name: value[: self.num_views] for name, value in vars(found.tokens).items()},
+            **self.about(row, record),
+            "mask_targets": found.mask_targets.float(),
         }
 
 

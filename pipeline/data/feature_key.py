@@ -1,4 +1,4 @@
-"""What backbone tokens depend on beside the photo: a cache made with anything else is stale, and says with what."""
+"""What a feature cache depends on beside photos and masks; one made with anything else is stale, and says with what."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BOOKKEEPING = frozenset({"transformers_version", "architectures", "dtype"})
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """Equal keys and equal photos give equal tokens."""
+    """Equal keys, photos and masks give equal rows."""
 
     backbone: str
     """Name, for people; `weights` is what counts."""
@@ -31,6 +31,8 @@ class FeatureKey:
     view_side: int
     num_views: int
     pool_grid: int
+    mask_side: int
+    """Cells per side of the mask targets that lie beside the tokens."""
     geometry: str
     """Fingerprint of the places of the views, and which of them are useful."""
     resize: str
@@ -58,6 +60,7 @@ _NAMES = {
     "view_side": "view side",
     "num_views": "number of views",
     "pool_grid": "pooled grid",
+    "mask_side": "mask side",
     "geometry": "view geometry",
     "resize": "resize kernel",
     "decode_scale": "decode scale",
@@ -79,6 +82,7 @@ def feature_key(backbone: FrozenBackbone, model: ModelConfig, decode_scale: str)
         view_side=model.view_side,
         num_views=model.num_views,
         pool_grid=model.pool_grid,
+        mask_side=model.mask_side,
         geometry=geometry_fingerprint(model.view_side),
         resize="torch lanczos" if TORCH_LANCZOS else "Pillow lanczos",
         decode_scale=decode_scale,

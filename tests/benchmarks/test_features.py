@@ -14,7 +14,8 @@ def test_a_small_run_compares_extraction_epochs_and_room():
     assert all("procedural scenes 1024x768, scenes-tiny, CPU" in row.what for row in rows)
     assert all(0 < row.interval[0] <= row.ratio <= row.interval[1] for row in rows)
     assert rows[1].goal == "<= 0.333333"
-    assert rows[2].ours == pytest.approx(12 * (2 + 2 * 16) * 96 * 2, rel=0.02)
+    tokens, classes = 12 * (2 + 2 * 16) * 96 * 2, 64 * 64 * 2
+    assert 0 < (rows[2].ours - tokens) / classes < 3  # of six, those in a photo's mask
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
-"""The README's tables are those of the committed results."""
+"""The tables of the README and of docs/ are those of the committed results."""
 
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.form import COLUMNS, RESULTS, ROOT, Goal, Report, compare, read_report
-from benchmarks.tables import fill, marked, read_all, tables
+from benchmarks.form import COLUMNS, RESULTS, Goal, Report, compare, read_report
+from benchmarks.tables import fill, marked, pages, read_all, tables, up_from
 from pipeline.files import write_json
 
-README = (ROOT / "README.md").read_text()
 TEXT = "Before.\n\n<!-- results:loader -->\nold\n<!-- /results:loader -->\n\nAfter.\n"
 
 
@@ -21,9 +20,11 @@ def commit(folder: Path, report: Report) -> None:
     write_json(folder / f"{report.machine['name']}-{report.name}.json", asdict(report))
 
 
-def test_the_readme_has_the_table_of_every_committed_result_and_no_other():
-    assert marked(README) == set(read_all())
-    assert fill(README) == README
+def test_every_committed_result_has_its_table_on_one_page_and_there_is_no_other():
+    shown = [name for page in pages() for name in marked(page.read_text())]
+    assert sorted(shown) == sorted(read_all())
+    for page in pages():
+        assert fill(page.read_text(), up=up_from(page)) == page.read_text()
 
 
 def test_committed_results_are_named_after_machine_and_benchmark():
@@ -60,7 +61,10 @@ def test_markers_without_a_result_are_emptied(tmp_path):
 
 def test_the_command_writes_the_file(tmp_path):
     commit(tmp_path, result(2))
-    readme = tmp_path / "README.md"
-    readme.write_text(TEXT)
-    assert tables(readme, tmp_path) == readme
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "loading.md"
+    page.parent.mkdir()
+    for path in (readme, page):
+        path.write_text(TEXT)
+    assert tables(tmp_path, tmp_path) == readme
     assert readme.read_text() == fill(TEXT, tmp_path)
+    assert "[JSON](../benchmarks/results/cpu-2core-x86_64-loader.json)" in page.read_text()

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pipeline.data.dataset import ShardDataset, collate, mask_targets, metadata_tensors, prepare
+from pipeline.data.dataset import ShardDataset, collate, decode_mask, mask_targets, metadata_tensors, prepare
 from pipeline.data.index import read_index
 from pipeline.data.record import Metadata
 from pipeline.data.storage import open_folder
@@ -229,7 +229,7 @@ def test_mask_targets_are_the_covered_shares():
     mask[20:40, 60:80] = 6
     stream = io.BytesIO()
     Image.fromarray(mask).save(stream, "PNG")
-    targets = mask_targets(stream.getvalue(), 8).numpy()
+    targets = mask_targets(decode_mask(stream.getvalue()), 8).numpy()
     for class_, cell_y, cell_x in np.ndindex(6, 8, 8):
         cell = mask[5 * cell_y : 5 * cell_y + 5, 10 * cell_x : 10 * cell_x + 10]
         assert targets[class_, cell_y, cell_x] == pytest.approx((cell == class_ + 1).mean(), abs=1e-6)

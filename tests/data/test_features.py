@@ -129,6 +129,7 @@ def test_copies_do_not_depend_on_the_number_of_processes_and_one_copy_is_none():
         ({"view_side": 64}, "view side 32, and not 64"),
         ({"num_views": 13}, "number of views 12, and not 13"),
         ({"pool_grid": 4}, "pooled grid 2, and not 4"),
+        ({"mask_side": 8}, "mask side 4, and not 8"),
         ({"geometry": "other"}, "view geometry .*, and not other"),
         ({"resize": "bicubic"}, "resize kernel .* lanczos, and not bicubic"),
         ({"decode_scale": "half"}, "decode scale full, and not half"),
@@ -238,7 +239,7 @@ def test_tensors_of_another_shape_are_named(world, spoilt):
         (None, "no finished feature cache in .*: there is no index.json"),
         ("{", "is no JSON"),
         ("[]", "no feature cache of this program's format"),
-        ('{"format": "roadwork features 1"}', "does not describe a feature cache"),
+        ('{"format": "roadwork features 2"}', "does not describe a feature cache"),
     ],
 )
 def test_a_folder_without_a_usable_index_is_named(tmp_path, text, named):

@@ -269,7 +269,11 @@ def test_masks_follow_the_copies_into_training(tmp_path):
     make_cache(tmp_path / "cache", tmp_path / "shards", make_backbone(tmp_path / "backbone"), copies=2)
     data = open_train(tmp_path, tmp_path / "cache")
     masked = [row for row in range(len(data)) if data[row]["mask_targets"].sum() > 0]
-    assert masked
+    assert 0 < len(masked) < len(data)
+    index = read_index(tmp_path / "shards")
+    online = ShardDataset(tmp_path / "shards", index, "train", data.side, data.num_views, data.mask_side)
+    for row in range(len(data)):  # float16 has 11 digits
+        torch.testing.assert_close(data[row]["mask_targets"], online[row]["mask_targets"], rtol=2**-11, atol=0)
     plain, client, mild = (
         torch.stack([data[copy * len(data) + row]["mask_targets"] for row in masked]) for copy in range(3)
     )

@@ -1,0 +1,212 @@
+"""Reading a feature cache: any row in a few reads at known offsets, checked on the way; nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+import torch
+
+from pipeline.data.feature_key import STORED_DTYPE
+from pipeline.data.features import (
+    MASK_DTYPE,
+    CachedRow,
+    FeatureCache,
+    FeaturePhoto,
+    PhotoTokens,
+    checksum,
+    remedy,
+    stale,
+)
+from pipeline.data.integrity import Damage
+from pipeline.data.storage import open_folder
+from pipeline.data.vocabulary import MASK_CLASSES
+from pipeline.errors import UserError
+
+MOST_HEADER_BYTES = 1 << 20
+LENGTH_BYTES = 8  # of the number, little-endian, that a safetensors file begins with
+DTYPES = {"BF16": STORED_DTYPE, "F16": MASK_DTYPE, "F32": torch.float32, "BOOL": torch.bool}
+SMALL = ("boxes", "view_mask", "mask_classes", "has_mask")  # tensors that are read whole, once
+
+
+class FeatureReader:
+    """Reads any row of a cache, and checks it: the file's length and layout, and the row's checksum."""
+
+    def __init__(self, cache: FeatureCache, split: str, keys: Sequence[str]):
+        """Find the photos of a split in the cache.
+
+        Args:
+            cache: See there.
+            split: Name of the split, for what is said.
+            keys: Of its samples, in their order.
+
+        Raises:
+            UserError: The cache lacks photos, or is damaged.
+        """
+        self.place, self.folder, self.index = cache.place, open_folder(cache.place), cache.index
+        shards = self.index.shards
+        where = {photo.key: (number, place) for number, s in enumerate(shards) for place, photo in enumerate(s.photos)}
+        absent = sum(key not in where for key in keys)
+        if absent:
+            raise stale(self.place, f"it lacks {absent} of {len(keys)} photos of the split {split!r}")
+        self.places = [where[key] for key in keys]
+        self.copies = min(len(self.photo(row).checksums) for row in range(len(keys)))
+        """Rows that every photo has: itself and its augmented copies."""
+        self._heads: dict[int, _Head] = {}
+        used = sorted({shard for shard, _ in self.places})
+        sizes = self.folder.sizes([shards[number].name for number in used])
+        for number, size in zip(used, sizes, strict=True):
+            with self._naming(number):
+                if size != shards[number].bytes:
+                    raise Damage(f"it is missing or not {shards[number].bytes} bytes long")
+
+    def photo(self, row: int) -> FeaturePhoto:
+        """What the cache knows about a photo of the split."""
+        shard, place = self.places[row]
+        return self.index.shards[shard].photos[place]
+
+    def read(self, row: int, copy: int) -> CachedRow:
+        """A row of a photo of the split.
+
+        Args:
+            row: Of the photo in the split.
+            copy: 0 for the photo itself, up to `copies` - 1 for an augmented one.
+
+        Raises:
+            UserError: They are damaged.
+        """
+        number, place = self.places[row]
+        photo = self.photo(row)
+        with self._naming(number, photo.key):
+            head = self._head(number)
+            at = place * len(photo.checksums) + copy
+            views, classes = (slice(*map(int, ends[at : at + 2])) for ends in (head.view_ends, head.class_ends))
+            rows = {"cls": views, "cells": views, "regions": slice(at, at + 1), "masks": classes}
+            parts = {name: self._read_rows(number, head, name, place) for name, place in rows.items()}
+            small = {name: tensor[at] for name, tensor in head.small.items()}
+            if checksum(*map(bytes_of, (parts | small).values())) != photo.checksums[copy]:
+                raise Damage("its bytes have changed")
+        mask = small["view_mask"]
+        tokens = PhotoTokens(
+            cls=spread(parts["cls"], mask),
+            cells=spread(parts["cells"], mask),
+            regions=parts["regions"][0],
+            boxes=small["boxes"],
+            view_mask=mask,
+        )
+        targets = spread(parts["masks"], small["mask_classes"])
+        return CachedRow(tokens, targets if small["has_mask"] else torch.full_like(targets, torch.nan))
+
+    def _head(self, number: int) -> _Head:
+        """A file's header and its small tensors; read once in each process."""
+        if number not in self._heads:
+            shard = self.index.shards[number]
+            length = int.from_bytes(self._read_range(number, 0, LENGTH_BYTES), "little")
+            if length > min(MOST_HEADER_BYTES, shard.bytes):
+                raise Damage("its header cannot be read")
+            try:
+                header = json.loads(self._read_range(number, LENGTH_BYTES, LENGTH_BYTES + length))
+                layout = {name: value for name, value in header.items() if name != "__metadata__"}
+                shapes = {name: tuple(value["shape"]) for name, value in layout.items()}
+                starts = {name: LENGTH_BYTES + length + value["data_offsets"][0] for name, value in layout.items()}
+                expected = self._expected(number, shapes["cls"][0], shapes["masks"][0])
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                raise Damage("its header cannot be read") from error
+            dtypes = {name: DTYPES.get(value["dtype"]) for name, value in layout.items()}
+            if {name: (dtypes[name], shapes[name]) for name in layout} != expected:
+                raise Damage("its tensors are not those that the index describes")
+            head = _Head(expected, starts, {})
+            for name in SMALL:
+                head.small[name] = self._read_rows(number, head, name, slice(0, shapes[name][0]))
+            if head.view_ends[-1] != shapes["cls"][0] or head.class_ends[-1] != shapes["masks"][0]:
+                raise Damage("its masks do not fit its tokens")
+            self._heads[number] = head
+        return self._heads[number]
+
+    def _expected(self, number: int, views: int, masks: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of every tensor of a file that holds so many views and masks."""
+        key, dim = self.index.key, self.index.dim
+        rows = sum(len(photo.checksums) for photo in self.index.shards[number].photos)
+        return {
+            "cls": (STORED_DTYPE, (views, dim)),
+            "cells": (STORED_DTYPE, (views, key.pool_grid**2, 2 * dim)),
+            "regions": (STORED_DTYPE, (rows, key.num_views, dim)),
+            "masks": (MASK_DTYPE, (masks, key.mask_side, key.mask_side)),
+            "boxes": (torch.float32, (rows, key.num_views, 4)),
+            "view_mask": (torch.bool, (rows, key.num_views)),
+            "mask_classes": (torch.bool, (rows, len(MASK_CLASSES))),
+            "has_mask": (torch.bool, (rows,)),
+        }
+
+    def _read_rows(self, number: int, head: _Head, name: str, rows: slice) -> torch.Tensor:
+        dtype, (_, *shape) = head.layout[name]
+        size, start = prod(shape) * dtype.itemsize, head.starts[name]
+        data = self._read_range(number, start + rows.start * size, start + rows.stop * size)
+        if not data:  # which `frombuffer` refuses
+            return torch.empty(0, *shape, dtype=dtype)
+        return torch.frombuffer(bytearray(data), dtype=dtype).view(-1, *shape)
+
+    def _read_range(self, number: int, start: int, end: int) -> bytes:
+        data = self.folder.read_range(self.index.shards[number].name, start, end)
+        if len(data) != end - start:
+            raise Damage(f"it ends before its byte {end}")
+        return data
+
+    @contextmanager
+    def _naming(self, number: int, key: str = "") -> Iterator[None]:
+        """Name the file, and the sample, in what is said about damage."""
+        try:
+            yield
+        except (Damage, FileNotFoundError) as problem:
+            what = "it is gone" if isinstance(problem, FileNotFoundError) else str(problem)
+            where = f"{self.place}/{self.index.shards[number].name}" + (f", sample {key}" if key else "")
+            raise UserError(f"{where}: {what}; {remedy(self.place)}") from problem
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What is kept in memory of a file."""
+
+    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    starts: dict[str, int]
+    """Where each tensor begins, in bytes from the file's start."""
+    small: dict[str, torch.Tensor]
+    """The tensors that `SMALL` names, whole."""
+
+    @cached_property
+    def view_ends(self) -> np.ndarray:
+        """int [rows + 1], where each row's views begin among all."""
+        return _ends(self.small["view_mask"])
+
+    @cached_property
+    def class_ends(self) -> np.ndarray:
+        """int [rows + 1], where each row's masks begin among all."""
+        return _ends(self.small["mask_classes"])
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    """A tensor's values as they lie in a file."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _ends(present: torch.Tensor) -> np.ndarray:
+    return np.concatenate([[0], present.sum(1).cumsum(0).numpy()])
+
+
+def spread(rows: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Put the rows of what is there into their places, with zeros between.
+
+    Args:
+        rows: [M, ...].
+        present: bool [N], with M of them true.
+    """
+    if bool(present.all()):
+        return rows
+    whole = rows.new_zeros((len(present), *rows.shape[1:]))
+    whole[present] = rows
+    return whole
