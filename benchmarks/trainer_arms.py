@@ -26,6 +26,7 @@ from pipeline.data.index import read_index
 from pipeline.distributed import start
 from pipeline.feed import open_feed
 from pipeline.model.roadwork import RoadworkModel
+from pipeline.optim import build_optimizer
 from pipeline.plan import plan_batches, plan_schedule
 from pipeline.run_folder import RunFolder
 from pipeline.trainer import Trainer
@@ -128,7 +129,32 @@ def hugging_face(config: Config, folder: Path) -> Callable[[int], list[float]]:
     return train
 
 
-ARMS = {"ours": ours, "overhead": overhead, "hugging_face": hugging_face}
+def plain(config: Config, folder: Path) -> Callable[[int], list[float]]:
+    """The shortest loop there is on the same head, cache, batches and optimizer: without DeepSpeed or any trainer."""
+    index = read_index(config.data.shards)
+    batching = plan_batches(config.train, 1)
+    feed = open_feed(config, index, batching.micro_batch_size, 0, 1, open_cache(config.data.features, index))
+    torch.manual_seed(config.train.seed)
+    model = RoadworkModel.build(config.model).train()
+    model.loss_config = config.loss
+    optimizer = build_optimizer(model, config.optim)
+
+    def loop(steps: int) -> None:
+        batches = feed.batches(0)
+        for _ in range(steps):
+            for _ in range(batching.accumulation):
+                batch = next(batches)
+                loss = model(**model_inputs(batch), labels=batch["labels"], mask_targets=batch["mask_targets"]).loss
+                assert loss is not None
+                (loss / batching.accumulation).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return lambda steps: [timed(lambda: loop(steps)).wall_s / steps]
+
+
+ARMS = {"ours": ours, "overhead": overhead, "hugging_face": hugging_face, "plain": plain}
 
 
 def main(arm: str, folder: Path, steps: int, rounds: int) -> None:
