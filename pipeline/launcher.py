@@ -227,6 +227,8 @@ def _launch_once(command: list[str], stop: StopRequest) -> End:
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
         ) as process:
             stop.process = process
+            if stop.asked:  # meanwhile
+                process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
             for line in process.stderr:
                 outcome = line.startswith(OUTCOMES)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from pipeline.bad_samples import find_bad_samples, in_words
 from pipeline.config import Config
 from pipeline.data.dataset import model_inputs
 from pipeline.distributed import (
@@ -41,18 +42,10 @@ from pipeline.run_folder import RunFolder
 from pipeline.telemetry import Meter, Profiler
 from pipeline.validation import Validation
 
-NAMES_SAID = 8  # samples on the line of a skipped step; metrics.jsonl has them all
-
 
 def targets_of(batch: Batch) -> Targets:
     """A batch's targets."""
     return Targets(batch["labels"], batch["weather"], batch["mask_targets"])
-
-
-def is_finite(output: RoadworkOutput) -> torch.Tensor:
-    """Which samples' losses are, in every term: bool [B]."""
-    assert output.loss_terms is not None
-    return torch.stack([values.detach().isfinite() for values in output.loss_terms.values()]).all(dim=0)
 
 
 class Trainer:
@@ -211,17 +204,12 @@ class Trainer:
     def _skip(self, batches: list[Batch], outputs: list[RoadworkOutput]) -> None:
         """Name the samples of a step that was not taken, and roll back after several in a row. Collective."""
         count_steps(self.engine, self.step)
-        rows = [self.feed.name(row) for batch in batches for row in batch["row"].tolist()]
-        sound = [flag for output in outputs for flag in is_finite(output).tolist()]
-        found = [pair for pairs in self.agreement.gather(list(zip(rows, sound, strict=True))) for pair in pairs]
-        bad = [name for name, flag in found if not flag]
-        reason, names = ("loss", bad) if bad else ("gradient", [name for name, _ in found])
+        reason, names = find_bad_samples(self.agreement, self.feed, batches, outputs)
         in_a_row, most = self.skips, self.config.train.max_skips
         self._write({"kind": "skip", "step": self.step, "reason": reason, "samples": names, "in_a_row": in_a_row})
         if self.rank == 0:
             say(
-                f"step {self.step} skipped: its {reason} is not finite; the sample{'s' if len(names) > 1 else ''}: "
-                f"{', '.join(names[:NAMES_SAID])}{' ...' if len(names) > NAMES_SAID else ''} "
+                f"step {self.step} skipped: its {reason} is not finite; samples: {in_words(names)} "
                 f"({in_a_row} in a row, {most} make a roll-back)"
             )
         if in_a_row >= most:

@@ -115,7 +115,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_names_the_sample(world
     (skip,) = lines(run, "skip")
     assert (skip["step"], skip["reason"], skip["in_a_row"]) == (3, "loss", 1)
     assert len(skip["samples"]) == 1
-    assert f"step 3 skipped: its loss is not finite; the sample: {skip['samples'][0]} (1 in a row" in err
+    assert f"step 3 skipped: its loss is not finite; samples: {skip['samples'][0]} (1 in a row" in err
     assert len(lines(run, "train")) == STEPS
     assert [step for step, line in enumerate(lines(run, "train"), 1) if "loss" not in line] == [3]
     assert not list(run.glob("stacks"))
