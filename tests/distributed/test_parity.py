@@ -10,6 +10,7 @@ from benchmarks.parity_cells import Cell, bare_loop, batch, build, run
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
 from pipeline.data.dataset import collate, model_inputs
 from pipeline.data.stand_in import StandIn
+from pipeline.distributed import start
 from pipeline.distributed.experts import resolve_expert_parallel
 from pipeline.distributed.startup import ROOT
 from pipeline.errors import UserError
@@ -78,6 +79,13 @@ def test_the_idle_experts_are_idle():
 def test_what_cannot_be_done_is_refused_with_the_reason(wanted, experts, world_size, stage, grad_clip, why):
     with pytest.raises(UserError, match=why):
         resolve_expert_parallel(wanted, experts, world_size, stage, grad_clip)
+
+
+def test_zero_0_in_bf16_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero0.json")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match="use stage 1"):
+        start(batch_size=1, accumulation=1, grad_clip=1.0, precision="bf16", log_with=[])
 
 
 def test_experts_are_shared_where_they_can_be_and_stay_whole_on_one_process():
