@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,14 @@ GPUS = (1, 8, 32, 128, 512)
 CHECKED = (1, 2, 4)
 MICRO, SHARE = 4, 16  # photos of a micro-batch, and of a step over all processes, where processes are measured
 FP32, BF16 = 4, 2
+BUCKET = 50_000_000  # of ds_configs/zero2.json
 NOTES = {
     "step": "demo head, cached tokens, fp32, ZeRO-2 over gloo, one thread per process; the model knows the steps of "
     "one process in three shapes and the price of an all-reduce; where processes share a core, computing takes longer "
     "by as much",
     "state": "weights, gradients, fp32 master weights, moments and average; counted from the engine's storages",
 }
-NOT_COUNTED = "experts whole on every GPU, nothing overlaps, data are never waited for"
+NOT_COUNTED = "nothing overlaps, data are never waited for, and the head sees all views in every step"
 
 
 @dataclass(frozen=True)
@@ -211,15 +213,13 @@ def predicted(assumed: Assumptions, gpu_hour_usd: float) -> list[Row]:
     rows = []
     for recipe, photos in (("cached_30ep", 64), ("pretrain_30ep", 16)):
         config, backbone = read_config(find_recipe(recipe)), vith16plus_config()
-        parameters = count(config, backbone)
-        costs = count_costs(config, parameters, assumed, photos)
-        sharding = Sharding(1, bucket=50_000_000)
-        alone = need(config, backbone, "bf16", sharding, photos)
-        alone_s = gpu_step_s(costs, photos, 1, assumed)
+        parameters, head = count(config, backbone), count_head(config)
+        alone = need(config, backbone, "bf16", Sharding(1, bucket=BUCKET), photos)
+        alone_s = gpu_step_s(config, parameters, head, photos, 1, assumed)
         for gpus in GPUS:
-            step_s = gpu_step_s(costs, photos, gpus, assumed)
-            states, _ = state_bytes(parameters, "bf16", replace(sharding, world_size=gpus))
-            gib = (alone.device - alone.states + states) / 2**30
+            step_s = gpu_step_s(config, parameters, head, photos, gpus, assumed)
+            sharding = Sharding(gpus, expert_parallel=min(gpus, config.train.expert_parallel))
+            gib = (alone.device - alone.states + state_bytes(parameters, "bf16", sharding)[0]) / 2**30
             epoch_s = PHOTOS / (photos * gpus) * step_s
             note = (
                 f"predicted, not measured; {photos} photos per GPU, batch {photos * gpus}; step {1e3 * step_s:.1f} ms, "
@@ -232,43 +232,73 @@ def predicted(assumed: Assumptions, gpu_hour_usd: float) -> list[Row]:
     return rows
 
 
-def count_costs(config: Config, parameters: Parameters, assumed: Assumptions, photos: int) -> Costs:
-    """The parts of a step on a GPU: operations and kernels counted here, at the speeds that are assumed."""
-    config = read_config_copy(config)
+@dataclass(frozen=True)
+class HeadCount:
+    """What the trained head does in a step that keeps all views, which is its most."""
+
+    flops: float
+    """Of one photo, forward and backward."""
+    kernels: int
+    """Of one micro-batch, whatever its size."""
+    tokens: int
+    """That one photo sends to the experts of each layer."""
+
+
+def count_head(config: Config) -> HeadCount:
+    """Run one photo of noise through the head, forward and backward, and count."""
     backbone = vith16plus_config()
-    head = build_head(config, backbone).train()
-    flops, kernels = count_head(config, head)
-    every = config.train.distil_every
-    share = 1 / every if every else 0.0
-    views = share * config.model.num_views + (1 - share) * config.model.keep_views
-    online = 0.0 if config.data.features else views * view_flops(config.model.view_side)
-    photo_s = flops / (assumed.head_mfu * assumed.matmul_flops) + online / (assumed.backbone_mfu * assumed.matmul_flops)
-    # Whichever is longer, launching the head's kernels or running them; the backbone's are long.
-    fixed_s = max(0.0, kernels * assumed.launch_s - photos * flops / (assumed.head_mfu * assumed.matmul_flops))
-    moved = parameters.trained * (2 * BF16 + 5 * FP32)  # gradient read, weight written; master, moments, average
-    return Costs(
-        fixed_s=fixed_s,
-        photo_s=photo_s,
-        optimizer_s=moved / assumed.memory_bytes_per_s,
-        reduced_bytes=BF16 * parameters.trained,
-        gathered_bytes=BF16 * parameters.trained,
-        collectives=2 * math.ceil(parameters.trained / 50_000_000) + 3,  # buckets twice; targets, norm, agreement
-    )
-
-
-def read_config_copy(config: Config) -> Config:
-    """A copy, since counting sets values of it."""
-    return Config(**{room: type(values)(**asdict(values)) for room, values in vars(config).items()})
-
-
-def count_head(config: Config, head: Any) -> tuple[float, int]:
-    """FLOPs of one photo, forward and backward, and kernels of a step of any size."""
-    batch = noise(config, vith16plus_config(), 1)
+    head, batch = build_head(config, backbone).train(), noise(config, backbone, 1)
     with FlopCounterMode(display=False) as counter:
         head(**batch, keep_all=True).loss.backward()
     with Kernels() as kernels:
-        head(**batch, keep_all=True).loss.backward()
-    return float(counter.get_total_flops()), sum(kernels.calls.values())
+        output = head(**batch, keep_all=True)
+        output.loss.backward()
+    return HeadCount(float(counter.get_total_flops()), sum(kernels.calls.values()), output.token_mask.shape[1])
+
+
+def gpu_step_s(
+    config: Config, parameters: Parameters, head: HeadCount, photos: int, gpus: int, assumed: Assumptions
+) -> float:
+    """Seconds of a step with one micro-batch on each of so many GPUs.
+
+    A ring is as fast as its slowest link. Processes that share experts are neighbours in a node; each token goes to its
+    experts and back, in the forward and in the backward pass.
+    """
+    inside = gpus <= assumed.gpu_per_node
+    link = assumed.node_bytes_per_s if inside else assumed.fabric_bytes_per_s
+    latency = assumed.node_latency_s if inside else assumed.fabric_latency_s
+    crossings = max(2 * (gpus - 1) / gpus, 1e-9)  # of a link, by each byte of an all-reduce
+    costs = gpu_costs(config, parameters, head, photos, gpus, assumed)
+    model, size = config.model, min(gpus, config.train.expert_parallel)
+    sent = head.tokens * model.experts_per_token * model.width * BF16 * (size - 1) / size
+    exchanges = 4 * model.layers if size > 1 else 0
+    exchange_s = exchanges * (photos * sent / assumed.node_bytes_per_s + assumed.node_latency_s)
+    reduce_s = latency * math.log2(gpus)
+    return exchange_s + predict(
+        costs, photos, 1, gpus, slowdown=1.0, bytes_per_s=link / crossings, latency_s=reduce_s
+    )  # fmt: skip
+
+
+def gpu_costs(
+    config: Config, parameters: Parameters, head: HeadCount, photos: int, gpus: int, assumed: Assumptions
+) -> Costs:
+    """The parts of a step on a GPU: operations, kernels and bytes at the speeds that are assumed."""
+    share = 1 / config.train.distil_every if config.train.distil_every else 0.0
+    views = share * config.model.num_views + (1 - share) * config.model.keep_views
+    online = 0.0 if config.data.features else views * view_flops(config.model.view_side)
+    head_s = head.flops / (assumed.head_mfu * assumed.matmul_flops)
+    backbone_s = online / (assumed.backbone_mfu * assumed.matmul_flops)
+    held = parameters.shared + parameters.experts / min(gpus, config.train.expert_parallel)
+    moved = parameters.trained * (2 * BF16 + 5 * FP32)  # gradient and weight; master, moments and average
+    return Costs(
+        # Whichever is longer, launching the head's kernels or running them; the backbone's are long.
+        fixed_s=max(0.0, head.kernels * assumed.launch_s - photos * head_s),
+        photo_s=head_s + backbone_s,
+        optimizer_s=moved / assumed.memory_bytes_per_s,
+        reduced_bytes=BF16 * held,
+        gathered_bytes=BF16 * held,
+        collectives=2 * math.ceil(held / BUCKET) + 3,  # of buckets twice; of target counts, the norm and the agreement
+    )
 
 
 class Kernels(TorchDispatchMode):
@@ -285,6 +315,7 @@ class Kernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@cache
 def view_flops(side: int) -> float:
     """FLOPs of one view through DINOv3 ViT-H/16+, counted on tensors without content."""
     with torch.device("meta"):
@@ -293,17 +324,6 @@ def view_flops(side: int) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(pixel_values=view)
     return float(counter.get_total_flops())
-
-
-def gpu_step_s(costs: Costs, photos: int, gpus: int, assumed: Assumptions) -> float:
-    """A step with one micro-batch on each of so many GPUs; a ring is as fast as its slowest link."""
-    inside = gpus <= assumed.gpu_per_node
-    link = assumed.node_bytes_per_s if inside else assumed.fabric_bytes_per_s
-    latency = assumed.node_latency_s if inside else assumed.fabric_latency_s
-    ring = 2 * (gpus - 1) / gpus  # times that each byte crosses a link in an all-reduce
-    return predict(
-        costs, photos, 1, gpus, slowdown=1.0, bytes_per_s=link / max(ring, 1e-9), latency_s=latency * math.log2(gpus)
-    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.config import Config
 from pipeline.distributed.experts import expert_settings, resolve_expert_parallel
-from pipeline.distributed.startup import read_ds_config
+from pipeline.distributed.startup import check_stage, read_ds_config
 from pipeline.errors import UserError
 from pipeline.memory import Sharding
 from pipeline.plan import Batching, plan_batches
@@ -77,6 +77,7 @@ def resolve(
         )
     batching = plan_batches(config.train, world_size)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
+    check_stage(stage, precision)
     experts = config.model.experts if config.model.head == "roadwork" else None
     wanted = config.train.expert_parallel
     size = resolve_expert_parallel(wanted, experts, world_size, stage, config.optim.grad_clip)

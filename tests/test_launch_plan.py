@@ -37,13 +37,14 @@ def test_every_ready_file_goes_with_every_other(tmp_path, accelerate, deepspeed)
     values = yaml.safe_load(accelerate.read_text())
     values["deepspeed_config"]["deepspeed_config_file"] = str(deepspeed)
     (tmp_path / "launch.yaml").write_text(yaml.safe_dump(values))
-    plan = resolve(Config(), tmp_path / "launch.yaml", None, None, "bf16")
+    precision = "fp32" if deepspeed.stem == "zero0" else "bf16"
+    plan = resolve(Config(), tmp_path / "launch.yaml", None, None, precision)
     batching = plan.batching
     assert plan.world_size == values["num_processes"]
     assert plan.world_size * batching.micro_batch_size * batching.accumulation == 64
     assert plan.settings["train_micro_batch_size_per_gpu"] == batching.micro_batch_size
     assert plan.settings["gradient_accumulation_steps"] == batching.accumulation
-    assert (plan.settings["gradient_clipping"], plan.settings["bf16"]) == (1.0, {"enabled": True})
+    assert (plan.settings["gradient_clipping"], plan.settings["bf16"]) == (1.0, {"enabled": precision == "bf16"})
     assert (
         f"stage {json.loads(deepspeed.read_text())['zero_optimization']['stage']}"
         in dict(describe(plan, Config()))["zero"]
@@ -78,6 +79,7 @@ def test_what_gives_way_is_said(tmp_path):
         ({"num_machines": 2, "num_processes": 3}, {}, "3 processes cannot be shared evenly among the 2 machines"),
         ({"num_processes": 3}, {}, "choose 63 or 66"),
         ({}, {"zero_optimization": {"stage": 4}}, "stage is 4"),
+        ({}, {"zero_optimization": {"stage": 0}}, "use stage 1"),
         ({}, {"optimizer": {"type": "Adam"}}, "it has the section optimizer"),
         ({}, {"scheduler": {"type": "WarmupLR"}}, "it has the section scheduler"),
         ({}, {"elasticity": {}}, "it has the section elasticity"),

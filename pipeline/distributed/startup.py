@@ -62,11 +62,7 @@ def start(
         "bf16": {"enabled": precision == "bf16"},
     }
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if stage == 0 and precision == "bf16":
-        raise UserError(
-            "the DeepSpeed configuration has ZeRO stage 0, where bf16 weights have no fp32 masters that a checkpoint "
-            "could hold by name; use stage 1, which computes the same, or train.precision fp32"
-        )
+    check_stage(stage, precision)
     size = resolve_expert_parallel(expert_parallel, experts, int(os.environ["WORLD_SIZE"]), stage, grad_clip)
     settings |= expert_settings(size, precision)
     if not torch.cuda.is_available():
@@ -87,6 +83,15 @@ def start(
     # Without a matching backend every rank believes it is alone, and trains on all of the data.
     assert accelerator.num_processes == int(os.environ["WORLD_SIZE"])
     return accelerator
+
+
+def check_stage(stage: int, precision: str) -> None:
+    """Refuse a ZeRO stage that does not go with a precision."""
+    if stage == 0 and precision == "bf16":
+        raise UserError(
+            "the DeepSpeed configuration has ZeRO stage 0, where bf16 weights have no fp32 masters that a checkpoint "
+            "could hold by name; use stage 1, which computes the same, or train.precision fp32"
+        )
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
