@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.cli import commands
 
-BENCHMARKS = ("features", "loader", "parity", "prep", "pruning", "tables", "views")
+BENCHMARKS = ("checkpoint", "features", "loader", "parity", "prep", "pruning", "tables", "views")
 
 if __name__ == "__main__":
     raise SystemExit(

@@ -231,10 +231,14 @@ class Uploader:
         with self._lock:
             yield self._busy
 
+    def wait(self, seconds: float) -> bool:
+        """Wait until nothing is left to do, for a bounded time; returns whether that came."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._answered == self._asked, seconds)
+
     def close(self, wait_s: float) -> None:
         """Wait for the uploads for at most `wait_s` seconds, and say what is missing then."""
-        with self._changed:
-            done = self._changed.wait_for(lambda: self._answered == self._asked, wait_s)
+        done = self.wait(wait_s)
         self._given_up.set()
         missing = [path.name for path, marker in self._local() if (path.name, marker) not in self._synced]
         if missing:
