@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pipeline.cli import commands
 
-BENCHMARKS = ("features", "loader", "parity", "prep", "pruning", "scaling", "tables", "trainer", "views")
+BENCHMARKS = (
+    "checkpoint", "features", "loader", "parity", "prep", "pruning", "scaling", "tables", "trainer", "views",
+)  # fmt: skip
 
 if __name__ == "__main__":
     raise SystemExit(

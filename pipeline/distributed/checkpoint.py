@@ -148,7 +148,7 @@ class Checkpoints:
         with self.uploader.holding() if self.uploader else nullcontext(frozenset[str]()) as busy:
             names = self._names()
             for name in set(names) - self.retention.kept(names) - busy:
-                shutil.rmtree(self.folder / name)
+                shutil.rmtree(self.folder / name, ignore_errors=True)  # an old one in the way is no reason to end
         with suppress(OSError):  # without room for it the list of names still tells
             write_json(self.folder / POINTERS, self.retention.pointers(self._names()))
         if self.uploader:

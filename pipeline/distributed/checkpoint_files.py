@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensors], st
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        entries = {name: _write(temporary / name, save(_contiguous(values))) for name, values in tensors.items()}
+        with ThreadPoolExecutor() as pool:  # one file is hashed while another goes to the disk: training waits
+            written = pool.map(lambda name: _write(temporary / name, save(_contiguous(tensors[name]))), tensors)
+            entries = dict(zip(tensors, written, strict=True))
         entries[STATE] = _write(temporary / STATE, to_json({"step": step, **state}))
         manifest = {"format": FORMAT, "files": {name: asdict(entry) for name, entry in entries.items()}}
         listed = _write(temporary / MANIFEST, to_json(manifest))

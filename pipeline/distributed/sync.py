@@ -36,6 +36,7 @@ from pipeline.progress import say
 
 ATTEMPTS, FIRST_WAIT_S, LONGEST_WAIT_S = 6, 1.0, 60.0
 BLOCK_BYTES = 1 << 20
+LOWEST_PRIORITY = 19
 PROBE = "roadwork-write-test"
 
 
@@ -231,10 +232,14 @@ class Uploader:
         with self._lock:
             yield self._busy
 
+    def wait(self, seconds: float) -> bool:
+        """Wait until nothing is left to do, for a bounded time; returns whether that came."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._answered == self._asked, seconds)
+
     def close(self, wait_s: float) -> None:
         """Wait for the uploads for at most `wait_s` seconds, and say what is missing then."""
-        with self._changed:
-            done = self._changed.wait_for(lambda: self._answered == self._asked, wait_s)
+        done = self.wait(wait_s)
         self._given_up.set()
         missing = [path.name for path, marker in self._local() if (path.name, marker) not in self._synced]
         if missing:
@@ -242,6 +247,8 @@ class Uploader:
             say(f"not in {self.remote.url}{why}: {', '.join(missing)}; the same command goes on from what is here")
 
     def _loop(self) -> None:
+        with suppress(OSError):  # on Linux a thread has a priority of its own: training goes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         while not self._given_up.is_set():
             with self._changed:
                 self._changed.wait_for(lambda: self._answered != self._asked)

@@ -113,8 +113,7 @@ def test_retention_there_is_retention_here(start, url):
     run = start(sync=url, sync_wait_s=10, keep=1, keep_every=3)
     for step in range(1, 8):
         run.save(step, best=min(step, 2))
-        with run.checkpoints.uploader._changed:
-            run.checkpoints.uploader._changed.wait_for(lambda n=step: run.checkpoints.uploader._answered >= n, 30)
+        assert run.checkpoints.uploader.wait(30)
     run.checkpoints.close()
     assert files(url) == whole(2, 3, 6, 7)
     assert fsspec.open(f"{url}/names.json").open().read().split() == (
@@ -293,7 +292,7 @@ def test_what_is_ahead_of_the_run_and_what_is_not_a_checkpoint_stays(start, tmp_
     run = start(sync=url, sync_wait_s=10, keep=1, resume=f"file://{tmp_path}/empty")
     for step in (1, 2):
         run.save(step)
-        run.checkpoints.uploader._retried(lambda: None)
+        assert run.checkpoints.uploader.wait(30)
     run.checkpoints.close()
     assert "step-00000001/notes.txt" in files(url)
     assert {name for name in files(url) if name.endswith(MARKER)} >= {f"step-{step:08d}/{MARKER}" for step in (2, 90)}
