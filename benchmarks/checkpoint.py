@@ -61,7 +61,7 @@ class Subject:
     def __init__(self, plan: Plan, place: Path, seed: int):
         """Build the head with random weights on random tokens, and take a first step."""
         accelerator = start(
-            batch_size=plan.photos, accumulation=1, grad_clip=1.0, precision="fp32", log_with=[],
+            batch_size=plan.photos, accumulation=1, grad_clip=1.0, precision="fp32", log_with=[], hang_minutes=10,
         )  # fmt: skip
         torch.manual_seed(seed)
         model = RoadworkModel(RoadworkConfig(backbone_dim=plan.dim, **asdict(plan.sizes))).train()

@@ -38,6 +38,7 @@ RECIPES = ROOT / "pipeline" / "recipes"
 ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 # Workers get this long to reach a step boundary and save after a request to stop.
 SHUTDOWN_S = 120
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 # What `pipeline.errors.run` says last. Around it the launcher speaks about its workers' end.
 OUTCOMES = ("error: ", "stopped: ", "failed: ")
 # The second of these comes where machine 0 has ended before this one, which is no fault.
@@ -151,7 +152,7 @@ class StopRequest:
         """Listen; `farewell` is what is said about the workers' end when a stop is asked for."""
         self.farewell, self.asked = farewell, False
         self.process: subprocess.Popen[str] | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        for number in SIGNALS:
             signal.signal(number, self._hand_on)
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
@@ -163,6 +164,11 @@ class StopRequest:
             self.asked = True
             say(f"stopping {self.farewell}; Ctrl-C again kills")
             self.process.send_signal(signal.SIGTERM)
+
+    def close(self) -> None:
+        """Be deaf from now on: an interpreter that shuts down has no handlers, and a repeated notice would kill it."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def supervise(
@@ -177,10 +183,20 @@ def supervise(
     """
     os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
     stop = StopRequest(farewell)
+    try:
+        return _supervise(command, stop, restarts)
+    finally:
+        stop.close()
+
+
+def _supervise(command: list[str], stop: StopRequest, restarts: int) -> int:
     for left in reversed(range(restarts + 1)):
         end = _launch_once(command, stop)
         if end.status in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
             return end.status
+        if end.status == -signal.SIGTERM and stop.asked:
+            say("stopped: before it began")
+            return EXIT_STOPPED
         if end.cause is None or end.explained or stop.asked or not left:
             break
         say(f"{end.cause}; starting again from the last checkpoint ({left} restart{'s' if left > 1 else ''} left)")

@@ -13,7 +13,7 @@ import torch
 from pipeline.config import Config, parse_config
 from pipeline.data.index import read_index
 from pipeline.data.inputs import check_inputs
-from pipeline.errors import EXIT_STOPPED, UserError, require, run
+from pipeline.errors import EXIT_STOPPED, EXIT_USER, UserError, require, run
 from pipeline.launch_plan import resolve
 from pipeline.launcher import ACCELERATE_CONFIGS, find_recipe
 from pipeline.progress import say
@@ -41,10 +41,12 @@ srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait={wait_s} 
   exec "$@" --machine_rank="$SLURM_PROCID" --main_process_ip="$SLURM_LAUNCH_NODE_IPADDR"
 ' "$launcher" {command} --main_process_port="$port" &
 step=$!
+asked=
 running() {{ kill -0 "$step" 2>/dev/null; }}
 
 stop() {{
   trap '' USR2
+  asked=1
   echo "job $SLURM_JOB_ID: asked to stop on $(date)"
   while running; do
     kill -USR2 "$(cat "$launcher")" 2>/dev/null || true
@@ -59,6 +61,9 @@ done
 status=0
 wait "$step" || status=$?
 rm -f "$launcher"
+if [[ $asked ]] && ((status != 0 && status != {mistake})); then
+  status={stopped} # whatever was under way, the last checkpoint stands
+fi
 echo "job $SLURM_JOB_ID: training ended with status $status on $(date)"
 {requeue}exit "$status"
 """
@@ -141,6 +146,8 @@ def script(launch: list[str], folder: Path, requeue: bool) -> str:
         folder_pattern=shlex.quote(str(folder).replace("%", "%%")),
         command=shlex.join(launch),
         wait_s=LAST_WAIT_S,
+        mistake=EXIT_USER,
+        stopped=EXIT_STOPPED,
         requeue=REQUEUE.format(stopped=EXIT_STOPPED) if requeue else "",
     ).rstrip("\n")
 
