@@ -38,7 +38,7 @@ from pipeline.progress import say
 PACKAGES = ("torch", "deepspeed", "accelerate")
 PHOTOS = 8549  # of an epoch
 GPUS = (1, 8, 32, 128, 512)
-CHECKED = (1, 2, 4)
+CHECKED, CHECKED_QUICKLY = (1, 2, 4), (1, 2)
 MICRO, SHARE = 4, 16  # photos of a micro-batch, and of a step over all processes, where processes are measured
 FP32, BF16 = 4, 2
 BUCKET = 50_000_000  # of ds_configs/zero2.json
@@ -141,28 +141,35 @@ def scaling(quick: bool = False, out: Path | None = None, seed: int = 0, gpu_hou
     """Predict training on 1 to 512 GPUs, and check the model against 1, 2 and 4 processes here.
 
     Args:
-        quick: Two rounds in the place of five.
+        quick: One and two processes, and two rounds in the place of five.
         out: Folder for scaling.json; by default the committed results, or runs/benchmarks after a quick run.
         seed: Of the order of measuring.
         gpu_hour_usd: Price of one GPU for an hour.
     """
-    rows = [*checked(2 if quick else 5, seed), *predicted(Assumptions(), gpu_hour_usd)]
+    rows = [
+        *checked(CHECKED_QUICKLY if quick else CHECKED, 2 if quick else 5, seed),
+        *predicted(Assumptions(), gpu_hour_usd),
+    ]
     say("assumed, not measured: " + ", ".join(f"{name} {value:g}" for name, value in vars(Assumptions()).items()))
     say(f"and: {NOT_COUNTED}")
-    return publish(Report("scaling", machine(max(CHECKED)), versions(PACKAGES), seed, tuple(rows)), out, quick)
+    return publish(
+        Report("scaling", machine(max(CHECKED_QUICKLY if quick else CHECKED)), versions(PACKAGES), seed, tuple(rows)),
+        out,
+        quick,
+    )
 
 
-def checked(rounds: int, seed: int) -> list[Row]:
+def checked(processes_here: tuple[int, ...], rounds: int, seed: int) -> list[Row]:
     """Steps of processes here beside what the model says of them."""
     config = read_config(find_recipe("demo"))
     parameters = replace(count(config, scenes_tiny_config()), frozen=0)
     with tempfile.TemporaryDirectory(prefix="roadwork-scaling-") as place:
         recipe = Path(place) / "recipe.yaml"
         recipe.write_text(to_yaml(config))
-        arms = {str(processes): _arm(recipe, processes) for processes in CHECKED}
+        arms = {str(processes): _arm(recipe, processes) for processes in processes_here}
         found = interleave(arms, rounds, seed)
     cores, rows = len(os.sched_getaffinity(0)), []
-    for processes in CHECKED:
+    for processes in processes_here:
         accumulation = SHARE // (MICRO * processes)
         ours, theirs = [], []
         for alone, here in zip(found["1"], found[str(processes)], strict=True):

@@ -35,6 +35,7 @@ NOTES = {
     "read and can be stopped at any step; neither validates nor saves",
     "plain": "one process each; theirs has no DeepSpeed, no trainer and no weight average: what forward, backward and "
     "AdamW take, and so the most that any trainer could gain",
+    "ceiling": "two processes that share no work and send nothing: what this machine lets a second core add",
     "scaling": "the same 32 photos a step: 2 x 16 at once, or 16 twice; one thread per process, gloo, ZeRO-2",
 }
 
@@ -47,10 +48,14 @@ class Plan:
     steps: int
     """Of a round."""
     rounds: int
+    """Of the trainer and the bare loop, which take turns in one process."""
+    starts: int
+    """Of each other arm, which runs in a process of its own, two rounds long."""
 
 
-FULL = Plan(images=400, steps=40, rounds=7)
-QUICK = Plan(images=64, steps=8, rounds=2)
+FULL = Plan(images=400, steps=40, rounds=10, starts=5)
+QUICK = Plan(images=32, steps=4, rounds=2, starts=1)
+ROUNDS_OF_A_START = 2
 
 
 def trainer(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path:
@@ -73,12 +78,15 @@ def measure(plan: Plan, folder: Path, seed: int) -> tuple[Row, ...]:
     on = f"head of {RECIPE}, cached {KIND}, CPU"
     pairs = seconds(folder, "overhead", plan.steps, plan.rounds)
     arms = {
-        "ours": partial(rate, folder, "ours", plan.steps),
-        "hugging_face": partial(rate, folder, "hugging_face", plan.steps),
-        "plain": partial(rate, folder, "plain", plan.steps),
-        "two": partial(rate, folder, "ours", plan.steps, processes=2),
+        "ours": partial(rates, folder, "ours", plan.steps),
+        "hugging_face": partial(rates, folder, "hugging_face", plan.steps),
+        "plain": partial(rates, folder, "plain", plan.steps),
+        "two": partial(rates, folder, "ours", plan.steps, processes=2),
+        "side by side": partial(rates, folder, "plain", plan.steps, processes=2, batches=2),
     }
-    found = interleave(arms, plan.rounds, seed)
+    found = {
+        arm: [rate for start in starts for rate in start] for arm, starts in interleave(arms, plan.starts, seed).items()
+    }
     return (
         compare(
             f"a training step, {on}", "a bare loop", [1000 * pair[0] for pair in pairs],
@@ -94,6 +102,10 @@ def measure(plan: Plan, folder: Path, seed: int) -> tuple[Row, ...]:
         compare(
             f"training in two processes, {on}", "in one", found["two"], found["ours"], "images/s", SCALING_GOAL,
             NOTES["scaling"],
+        ),
+        compare(
+            f"two plain loops side by side, {on}", "one", found["side by side"], found["plain"], "images/s", None,
+            NOTES["ceiling"],
         ),
     )  # fmt: skip
 
@@ -112,9 +124,9 @@ def prepare(plan: Plan, folder: Path, seed: int) -> None:
     (folder / "recipe.yaml").write_text(to_yaml(config))
 
 
-def rate(folder: Path, arm: str, steps: int, processes: int = 1) -> float:
-    """Images per second of an arm, started anew."""
-    return BATCH / seconds(folder, arm, steps, 1, processes)[0][0]
+def rates(folder: Path, arm: str, steps: int, processes: int = 1, batches: int = 1) -> list[float]:
+    """Images per second of an arm, started anew, which does so many batches of `BATCH` at once."""
+    return [batches * BATCH / first for first, *_ in seconds(folder, arm, steps, ROUNDS_OF_A_START, processes)]
 
 
 def seconds(folder: Path, arm: str, steps: int, rounds: int, processes: int = 1) -> list[list[float]]:

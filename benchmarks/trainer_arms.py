@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from benchmarks.form import timed
 from pipeline.config import Config, read_config
@@ -130,7 +131,12 @@ def hugging_face(config: Config, folder: Path) -> Callable[[int], list[float]]:
 
 
 def plain(config: Config, folder: Path) -> Callable[[int], list[float]]:
-    """The shortest loop there is on the same head, cache, batches and optimizer: without DeepSpeed or any trainer."""
+    """The shortest loop there is on the same head, cache, batches and optimizer: without DeepSpeed or any trainer.
+
+    Several processes share nothing, but begin each round together.
+    """
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
     index = read_index(config.data.shards)
     batching = plan_batches(config.train, 1)
     feed = open_feed(config, index, batching.micro_batch_size, 0, 1, open_cache(config.data.features, index))
@@ -163,11 +169,15 @@ def main(arm: str, folder: Path, steps: int, rounds: int) -> None:
         rank = os.environ.get("RANK", "0")
         work = ARMS[arm](read_config(folder / "recipe.yaml"), folder / f"{arm}-{rank}")
         work(WARM_UP_STEPS)
-        seconds = [work(steps) for _ in range(rounds)]
+        seconds = []
+        for _ in range(rounds):
+            if dist.is_initialized():
+                dist.barrier()
+            seconds.append(work(steps))
     if rank == "0":
         print(json.dumps(seconds))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,10 +11,11 @@ KEPT = 256 << 20
 
 
 def keep_freed_memory(worker: int = 0) -> None:
-    """Keep what is freed for the next photo, up to 256 MB, instead of giving it back to the system each time.
+    """Keep what is freed for the next photo or step, up to 256 MB, instead of giving it back to the system each time.
 
-    Canvas and views of a photo are blocks of megabytes, for which glibc asks the system anew by default; the system
-    then zeroes every page of them again. Does nothing where the C library is another one.
+    Canvas and views of a photo are blocks of megabytes, as are the activations of a step on a CPU; by default glibc
+    asks the system for them anew, which then zeroes every page of them again. Does nothing where the C library is
+    another one.
 
     Args:
         worker: Its number, so that a `DataLoader` takes this as its `worker_init_fn`.

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from transformers.integrations import unset_hf_deepspeed_config
 
+from pipeline.data.memory import keep_freed_memory
 from pipeline.distributed.experts import expert_settings, resolve_expert_parallel
 from pipeline.errors import UserError
 
@@ -66,6 +67,7 @@ def start(
     size = resolve_expert_parallel(expert_parallel, experts, int(os.environ["WORLD_SIZE"]), stage, grad_clip)
     settings |= expert_settings(size, precision)
     if not torch.cuda.is_available():
+        keep_freed_memory()
         _skip_shared_memory_kernel()
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False),
