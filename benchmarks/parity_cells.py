@@ -86,7 +86,7 @@ class Curve:
     losses: np.ndarray
     """[steps, 1 + terms]: the loss and each of its terms, over all ranks."""
     norms: np.ndarray
-    """[steps], of the global gradient before clipping; NaN where DeepSpeed does not tell (ZeRO-0)."""
+    """[steps], of the global gradient before clipping; NaN where nobody knows it (shared experts under ZeRO-0)."""
 
     def difference(self, other: Curve) -> float:
         """Largest difference of any loss, term or norm of any step, relative to the other value or to 0.05.
@@ -263,7 +263,7 @@ def take_steps(cell: Cell, trainer: Trainer) -> Curve:
         dist.all_reduce(sums)
         losses.append(sums.tolist())
         norm = trainer.engine.get_global_grad_norm()
-        norms.append(float("nan") if norm is None or cell.stage == 0 else float(norm))
+        norms.append(float("nan") if norm is None else float(norm))
     return Curve(np.array(losses), np.array(norms))
 
 

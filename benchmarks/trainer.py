@@ -21,7 +21,8 @@ from data_prep.scenes import KIND, scenes
 from data_prep.shards import shard
 from pipeline.cli import command
 from pipeline.config import read_config, to_yaml
-from pipeline.launcher import find_recipe
+from pipeline.launch_plan import read_accelerate
+from pipeline.launcher import ACCELERATE_CONFIGS, find_recipe
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers")
 RECIPE = "demo"
@@ -36,7 +37,8 @@ NOTES = {
     "plain": "one process each; theirs has no DeepSpeed, no trainer and no weight average: what forward, backward and "
     "AdamW take, and so the most that any trainer could gain",
     "ceiling": "two processes that share no work and send nothing: what this machine lets a second core add",
-    "scaling": "the same 32 photos a step: 2 x 16 at once, or 16 twice; one thread per process, gloo, ZeRO-2",
+    "scaling": "the same 32 photos a step: 2 x 16 at once over gloo with ZeRO-2, or 16 twice with ZeRO-0, as "
+    "accelerate_configs/ has it; one thread per process",
 }
 
 
@@ -53,7 +55,7 @@ class Plan:
     """Of each other arm, which runs in a process of its own, two rounds long."""
 
 
-FULL = Plan(images=400, steps=40, rounds=10, starts=5)
+FULL = Plan(images=400, steps=40, rounds=10, starts=4)
 QUICK = Plan(images=32, steps=4, rounds=2, starts=1)
 ROUNDS_OF_A_START = 2
 
@@ -135,7 +137,13 @@ def seconds(folder: Path, arm: str, steps: int, rounds: int, processes: int = 1)
     if processes == 1:
         launch = [sys.executable]
     words = [*launch, "-m", "benchmarks.trainer_arms", arm, str(folder), str(steps), str(rounds)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    launch_file = read_accelerate(ACCELERATE_CONFIGS / f"cpu_{processes}.yaml")
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": launch_file["deepspeed_config"]["deepspeed_config_file"],
+    }
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr}")

@@ -93,7 +93,7 @@ def main(words: Sequence[str]) -> Path | None:
     require(processes >= 1, "--processes_per_node", processes, "1 or more")
     recipe = find_recipe(own.recipe)
     config, _ = parse_config(["--config", str(recipe), *overrides], PROG)
-    accelerate = own.config_file or ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus_per_node else "cpu_1.yaml")
+    accelerate = own.config_file or ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus_per_node else "cpu_2.yaml")
     resolve(config, accelerate, own.nodes, own.nodes * processes, "bf16" if own.gpus_per_node else "fp32")
     for problem in find_problems(config, own.gpus_per_node):
         if not own.dry_run:

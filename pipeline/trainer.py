@@ -246,10 +246,10 @@ class Trainer:
         left_s = (self.schedule.steps - self.step) * means["step_s"]
         epoch = self.samples_seen / self.schedule.samples_per_epoch
         lr = lr_at(self.step - 1, self.schedule.steps, self.config.optim)
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        norm = self.engine.get_global_grad_norm()  # None with experts shared under ZeRO-0
         self._write({
             "kind": "train", "step": self.step, "epoch": round(epoch, 3), "lr": lr,
-            **({"grad_norm": norm} if math.isfinite(norm) else {}), **means,
+            **({"grad_norm": float(norm)} if norm is not None and math.isfinite(norm) else {}), **means,
         })  # fmt: skip
         if self.rank == 0:
             loss = f"loss {means['loss']:.4f}" if "loss" in means else "no step taken"

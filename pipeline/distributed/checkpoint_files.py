@@ -137,7 +137,10 @@ def read_manifest(read: Callable[[str], bytes]) -> dict[str, Entry]:
     values = _parse(MANIFEST, manifest)
     if values.get("format") != FORMAT or set(values.get("files", ())) != set(FILES):
         raise Damaged(f"{MANIFEST} is not that of a checkpoint of this version")
-    return {name: Entry(**entry) for name, entry in values["files"].items()}
+    try:
+        return {name: Entry(**entry) for name, entry in values["files"].items()}
+    except TypeError as error:
+        raise Damaged(f"{MANIFEST} does not give bytes and SHA-256 of each file") from error
 
 
 def _present(name: str, read: Callable[[str], bytes]) -> bytes:

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
@@ -152,6 +154,34 @@ def test_one_process_and_accumulation_take_the_same_steps(world, uninterrupted):
     run = world / "alone"
     finish(launch(world, run, "--train.micro_batch_size", "8", processes=1))
     assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def half(world):
+    """A run of two processes that share experts, as it was after its third step."""
+    run = world / "half"
+    finish(launch(world, run, "--train.expert_parallel", "2", "--checkpoint.keep", str(STEPS)))
+    for path in (run / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > STEPS // 2:
+            shutil.rmtree(path)
+    (run / "summary.json").unlink()
+    return run
+
+
+@pytest.mark.parametrize(("processes", "stage", "experts"), [(1, 1, 1), (4, 3, 2)])
+def test_a_run_goes_on_in_other_processes_stage_and_placement_of_experts(
+    world, half, uninterrupted, processes, stage, experts
+):
+    run = world / f"on-{processes}"
+    shutil.copytree(half, run)
+    accelerate = yaml.safe_load((ROOT / "accelerate_configs" / "cpu_2.yaml").read_text())
+    accelerate["num_processes"] = processes
+    accelerate["deepspeed_config"]["deepspeed_config_file"] = f"ds_configs/zero{stage}.json"
+    config = world / f"on-{processes}.yaml"
+    config.write_text(yaml.safe_dump(accelerate))
+    _, err = finish(launch(world, run, "--config_file", str(config), "--train.expert_parallel", str(experts)))
+    assert f"resuming at step {STEPS // 2} of {STEPS}" in err
+    assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-6)
 
 
 def test_a_dry_run_plans_takes_two_steps_and_writes_nothing(world):
