@@ -55,7 +55,7 @@ class Plan:
     """Of each other arm, which runs in a process of its own, two rounds long."""
 
 
-FULL = Plan(images=400, steps=40, rounds=10, starts=4)
+FULL = Plan(images=400, steps=25, rounds=8, starts=4)
 QUICK = Plan(images=32, steps=4, rounds=2, starts=1)
 ROUNDS_OF_A_START = 2
 

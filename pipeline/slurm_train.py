@@ -33,6 +33,24 @@ LAST_WAIT_S = 60
 SCRIPT = """\
 launcher={folder}/launcher-$SLURM_JOB_ID.pid
 rm -f "$launcher"
+asked= step=
+running() {{ [[ $step ]] && kill -0 "$step" 2>/dev/null; }}
+
+hand_on() {{
+  while running; do
+    kill -USR2 "$(cat "$launcher")" 2>/dev/null || true
+    sleep 2
+  done
+}}
+
+stop() {{
+  trap '' USR2
+  asked=1
+  echo "job $SLURM_JOB_ID: asked to stop on $(date)"
+  hand_on
+}}
+trap stop USR2
+
 port=$((20000 + (SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 10000))
 srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait={wait_s} \\
   --output={folder_pattern}/train-%j-node%n.log --open-mode=append bash -c '
@@ -41,20 +59,9 @@ srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait={wait_s} 
   exec "$@" --machine_rank="$SLURM_PROCID" --main_process_ip="$SLURM_LAUNCH_NODE_IPADDR"
 ' "$launcher" {command} --main_process_port="$port" &
 step=$!
-asked=
-running() {{ kill -0 "$step" 2>/dev/null; }}
-
-stop() {{
-  trap '' USR2
-  asked=1
-  echo "job $SLURM_JOB_ID: asked to stop on $(date)"
-  while running; do
-    kill -USR2 "$(cat "$launcher")" 2>/dev/null || true
-    sleep 2
-  done
-}}
-trap stop USR2
-
+if [[ $asked ]]; then # before there was anything to stop
+  hand_on
+fi
 while running; do
   wait "$step" || true # a signal ends it too
 done

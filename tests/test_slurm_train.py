@@ -89,15 +89,16 @@ def test_only_a_run_that_was_stopped_is_requeued_and_the_status_is_the_trainings
     assert (["scontrol", "requeue", "7"] in calls(recipe.parent)) == requeued
 
 
-def test_notice_reaches_the_launcher_of_the_first_node_even_while_it_starts(recipe):
-    """The first signals are lost on a launcher that does not listen yet."""
+@pytest.mark.parametrize("status", [75, 140])
+def test_notice_reaches_the_launcher_of_the_first_node_even_while_it_starts(recipe, status):
+    """The first signals are lost on a launcher that does not listen yet; a node that dies of one is no failure."""
     script = submitted(recipe)
     launcher = f"""
     trap '' USR2
     echo $$ >'{script.parent}/launcher-7.pid'
     touch '{recipe.parent}/started'
     sleep 3
-    trap 'exit 75' USR2
+    trap 'exit {status}' USR2
     while true; do sleep 0.1; done
     """
     job = start(script, launcher)
