@@ -165,11 +165,6 @@ class StopRequest:
             say(f"stopping {self.farewell}; Ctrl-C again kills")
             self.process.send_signal(signal.SIGTERM)
 
-    def close(self) -> None:
-        """Be deaf from now on: an interpreter that shuts down has no handlers, and a repeated notice would kill it."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-
 
 def supervise(
     command: list[str], farewell: str = "at the next step boundary, with a checkpoint", restarts: int = 0
@@ -183,13 +178,6 @@ def supervise(
     """
     os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
     stop = StopRequest(farewell)
-    try:
-        return _supervise(command, stop, restarts)
-    finally:
-        stop.close()
-
-
-def _supervise(command: list[str], stop: StopRequest, restarts: int) -> int:
     for left in reversed(range(restarts + 1)):
         end = _launch_once(command, stop)
         if end.status in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
@@ -282,4 +270,7 @@ def cause_of(words: str) -> str | None:
 
 if __name__ == "__main__":
     words = sys.argv[1:]
-    raise SystemExit(prep(words[1:]) if words[:1] == ["prep"] else main(words))
+    status = prep(words[1:]) if words[:1] == ["prep"] else main(words)
+    for number in SIGNALS:  # an interpreter that shuts down has no handlers, and a repeated notice would kill it
+        signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(status)
