@@ -24,7 +24,7 @@ COMMANDS = [
 ]
 DEMO_QUICK_S = 120
 
-pytestmark = [pytest.mark.slow, pytest.mark.dist]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

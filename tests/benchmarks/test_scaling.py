@@ -78,7 +78,7 @@ def test_predictions_say_that_they_are_predictions():
     assert cached > 10 * online  # the backbone is what costs
 
 
-@pytest.mark.dist
+@pytest.mark.slow
 def test_two_processes_hold_and_send_what_the_model_says(tmp_path):
     config = Config(data=DataConfig(workers=0), model=small_config("scenes-tiny"))
     (tmp_path / "recipe.yaml").write_text(to_yaml(config))

@@ -1,13 +1,11 @@
 """The arms of the trainer benchmark take the same steps on the same photos."""
 
-import json
-
 import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks import trainer_arms
-from benchmarks.trainer import Plan, prepare, rates, seconds
+from benchmarks.trainer import Plan, prepare
 from pipeline.config import read_config
 
 pytestmark = pytest.mark.slow
@@ -18,13 +16,6 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("trainer")
     prepare(Plan(images=32, steps=1, rounds=1, starts=1), place, seed=0)
     return place
-
-
-def test_the_trainer_and_the_bare_loop_train_one_engine_and_log(folder):
-    found = seconds(folder, "overhead", steps=10, rounds=1)
-    assert [len(pair) for pair in found] == [2]
-    lines = [json.loads(line) for line in (folder / "overhead-0" / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 14  # its warm-up is four steps
 
 
 def test_the_plain_loop_and_that_of_transformers_take_steps_of_the_whole_batch(folder):
@@ -41,9 +32,3 @@ def test_the_plain_loop_and_that_of_transformers_take_steps_of_the_whole_batch(f
         head.remove()
         step.remove()
         assert (len(seen), len(steps)) == (4, 2), arm  # two micro-batches of 16 for each step
-
-
-def test_two_plain_loops_begin_together_and_their_rates_add_up(folder):
-    found = rates(folder, "plain", steps=1, processes=2, batches=2)
-    assert len(found) == 2
-    assert min(found) > 0

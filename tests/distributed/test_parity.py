@@ -1,7 +1,6 @@
 """ZeRO stages, sharded experts, processes and accumulation: none of them changes what is computed."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -130,12 +129,6 @@ def test_a_launched_run_with_zero_3_and_sharded_experts_validates_and_saves_as_o
     with torch.inference_mode():
         logits = [model(**model_inputs(collate([noise[0]]))).logits for model in models]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
-    shutil.rmtree(tmp_path / "spread" / "checkpoints" / "step-00000004")
-    (tmp_path / "spread" / "summary.json").unlink()
-    _, err = finish(launch(tmp_path, tmp_path / "spread", *spread))  # the file lets small parameters stay whole
-    assert "resuming at step 3 of 4" in err
-    again = lines(tmp_path / "spread")
-    assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
 
 
 def lines(run_folder):

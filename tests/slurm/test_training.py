@@ -59,15 +59,9 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def test_two_nodes_train_to_the_losses_of_a_local_run(cluster, place):
-    job = submit(cluster, place, "whole")
-    assert cluster.wait(job) == {job: "COMPLETED"}, said(place, "whole")
-    assert losses(place / "whole") == losses(place / "local")
-    logs = {str(path.relative_to(place / "whole.slurm")) for path in (place / "whole.slurm").rglob("*.log")}
-    assert logs == {f"train-{job}.log", f"train-{job}-node0.log", f"train-{job}-node1.log", "ranks/rank-00001.log"}
-
-
-def test_a_job_that_is_asked_to_stop_saves_queues_again_and_ends_with_the_same_losses(cluster, place):
+def test_a_job_on_two_nodes_that_is_asked_to_stop_saves_queues_again_and_ends_with_the_losses_of_a_local_run(
+    cluster, place
+):
     run = "stopped"
     job = submit(cluster, place, run)
     wait_until(lambda: "step 2/" in said(place, run), JOB_TIMEOUT_S, lambda: said(place, run))
@@ -78,3 +72,6 @@ def test_a_job_that_is_asked_to_stop_saves_queues_again_and_ends_with_the_same_l
     assert "resuming at step" in log
     assert "Traceback" not in log
     assert losses(place / run) == losses(place / "local")
+    folder = place / f"{run}.slurm"
+    logs = {str(path.relative_to(folder)) for path in folder.rglob("*.log")}
+    assert logs == {f"train-{job}.log", f"train-{job}-node0.log", f"train-{job}-node1.log", "ranks/rank-00001.log"}
