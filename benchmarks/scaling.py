@@ -146,17 +146,11 @@ def scaling(quick: bool = False, out: Path | None = None, seed: int = 0, gpu_hou
         seed: Of the order of measuring.
         gpu_hour_usd: Price of one GPU for an hour.
     """
-    rows = [
-        *checked(CHECKED_QUICKLY if quick else CHECKED, 2 if quick else 5, seed),
-        *predicted(Assumptions(), gpu_hour_usd),
-    ]
+    here = CHECKED_QUICKLY if quick else CHECKED
+    rows = (*checked(here, 2 if quick else 5, seed), *predicted(Assumptions(), gpu_hour_usd))
     say("assumed, not measured: " + ", ".join(f"{name} {value:g}" for name, value in vars(Assumptions()).items()))
     say(f"and: {NOT_COUNTED}")
-    return publish(
-        Report("scaling", machine(max(CHECKED_QUICKLY if quick else CHECKED)), versions(PACKAGES), seed, tuple(rows)),
-        out,
-        quick,
-    )
+    return publish(Report("scaling", machine(max(here)), versions(PACKAGES), seed, rows), out, quick)
 
 
 def checked(processes_here: tuple[int, ...], rounds: int, seed: int) -> list[Row]:

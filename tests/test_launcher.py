@@ -97,3 +97,18 @@ def test_a_request_to_stop_is_handed_on_once():
     assert process.returncode == 75
     assert "stopped: saved" in err
     assert time.monotonic() - start < 20
+
+
+def test_a_launch_that_is_asked_to_stop_before_its_workers_listen_is_resumable():
+    """Nothing has been taken from the last checkpoint, so a queue may start it again."""
+    code = "import sys, time; print('ready', file=sys.stderr, flush=True); time.sleep(60)"
+    script = (
+        f"import sys; from pipeline.launcher import supervise; sys.exit(supervise([sys.executable, '-c', {code!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR2)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 75
+    assert "stopped: before it began" in err

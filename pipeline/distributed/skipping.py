@@ -28,21 +28,21 @@ def skip_steps_that_are_not_finite(engine: Any) -> None:
         optimizer.overflow = False
         # DeepSpeed would clip just before, and tell nobody the norm, which is needed here too.
         engine.clip_fp32_gradients = lambda: None
-        optimizer.register_step_pre_hook(partial(_clip_or_drop, engine.gradient_clipping(), engine.has_moe_layers))
+        optimizer.register_step_pre_hook(partial(_clip_or_drop, engine))
     elif engine.has_moe_layers and hasattr(optimizer, "check_grad_overflow"):
         # In fp32 ZeRO 1 and 2 judge by the norm alone, for which the ranks' experts are averaged: the -1 that stands
         # for "not finite" on one of them would be lost.
         optimizer.check_grad_overflow = True
 
 
-def _clip_or_drop(max_norm: float, sharded: bool, optimizer: Any, args: Any, kwargs: Any) -> None:
+def _clip_or_drop(engine: Any, optimizer: Any, args: Any, kwargs: Any) -> None:
     """Clip the gradient, or let the step change nothing.
 
     Torch's optimizers pass over a parameter without gradient: no decay, no moments, no change.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    if not sharded:  # a process with some of the experts knows the norm of these alone
+    if not engine.has_moe_layers:  # a process with some of the experts knows the norm of these alone
         optimizer._global_grad_norm = norm
     bad = (~norm.isfinite()).float()
     dist.all_reduce(bad)  # a sharded expert's gradient is on some ranks only
@@ -50,8 +50,8 @@ def _clip_or_drop(max_norm: float, sharded: bool, optimizer: Any, args: Any, kwa
     if optimizer.overflow:
         for parameter in parameters:
             parameter.grad = None
-    elif max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    elif engine.gradient_clipping() > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
 
 
 def count_steps(engine: Any, steps: int) -> None:
