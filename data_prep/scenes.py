@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +22,16 @@ from data_prep.parallel import Workers
 from pipeline.errors import UserError, require
 from pipeline.files import write_summary
 from pipeline.progress import track
-from pipeline.scenes import CITIES, SceneConfig, render
+from pipeline.scenes import CITIES, STUDY, SceneConfig, render
 
 KIND = "procedural scenes"  # follows the photos into the shards and every report on them
 JPEG_QUALITY = 90
 MAX_IMAGES = 1_000_000
 # The hub's own split: photos at random, so that frames of one video lie on both sides, for an audit to find.
 TEST_SHARE = 2298 / 8549
-TEST_STREAM = 99
+TEST_STREAM, NOISE_STREAM = 99, 98
+CLEAN_LABEL = "clean_label"
+PRESETS: dict[str, dict[str, Any]] = {"plain": {}, "study": STUDY}
 ROWS_PER_FILE = 1000
 ROWS_PER_GROUP = 100
 
@@ -42,6 +44,7 @@ class EncodedScene:
     jpeg: bytes
     mask_png: bytes
     label: int
+    """As written, which label noise may have turned round."""
     metadata: dict[str, Any]
 
 
@@ -53,6 +56,10 @@ def scenes(
     seed: int = 0,
     format: Literal["folder", "natix-parquet"] = "folder",
     cities: int = len(CITIES),
+    preset: Literal["plain", "study"] = "plain",
+    city_shift: float | None = None,
+    label_noise: float = 0.0,
+    leak: float = 1.0,
     workers: int = 0,
 ) -> Path:
     """Draw procedural street scenes with labels, masks and metadata.
@@ -68,6 +75,13 @@ def scenes(
         format: "folder" is images/, masks/ and metadata.csv; "natix-parquet" is data/*.parquet with exactly the
             columns and types of natix-network-org/roadwork, split into train and test.
         cities: How many of the twelve cities appear.
+        preset: "study" has the objects of `python -m benchmarks.study`, whose number and size `difficulty` does not
+            change, and cities with cameras of their own.
+        city_shift: 0 to 2: how far the cities' cameras differ in colour and contrast; the preset's, 0 or 1, if not
+            given.
+        label_noise: Share of the photos whose label is turned round. Masks stay true; in the layout "folder" the
+            column clean_label keeps the true label.
+        leak: Share of the roadwork videos whose description and travel alteration tell the label; 1 as in the real set.
         workers: Processes that draw; 0 takes every core.
 
     Returns:
@@ -76,9 +90,13 @@ def scenes(
     require(1 <= images <= MAX_IMAGES, "images", images, f"in [1, {MAX_IMAGES}]")
     require(1 <= cities <= len(CITIES), "cities", cities, f"in [1, {len(CITIES)}]")
     require(workers >= 0, "workers", workers, "0 or more")
-    config = SceneConfig(parse_size(size), difficulty, seed, CITIES[:cities])
+    require(0 <= label_noise <= 0.5, "label_noise", label_noise, "in [0, 0.5]")
+    config = SceneConfig(parse_size(size), difficulty, seed, CITIES[:cities], leak=leak, **PRESETS[preset])
+    if city_shift is not None:
+        config = replace(config, city_shift=city_shift)
     arguments = {
         "images": images, "size": size, "difficulty": difficulty, "seed": seed, "format": format, "cities": cities,
+        "preset": preset, "city_shift": config.city_shift, "label_noise": label_noise, "leak": leak,
     }  # fmt: skip
     out = out.resolve()
     if _is_finished(out, arguments):
@@ -89,7 +107,7 @@ def scenes(
     partial_out.mkdir(parents=True)
     write = write_folder if format == "folder" else partial(write_parquet, seed=seed, images=images)
     with Workers(workers) as pool:
-        drawn = (scene for _, scene in pool.map(partial(encode_scene, config), range(images)))
+        drawn = (scene for _, scene in pool.map(partial(encode_scene, config, label_noise=label_noise), range(images)))
         positives = write(partial_out, track(drawn, images, "drawing scenes"))
     wall_s = time.monotonic() - start
     write_summary(
@@ -134,13 +152,15 @@ def _is_finished(out: Path, arguments: dict[str, Any]) -> bool:
     return False
 
 
-def encode_scene(config: SceneConfig, index: int) -> EncodedScene:
+def encode_scene(config: SceneConfig, index: int, label_noise: float = 0.0) -> EncodedScene:
     """Draw and encode one scene, in whatever process."""
     scene = render(config, index)
+    metadata = scene.metadata | ({CLEAN_LABEL: scene.label} if label_noise else {})
+    wrong = np.random.default_rng([config.seed, NOISE_STREAM, index]).random() < label_noise
     jpeg, png = io.BytesIO(), io.BytesIO()
     Image.fromarray(scene.image).save(jpeg, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
     Image.fromarray(scene.mask).save(png, "PNG")
-    return EncodedScene(f"{index:06d}", jpeg.getvalue(), png.getvalue(), scene.label, scene.metadata)
+    return EncodedScene(f"{index:06d}", jpeg.getvalue(), png.getvalue(), int(scene.label ^ wrong), metadata)
 
 
 def write_folder(out: Path, drawn: Iterable[EncodedScene]) -> int:
@@ -198,7 +218,10 @@ def write_parquet(out: Path, drawn: Iterable[EncodedScene], seed: int, images: i
     positives = 0
     for scene, test in zip(drawn, is_test, strict=True):
         image = {"bytes": scene.jpeg, "path": f"{scene.stem}.jpg"}
-        tables["test" if test else "train"].add({"image": image, **scene.metadata, "label": scene.label})
+        metadata = {
+            name: value for name, value in scene.metadata.items() if name != CLEAN_LABEL
+        }  # no column of the set
+        tables["test" if test else "train"].add({"image": image, **metadata, "label": scene.label})
         positives += scene.label
     return positives
 

@@ -1,4 +1,4 @@
-"""The commands of docs/data.md, features.md and cluster.md, run as they stand there, on a few small scenes."""
+"""The commands of docs/{data,scenes,features,cluster}.md, run as they stand there, on a few small scenes."""
 
 import os
 import re
@@ -45,6 +45,15 @@ def test_the_commands_about_your_photos(tmp_path):
     for command in parts:
         run(command, tmp_path)
     assert content(tmp_path / "data" / "shards") == content(tmp_path / "whole")
+
+
+def test_the_commands_about_procedural_scenes(tmp_path):
+    for name in ("data_prep", "pipeline", "launch.sh"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (commands,) = blocks("scenes.md")
+    for command in commands:
+        run(command, tmp_path)
+    assert "clean_label" in (tmp_path / "data/study/metadata.csv").read_text().splitlines()[0]
 
 
 def test_the_commands_about_the_feature_cache(tmp_path):

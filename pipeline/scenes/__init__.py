@@ -2,7 +2,7 @@
 
 from pipeline.scenes.cities import CITIES, PRETRAIN_CITIES
 from pipeline.scenes.kinds import KINDS, Kind
-from pipeline.scenes.plan import SceneConfig
+from pipeline.scenes.plan import STUDY, SceneConfig
 from pipeline.scenes.render import Scene, SceneObject, render
 
-__all__ = ["CITIES", "KINDS", "PRETRAIN_CITIES", "Kind", "Scene", "SceneConfig", "SceneObject", "render"]
+__all__ = ["CITIES", "KINDS", "PRETRAIN_CITIES", "STUDY", "Kind", "Scene", "SceneConfig", "SceneObject", "render"]

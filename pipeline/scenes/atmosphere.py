@@ -10,6 +10,8 @@ from PIL import Image, ImageChops, ImageDraw
 from pipeline.scenes.plan import AIR, ScenePlan
 
 GRAIN_SIDE = 512
+# Standard deviations of the logarithms of red, blue, exposure and contrast among the cities' cameras, at a shift of 1.
+CAMERA_SPREAD = (0.08, 0.08, 0.12, 0.1)
 
 
 @cache
@@ -83,6 +85,8 @@ def _time_of_day(image: Image.Image, plan: ScenePlan, rng: np.random.Generator) 
     sun = {"Sunny": 1.08, "Partly Cloudy": 1.03}.get(plan.weather, 0.96)
     contrast = rng.uniform(0.86, 1.08) - 0.1 * plan.config.difficulty
     exposure = rng.uniform(0.92, 1.08) * sun
+    red, blue, brighter, harder = np.exp(np.array(CAMERA_SPREAD) * plan.config.city_shift * plan.style.camera)
+    tint, exposure, contrast = (tint[0] * red, tint[1], tint[2] * blue), exposure * brighter, contrast * harder
     levels = np.arange(256)
     tables = [(128 + (levels - 128) * contrast) * exposure * gain * channel for channel in tint]
     table = np.clip(np.concatenate(tables), 0, 255).round().astype(int).tolist()

@@ -73,6 +73,8 @@ class CityStyle:
     """Share of the videos with label 1."""
     environment: tuple[float, float, float, float]
     """Probabilities of urban, suburban, rural, highway."""
+    camera: tuple[float, float, float, float]
+    """How its cameras deviate in red, blue, exposure and contrast, in standard deviations of all cities' cameras."""
 
 
 @cache
@@ -95,6 +97,7 @@ def style_of(city: str) -> CityStyle:
         trees=float(rng.uniform(0.1, 0.8)),
         roadwork_share=float(rng.uniform(0.42, 0.58)),
         environment=tuple(rng.dirichlet((6, 4, 1.5, 2))),
+        camera=tuple(np.clip(rng.normal(size=4), -2, 2)),
     )
 
 

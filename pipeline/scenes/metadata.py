@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.scenes.cities import COORDINATES
-from pipeline.scenes.plan import GPS, TAGS, ScenePlan
+from pipeline.scenes.plan import GPS, LEAK, TAGS, ScenePlan
 
 NULLS = ("", "nan", "None", None)
 NULL_SHARE = 0.12
@@ -29,9 +29,11 @@ def raw_metadata(plan: ScenePlan, index: int) -> dict[str, Any]:
     """Every column of the NATIX set but the image and the label, by its name there.
 
     Labels leak as in the real set: `scene_description` is non-empty exactly where the label is 1, and
-    `travel_alteration` nearly so. All other gaps are drawn without regard to the label.
+    `travel_alteration` nearly so. With `leak` below 1 the other roadwork videos have neither more often than the rest
+    has. All other gaps are drawn without regard to the label.
     """
     rng = plan.rng(TAGS)
+    leaks = bool(plan.label) and plan.rng(LEAK).random() < plan.config.leak
     video = hashlib.sha256(f"{plan.config.seed}/{plan.video}".encode()).hexdigest()[:32]
     width, height = plan.config.size
     weather = [plan.weather]
@@ -48,14 +50,14 @@ def raw_metadata(plan: ScenePlan, index: int) -> dict[str, Any]:
         "gps": _gps(plan, rng),
         # Never NULL: a photo with neither city nor GPS could not be kept apart from its city's others.
         "city_name": plan.city,
-        "scene_description": _description(plan) if plan.label else "",
+        "scene_description": _description(plan) if leaks else "",
         "video_info.frame_id": f"{30 * (plan.frame + 1):05d}.jpg",
         "video_info.seq_id": plan.video[1],
         "video_info.vid_id": video,
         "scene_level_tags.daytime": _or_null(rng, plan.light),
         "scene_level_tags.scene_environment": _or_null(rng, plan.environment),
         "scene_level_tags.weather": _or_null(rng, str(weather)),
-        "scene_level_tags.travel_alteration": _alteration(plan, rng),
+        "scene_level_tags.travel_alteration": _alteration(leaks, rng),
     }
 
 
@@ -80,7 +82,7 @@ def _description(plan: ScenePlan) -> str:
     return f"Work zone on a {plan.environment.lower()} road with {' and '.join(names)}."
 
 
-def _alteration(plan: ScenePlan, rng: np.random.Generator) -> str | None:
+def _alteration(leaks: bool, rng: np.random.Generator) -> str | None:
     words, blank = str(rng.choice(ALTERATIONS)), NULLS[rng.integers(len(NULLS))]
-    filled = rng.random() < (0.9 if plan.label else 0.03)
+    filled = rng.random() < (0.9 if leaks else 0.03)
     return words if filled else blank

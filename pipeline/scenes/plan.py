@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ LIGHT = ("Light", "Twilight", "Dark")
 MAX_ROADWORK = 3
 
 # Independent random streams, each keyed by (seed, stream, indices), so that no draw depends on another photo.
-ORDER, VIDEO, STREET, TEXTURE, GPS, OBJECT, AIR, TAGS = range(8)
+ORDER, VIDEO, STREET, TEXTURE, GPS, OBJECT, AIR, TAGS, LEAK = range(9)
 FRAME_STREAMS = (AIR, TAGS)  # these differ from frame to frame
 
 
@@ -41,6 +42,15 @@ class SceneConfig:
     """Frames of the videos that one run of photos is made of, in random order; the runs repeat."""
     slots: tuple[int, int] | None = None
     """Fewest and most objects of a photo; by default `difficulty` decides."""
+    objects_px: tuple[float, float] | None = None
+    """Shortest and longest longer side of an object at 1024x768; by default `difficulty` decides."""
+    most_roadwork: int | None = None
+    """Most roadwork objects of a photo with label 1; by default three, or half of its slots where that is more."""
+    city_shift: float = 0.0
+    """How far the cameras of two cities differ in white balance, exposure and contrast: 0 not at all, 1 as far as
+    cheap and dear dashboard cameras do."""
+    leak: float = 1.0
+    """Share of the roadwork videos whose description and travel alteration give the label away; the real set has 1."""
 
     def __post_init__(self) -> None:
         width, height = self.size
@@ -52,6 +62,11 @@ class SceneConfig:
         )
         require(0 <= self.difficulty <= 1, "difficulty", self.difficulty, "in [0, 1]")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
+        require(0 <= self.city_shift <= 2, "city_shift", self.city_shift, "in [0, 2]")
+        require(0 <= self.leak <= 1, "leak", self.leak, "in [0, 1]")
+        low, high = self.objects_px or (1, 1)
+        require(0 < low <= high <= 256, "objects_px", self.objects_px, "two sizes in (0, 256], the smaller one first")
+        require(self.most_roadwork is None or self.most_roadwork >= 1, "most_roadwork", self.most_roadwork, "1 or more")
         unknown = [city for city in self.cities if city not in COORDINATES]
         require(bool(self.cities) and not unknown, "cities", self.cities, f"among {', '.join(COORDINATES)}")
 
@@ -63,6 +78,8 @@ class SceneConfig:
     @property
     def object_px(self) -> tuple[float, float]:
         """Shortest and longest longer side of an object."""
+        if self.objects_px:
+            return self.objects_px[0] * self.scale, self.objects_px[1] * self.scale
         factor = self.scale * 1.8 ** (1 - 2 * self.difficulty)
         return 38 * factor, 92 * factor
 
@@ -70,6 +87,10 @@ class SceneConfig:
     def slot_range(self) -> tuple[int, int]:
         """Fewest and most objects of a photo."""
         return self.slots or (3 + round(2 * self.difficulty), 5 + round(4 * self.difficulty))
+
+
+# The scenes of `python -m benchmarks.study`.
+STUDY: dict[str, Any] = {"objects_px": (96, 150), "slots": (3, 6), "most_roadwork": 1, "city_shift": 1.0}
 
 
 @dataclass(frozen=True)
@@ -161,7 +182,7 @@ def _populated(plan: ScenePlan, rng: np.random.Generator) -> ScenePlan:
     low, high = plan.config.slot_range
     count = int(rng.integers(low, high + 1))
     # A share of the slots, so that scenes with many slots (for pretraining) also hold many real objects.
-    most = max(MAX_ROADWORK, count // 2)
+    most = min(count, plan.config.most_roadwork or max(MAX_ROADWORK, count // 2))
     real = int(rng.integers(1, most + 1)) if plan.label else 0
     slots: list[Slot] = []
     taken: list[tuple[float, float, float, float]] = []

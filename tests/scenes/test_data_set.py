@@ -13,7 +13,7 @@ from PIL import Image
 from data_prep import scenes as module
 from data_prep.scenes import scenes
 from pipeline.errors import UserError
-from pipeline.scenes import SceneConfig, render
+from pipeline.scenes import CITIES, STUDY, SceneConfig, render
 
 ARGUMENTS = {"images": 14, "size": "320x240", "seed": 921}
 # Column names and types as the card of natix-network-org/roadwork states them.
@@ -147,10 +147,10 @@ def test_a_run_that_fails_leaves_no_folder_and_its_remains_do_not_matter(tmp_pat
     assert list(tmp_path.iterdir()) == [out]
 
 
-def fail_at_5(config, index):
+def fail_at_5(config, index, **noise):
     if index == 5:
         raise RuntimeError("out of luck")
-    return encode_scene(config, index)
+    return encode_scene(config, index, **noise)
 
 
 encode_scene = module.encode_scene
@@ -163,6 +163,29 @@ def test_fewer_cities_can_be_asked_for(tmp_path):
     assert {row["city_name"] for row in rows} <= {"boston", "charlotte", "", "nan", "None"}
 
 
+def test_noise_turns_labels_round_and_keeps_the_true_ones(tmp_path):
+    place = {"images": 60, "size": "320x240", "seed": 923, "label_noise": 0.5, "workers": 1}
+    scenes(tmp_path / "folder", **place)
+    rows = list(csv.DictReader((tmp_path / "folder/metadata.csv").open()))
+    wrong = [row["label"] != row["clean_label"] for row in rows]
+    assert 0.3 < np.mean(wrong) < 0.7  # 3.1 standard deviations
+    for row in rows[:40]:
+        mask = np.asarray(Image.open(tmp_path / "folder" / row["mask"]))
+        assert mask.any() == (row["clean_label"] == "1")
+    scenes(tmp_path / "parquet", **{**place, "images": 5}, format="natix-parquet")
+    names = {name for path in (tmp_path / "parquet/data").iterdir() for name in pyarrow.parquet.read_schema(path).names}
+    assert "clean_label" not in names
+
+
+def test_the_studys_scenes_are_a_preset_of_which_the_shift_can_be_changed(tmp_path):
+    scenes(tmp_path / "study", images=3, preset="study", city_shift=0.5, workers=1)
+    stated = json.loads((tmp_path / "study/summary.json").read_text())["arguments"]
+    assert (stated["preset"], stated["city_shift"]) == ("study", 0.5)
+    scene = render(SceneConfig(**{**STUDY, "city_shift": 0.5}, cities=CITIES), 0)
+    photo = np.asarray(Image.open(tmp_path / "study/images/000000.jpg")).astype(int)
+    assert np.abs(photo - scene.image).mean() < 8
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -173,6 +196,9 @@ def test_fewer_cities_can_be_asked_for(tmp_path):
         ({"cities": 13}, "cities is 13"),
         ({"workers": -1}, "workers is -1"),
         ({"difficulty": 2.0}, "difficulty is 2.0"),
+        ({"label_noise": 0.6}, "label_noise is 0.6"),
+        ({"leak": -0.1}, "leak is -0.1"),
+        ({"city_shift": 3.0}, "city_shift is 3.0"),
     ],
 )
 def test_impossible_arguments_are_refused_before_anything_is_written(values, sentence, tmp_path):

@@ -13,6 +13,7 @@ from pipeline.data.vocabulary import MASK_CLASSES
 from pipeline.errors import UserError
 from pipeline.scenes import CITIES, KINDS, PRETRAIN_CITIES, SceneConfig, render
 from pipeline.scenes.cities import COORDINATES, style_of
+from pipeline.scenes.metadata import raw_metadata
 from pipeline.scenes.plan import plan_scene
 
 SMALL = SceneConfig(size=(512, 384), seed=901, video_lengths=(1, 2, 3, 4))
@@ -80,6 +81,36 @@ def test_object_sizes_follow_the_photo_and_the_difficulty(size, difficulty, smal
     assert min(sizes) == pytest.approx(smallest, rel=0.1)
     assert max(sizes) == pytest.approx(largest, rel=0.1)
     assert smallest * 0.999 <= min(sizes) <= max(sizes) <= largest * 1.001
+
+
+def test_sizes_and_numbers_of_objects_can_be_set():
+    config = SceneConfig(size=(2048, 1536), seed=903, objects_px=(50, 60), slots=(4, 5), most_roadwork=1)
+    for index in range(20):
+        plan = plan_scene(config, index)
+        assert all(100 <= slot.size_px <= 120 for slot in plan.slots)
+        assert sum(slot.kind.is_roadwork for slot in plan.slots) == plan.label
+        assert len(plan.slots) <= 5
+
+
+def test_a_shift_of_the_cities_changes_each_citys_colours_in_its_own_way():
+    def tint(shift, city):
+        scenes = [render(SceneConfig((320, 240), seed=906, cities=(city,), city_shift=shift), i) for i in range(3)]
+        red, _, blue = np.mean([scene.image.mean((0, 1)) for scene in scenes], axis=0)
+        return np.log(red / blue)
+
+    moved = {city: tint(1.0, city) - tint(0.0, city) for city in CITIES[:3]}
+    for city, move in moved.items():
+        red, blue, *_ = style_of(city).camera
+        assert move == pytest.approx(0.08 * (red - blue), abs=0.03)  # clipping at white takes some of it
+    assert np.ptp(list(moved.values())) > 0.05
+
+
+@pytest.mark.parametrize("leak", [0.0, 0.5, 1.0])
+def test_descriptions_tell_the_label_as_often_as_asked(leak):
+    config = SceneConfig((320, 240), seed=907, leak=leak)
+    plans = [plan for plan in (plan_scene(config, i) for i in range(600)) if plan.label]
+    told = [bool(raw_metadata(plan, 0)["scene_description"]) for plan in plans]
+    assert np.mean(told) == pytest.approx(leak, abs=0.12)
 
 
 def test_drawn_boxes_have_the_planned_size():
@@ -164,6 +195,10 @@ def test_every_family_has_roadwork_and_lookalikes():
         ({"difficulty": 1.5}, "difficulty"),
         ({"seed": -1}, "seed"),
         ({"cities": ("atlantis",)}, "cities"),
+        ({"objects_px": (60, 50)}, "objects_px"),
+        ({"most_roadwork": 0}, "most_roadwork"),
+        ({"city_shift": -1.0}, "city_shift"),
+        ({"leak": 1.5}, "leak"),
     ],
 )
 def test_impossible_configurations_are_refused_by_name(values, named):
