@@ -13,7 +13,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.optim import OptimConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-QUICK_IMAGES, QUICK_STEPS = 320, 12
+QUICK_IMAGES, QUICK_STEPS = 240, 10
 QUICK_GROUPS = ("complete", "heads", "sampling")
 
 

@@ -1,17 +1,21 @@
 """The study from scenes to verdicts, on a few tiny photos: what it leaves, and that it never trains twice."""
 
 import json
+import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.form import read_report
 from benchmarks.study import study
+from benchmarks.study.arms import ARMS
 from benchmarks.study.config import read_recipe
 from benchmarks.study.photos import find_photos, load_photos
 from data_prep.scenes import scenes
 from data_prep.shards import shard
+from pipeline.cli import Parser, spell_switches
 from pipeline.errors import UserError
 
 RECIPE = """
@@ -135,3 +139,16 @@ def test_a_cache_of_another_backbones_sizes_is_refused(place, tmp_path):
         study(
             str(tmp_path / "other.yaml"), str(place / "shards"), str(place / "out" / "features"), out=tmp_path / "out"
         )
+
+
+def test_the_commands_of_the_docs_are_those_that_there_are():
+    page = (Path(__file__).parents[2] / "docs" / "study.md").read_text()
+    commands = re.findall(r"^python -m benchmarks\.study(.*?)(?:#.*)?$", page, flags=re.MULTILINE)
+    assert len(commands) == 3
+    parser = Parser(prog="study")
+    parser.add_function_arguments(study, as_positional=False)
+    for words in commands:
+        values = parser.parse_args(spell_switches(study, words.split()))
+        read_recipe(values.recipe)
+    named = set(re.findall(r"`(\w+)`", page.split("## The arms")[1].split("## How to read")[0]))
+    assert {arm.name for arm in ARMS} - {arm.name for arm in ARMS if arm.group == "optimizers"} <= named
