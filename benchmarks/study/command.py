@@ -67,7 +67,5 @@ def study(
     told = {"quick": quick, "units": name, "versions": packages}
     write_page(work / "study.html", config, photos, places, answers, findings, bootstrap, told)
     say(f"page: {work / 'study.html'}")
-    for finding in findings:
-        say(f"{finding.verdict:<10} {finding.claim.text}: {finding.numbers}")
     rows = tuple(finding.row for finding in findings)
     return publish(Report("study", machine(), packages, seed, rows), work, quick)
