@@ -10,18 +10,19 @@ import torch
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.optim import OptimConfig, build_optimizer, lr_at
 
-Loss = Callable[[], torch.Tensor]
+Batch = dict[str, torch.Tensor]
 
 
 class Stepper(Protocol):
     """Takes optimizer steps."""
 
-    def step(self, number: int, loss: Loss) -> float:
-        """Take step `number`, from 0.
+    def step(self, number: int, batch: Batch, keep_all: bool) -> float:
+        """Take a step.
 
         Args:
-            number: Of the step.
-            loss: Runs the model on the step's batch; it may be called again, for the same batch.
+            number: Of the step, from 0.
+            batch: Arguments of the model's forward pass, targets included.
+            keep_all: Prune nothing in this step.
 
         Returns:
             The loss before the step. One that isn't finite leaves the weights as they are.
@@ -35,18 +36,19 @@ class AdamWStepper:
         self.model, self.config, self.steps = model, config, steps
         self.optimizer = build_optimizer(model, config)
 
-    def step(self, number: int, loss: Loss) -> float:
+    def step(self, number: int, batch: Batch, keep_all: bool) -> float:
         """See `Stepper.step`."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(number, self.steps, self.config)
         self.optimizer.zero_grad()
-        value = loss()
-        if value.isfinite():
-            value.backward()
+        loss = self.model(**batch, keep_all=keep_all).loss
+        assert loss is not None
+        if loss.isfinite():
+            loss.backward()
             if self.config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
             self.optimizer.step()
-        return float(value.detach())
+        return float(loss.detach())
 
 
 OPTIMIZERS: dict[str, Callable[[RoadworkModel, OptimConfig, int], Stepper]] = {"adamw": AdamWStepper}

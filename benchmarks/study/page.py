@@ -57,7 +57,7 @@ def write_page(
             plan=config.plan,
             arms=rows,
             findings=findings,
-            forest=forest([(row["title"], row["mcc"]) for row in rows], "MCC", "MCC, 95 %", rows[0]["mcc"].value),
+            forest=forest([(row["title"], row["mcc"]) for row in rows], "MCC", "MCC, 95 %", None),
             differences=forest(differences, "Against the complete model", "points of MCC, 95 %", 0.0)
             if differences
             else "",

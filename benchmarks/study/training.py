@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from benchmarks.study.folds import Fold, make_fold
-from benchmarks.study.optimizers import OPTIMIZERS
+from benchmarks.study.optimizers import OPTIMIZERS, Batch
 from benchmarks.study.photos import Photos, load_photos
 from benchmarks.study.sampling import training_weights
 from pipeline.data.dataset import METADATA_KEYS
@@ -32,8 +32,6 @@ FORMAT = 1  # raise it when a training gives other answers than before
 PHOTOS_PER_ANSWER = 128
 PHOTOS_OF_CURVE = 256  # of the validation part, for the loss on the way
 DIGITS = 6  # of a probability
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,11 +114,7 @@ def train(photos: Photos, training: Training) -> dict[str, Any]:
         batch = take(photos, rows, training.model.num_views)
         keep_all = training.distil_every > 0 and step % training.distil_every == 0
 
-        def loss(batch: Batch = batch, keep_all: bool = keep_all) -> torch.Tensor:
-            value: torch.Tensor = model(**batch, keep_all=keep_all).loss
-            return value
-
-        if not np.isfinite(stepper.step(step, loss)):
+        if not np.isfinite(stepper.step(step, batch, keep_all)):
             return {**outcome, "diverged": True}
         average.update(step)
         if step + 1 in every:
