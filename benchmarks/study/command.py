@@ -50,6 +50,9 @@ def study(
     tokens = find_photos(config, shards, features, work)
     photos = load_photos(tokens)
     places = divide(photos, config.plan.parts)
+    for name, why in photos.leaks.items():
+        say(f"{name} is left out of the model: it gives the label away ({why})")
+    config = config.without(photos.leaks)
     plan = plan_work(config, arms, photos.fingerprint)
     say(f"{len(photos.labels)} photos of {photos.data}, {places.blocks.max() + 1} places; {count_kinds(plan)}")
     run_work(plan, tokens, work / "trainings", workers)

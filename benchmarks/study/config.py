@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ class StudyConfig:
     optim: OptimConfig
     """`lr` apart, which is one of `plan.lrs`."""
 
+    def without(self, leaks: Iterable[str]) -> StudyConfig:
+        """The same without metadata fields that give the label away."""
+        left = tuple(name for name in self.model.metadata if name not in leaks)
+        return replace(self, model=replace(self.model, metadata=left))
+
     def quick(self) -> StudyConfig:
         """The same, so small that it ends in 90 seconds on two cores and says nothing."""
         plan = replace(
@@ -102,5 +108,6 @@ def read_recipe(name: str) -> StudyConfig:
     for room, kind in rooms.items():
         parser.add_class_arguments(kind, room)
     values: Any = parser.instantiate(parser.parse_args(["--config", str(path)]))
+    require("text" not in values.model.metadata, "model.metadata", values.model.metadata, "without text in a study")
     require(values.model.head == "roadwork", "model.head", values.model.head, "roadwork: other heads are arms")
     return StudyConfig(path.stem, dict(values.scenes), **{room: values[room] for room in rooms})

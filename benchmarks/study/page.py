@@ -66,6 +66,7 @@ def write_page(
             left_out=int((places.blocks == NOWHERE).sum()),
             places=int(places.blocks.max()) + 1,
             rule=places.rule,
+            leaks=photos.leaks,
             quick=about["quick"],
             units=about["units"],
             versions=json.dumps(about["versions"], indent=2),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,6 +23,7 @@ from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key
 from pipeline.data.features import open_cache
 from pipeline.data.index import INDEX_NAME, Index, read_index
+from pipeline.data.inputs import leaking_inputs
 from pipeline.data.storage import is_url
 from pipeline.errors import UserError, require
 from pipeline.files import replace_folder, write_json, write_text
@@ -32,6 +33,7 @@ from pipeline.progress import track
 FORMAT = 1  # of the arrays; raise it when they change
 ABOUT = "photos.json"
 PROVENANCE = Path(__file__).parents[2] / "pipeline" / "assets" / "scenes-tiny" / "provenance.json"
+METADATA = ("gps", "weather", "daytime", "scene")
 TENSORS = (
     "cls", "cells", "regions", "boxes", "view_mask", "mask_targets", "gps", "weather", "daytime", "scene", "labels",
 )  # fmt: skip
@@ -48,6 +50,8 @@ class Photos:
     cities: list[str | None]
     data: str
     """What kind of photos these are."""
+    leaks: dict[str, str]
+    """Metadata fields that give the label away in these shards, and how."""
     fingerprint: str
     """Of photos, tokens and targets."""
 
@@ -122,17 +126,19 @@ def gather(config: StudyConfig, shards: str, index: Index, place: str, folder: P
     cache.check(key)
     content = json.dumps([FORMAT, index.source_sha256, asdict(key)], sort_keys=True)
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
-    about = folder / ABOUT
-    if about.is_file() and json.loads(about.read_text())["fingerprint"] == fingerprint:
+    written = folder / ABOUT
+    if written.is_file() and json.loads(written.read_text())["fingerprint"] == fingerprint:
         return folder
     names = [name for name, split in index.splits.items() if split.samples]
     splits = [open_split(shards, index, name, config.model, "full", cache) for name in names]
     data = str(index.arguments.get("source_kind", PurePosixPath(shards).name))
-    replace_folder(folder, lambda fresh: _write(fresh, splits, data, fingerprint))
+    leaks = leaking_inputs(index, replace(config.model, metadata=METADATA))
+    about = {"fingerprint": fingerprint, "data": data, "leaks": leaks}
+    replace_folder(folder, lambda fresh: _write(fresh, splits, about))
     return folder
 
 
-def _write(folder: Path, splits: list[ShardDataset], data: str, fingerprint: str) -> None:
+def _write(folder: Path, splits: list[ShardDataset], about: dict[str, Any]) -> None:
     chosen = [(split, row) for split in splits for row in np.flatnonzero(split.split.labels >= 0).tolist()]
     if not chosen:
         raise UserError("none of the photos in the shards has a label, so there is nothing to study; label some first")
@@ -150,7 +156,7 @@ def _write(folder: Path, splits: list[ShardDataset], data: str, fingerprint: str
     for array in arrays.values():
         array.flush()
     groups = [split.split.samples[row].group for split, row in chosen]
-    write_json(folder / ABOUT, {"fingerprint": fingerprint, "data": data, "groups": groups, "cities": cities})
+    write_json(folder / ABOUT, {**about, "groups": groups, "cities": cities})
 
 
 def _plain(tensor: torch.Tensor) -> np.ndarray:
@@ -169,4 +175,4 @@ def load_photos(folder: Path) -> Photos:
         tensor = torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c"))
         tensors[name] = tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
     groups = np.array(about["groups"], dtype=np.int64)
-    return Photos(tensors, groups, about["cities"], about["data"], about["fingerprint"])
+    return Photos(tensors, groups, about["cities"], about["data"], about["leaks"], about["fingerprint"])

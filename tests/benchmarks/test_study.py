@@ -43,7 +43,7 @@ def photos_in(cities=8, per_city=20, lost=0, named=True):
     for row in range(lost):
         gps[row], names[row] = np.nan, None
     tensors = {"gps": torch.from_numpy(gps), "labels": torch.from_numpy(rng.permutation(np.arange(count) % 2))}
-    return Photos(tensors, np.arange(count) // 2, names, "photos", "f" * 64), of_city
+    return Photos(tensors, np.arange(count) // 2, names, "photos", {}, "f" * 64), of_city
 
 
 def arm_answers(labels, right, name=COMPLETE, seeds=3, tested=None):
@@ -192,7 +192,7 @@ def test_a_draw_is_the_mcc_of_the_photos_that_were_drawn():
     value, draws, units = bootstrap.mcc_draws(arm.outcomes, arm.tested)
     said = arm.outcomes[..., [1, 3]].sum(axis=-1)  # fp or tp
     assert value == pytest.approx(np.mean([matthews_corrcoef(photos.labels, one) for one in said]))
-    times = bootstrap._draws(tuple(range(8)))
+    times = bootstrap._draws(tuple(range(8))).astype(int)
     assert units == 8
     assert (times.sum(axis=1) == 8).all()
     for number in (0, 17, 999):
@@ -378,3 +378,10 @@ def test_a_step_without_a_finite_loss_leaves_the_weights():
     assert model.weight.item() == 2.0
     assert stepper.step(0, {"factor": torch.tensor(3.0)}, keep_all=False) == pytest.approx(6.0)
     assert model.weight.item() == pytest.approx(2.0 - 0.1, abs=1e-3)
+
+
+def test_a_field_that_gives_the_label_away_is_in_no_model():
+    config = read_recipe("study_small").without({"weather": "known only where the label is roadwork"})
+    assert config.model.metadata == ("gps", "daytime", "scene")
+    work = plan_work(config, select_arms(["all"]), "f")
+    assert not any("weather" in training.model.metadata for training in work.trainings)
