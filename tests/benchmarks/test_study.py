@@ -228,8 +228,9 @@ def test_arms_are_compared_on_the_photos_that_both_were_tested_on():
     photos, of_city = photos_in()
     half = np.arange(len(of_city)) % 4 < 2
     ours, theirs = arm_answers(photos.labels, 1.0, tested=half), arm_answers(photos.labels, np.where(half, 1.0, 0.0))
-    compared = Bootstrap(of_city, seeds=3).compare(ours, theirs)
-    assert (compared.ours, compared.theirs, compared.difference.value) == (1.0, 1.0, 0.0)
+    for one, other in ((ours, theirs), (theirs, ours)):
+        compared = Bootstrap(of_city, seeds=3).compare(one, other)
+        assert (compared.ours, compared.theirs, compared.difference.value) == (1.0, 1.0, 0.0)
 
 
 def test_places_are_drawn_unless_they_are_too_few():
