@@ -65,7 +65,7 @@ def fixed(**changes: Any) -> Changes:
 
 
 ARMS = (
-    Arm(COMPLETE, "complete", "complete model", "all components, eight of twelve views, GPS-weighted sampling"),
+    Arm(COMPLETE, "complete", "complete model", "all components, views chosen by their scores, GPS-weighted sampling"),
     Arm(
         "single_view", "heads", "single view + linear",
         "the global view alone and a linear classifier", fixed(head="single_view"),
