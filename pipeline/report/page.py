@@ -53,25 +53,20 @@ def write_report(run: Path, predictions: pd.DataFrame, photo: Photo) -> Path:
     names = [str(name) for name in predictions["split"].unique() if name in summary]
     headline = "test" if "test" in names else names[-1]
     rows = predictions[predictions["split"] == headline].reset_index(drop=True)
-    page = (
-        templates()
-        .get_template("report.html")
-        .render(
-            run=run.resolve().name,
-            data=summary["evaluation"]["data"],
-            headline=headline,
-            scores=summary[headline],
-            splits={name: summary[name] for name in names},
-            columns=COLUMNS,
-            summary=summary,
-            curves=_curves(run),
-            drawings=_drawings(rows, summary[headline]["threshold"]),
-            mistakes=worst_mistakes(rows, headline, photo),
-            grid=range(TILE_GRID),
-            files={
-                name: (run / name).read_text() for name in ("config.yaml", "provenance.json") if (run / name).exists()
-            },
-        )
+    environment = templates()
+    page = environment.get_template("report.html").render(
+        run=run.resolve().name,
+        data=summary["evaluation"]["data"],
+        headline=headline,
+        scores=summary[headline],
+        splits={name: summary[name] for name in names},
+        columns=COLUMNS,
+        summary=summary,
+        curves=_curves(run),
+        drawings=_drawings(rows, summary[headline]["threshold"]),
+        mistakes=worst_mistakes(rows, headline, photo),
+        grid=range(TILE_GRID),
+        files={name: (run / name).read_text() for name in ("config.yaml", "provenance.json") if (run / name).exists()},
     )
     path = run / "report.html"
     write_text(path, page)
