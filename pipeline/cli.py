@@ -65,7 +65,8 @@ def explain(message: str, known: list[str]) -> str:
 def command(function: Command) -> int:
     """Run one function, that of the module which Python was started with, from `sys.argv`; returns the exit status."""
     started = sys.modules["__main__"].__spec__
-    return run(lambda: _call(function, sys.argv[1:], f"python -m {started.name if started else function.__name__}"))
+    name = started.name.removesuffix(".__main__") if started else function.__name__
+    return run(lambda: _call(function, sys.argv[1:], f"python -m {name}"))
 
 
 def commands(places: dict[str, str], prog: str, description: str) -> int:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.model.config import ModelConfig
-from pipeline.model.moe import SparseExperts
+from pipeline.model.moe import build_feed_forward
 
 
 class GatedAttention(nn.Module):
@@ -17,13 +17,14 @@ class GatedAttention(nn.Module):
     same place as in `Qwen3NextAttention` of transformers). Queries and keys are RMS-normed per head.
     """
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, gated: bool = True):
+        """Without `gated` it is plain attention, to compare with."""
         super().__init__()
         self.heads = heads
         self.q_proj = nn.Linear(width, width, bias=False)
         self.k_proj = nn.Linear(width, width, bias=False)
         self.v_proj = nn.Linear(width, width, bias=False)
-        self.gate_proj = nn.Linear(width, width, bias=False)
+        self.gate_proj = nn.Linear(width, width, bias=False) if gated else None
         self.o_proj = nn.Linear(width, width, bias=False)
         self.q_norm = nn.RMSNorm(width // heads)
         self.k_norm = nn.RMSNorm(width // heads)
@@ -46,8 +47,10 @@ class GatedAttention(nn.Module):
         attend = None if mask is None else mask[:, None, None, :]
         query, key = self.q_norm(query), self.k_norm(key)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attend)
-        gated = attended.transpose(1, 2).flatten(2) * self.gate_proj(x).sigmoid()
-        output: torch.Tensor = self.o_proj(gated)
+        joined = attended.transpose(1, 2).flatten(2)
+        if self.gate_proj is not None:
+            joined = joined * self.gate_proj(x).sigmoid()
+        output: torch.Tensor = self.o_proj(joined)
         return output
 
 
@@ -57,12 +60,12 @@ class GatedLayer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.width)
-        self.attention = GatedAttention(config.width, config.heads)
+        self.attention = GatedAttention(config.width, config.heads, config.attention_gate)
         self.mlp_norm = nn.RMSNorm(config.width)
-        self.mlp = SparseExperts(config)
+        self.mlp = build_feed_forward(config)
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the layer on [B, T, H]; returns the new x and the router's logits [B, T, E]."""
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Run the layer on [B, T, H]; returns the new x and the router's logits [B, T, E], None without a router."""
         x = x + self.attention(self.attention_norm(x), mask)
         update, router_logits = self.mlp(self.mlp_norm(x))
         return x + update, router_logits

@@ -8,6 +8,7 @@ from pipeline.errors import require
 
 HEADS = ("roadwork", "single_view", "mean_pool", "attention_mil")
 PRUNING = ("scored", "dynamic", "off", "random", "fixed", "oracle")
+FUSIONS = ("gated", "mean")
 METADATA_FIELDS = ("gps", "weather", "daytime", "scene", "text")
 NUM_VIEWS = 12
 
@@ -35,16 +36,23 @@ class ModelConfig:
     """Cells per side that a view's patch tokens are pooled to."""
     width: int = 512
     """Width H of the head's tokens, a multiple of 4."""
+    pyramid: bool = True
+    """Fuse each cell with coarser levels of its view; false leaves the cells as they are projected."""
     layers: int = 4
     """Gated attention layers."""
+    attention_gate: bool = True
+    """Pass the attention's output through its sigmoid gate; false is plain attention."""
     heads: int = 8
     """Attention heads per layer."""
     experts: int = 4
-    """Experts per layer."""
+    """Experts per layer; 1 is a dense SwiGLU without a router."""
     experts_per_token: int = 2
     """Experts that each token is sent to."""
     expert_width: int = 2048
     """Hidden width of one SwiGLU expert."""
+    fusion: str = "gated"
+    """`gated` fuses the kept views under learned gates, which are their importance; `mean` takes their mean, and leaves
+    the pruner to learn through its own gates alone."""
     fusion_heads: int = 8
     """Attention heads of the gated fusion."""
     dropout: float = 0.1
@@ -84,10 +92,15 @@ class ModelConfig:
         require(self.layers >= 1, "model.layers", self.layers, "1 or more")
         for key, heads in (("heads", self.heads), ("fusion_heads", self.fusion_heads)):
             require(heads >= 1 and self.width % (4 * heads) == 0, f"model.{key}", heads, "a divisor of width / 4")
-        require(self.experts >= 2, "model.experts", self.experts, "2 or more")
+        require(self.experts >= 1, "model.experts", self.experts, "1 or more")
         require(
             1 <= self.experts_per_token <= self.experts,
             "model.experts_per_token", self.experts_per_token, f"in [1, {self.experts}]",
+        )  # fmt: skip
+        require(self.fusion in FUSIONS, "model.fusion", self.fusion, f"one of {', '.join(FUSIONS)}")
+        require(
+            self.fusion == "gated" or self.pruning != "oracle",
+            "model.fusion", self.fusion, "gated with the pruning mode oracle, which goes by its importance",
         )  # fmt: skip
         require(self.expert_width >= 1, "model.expert_width", self.expert_width, "1 or more")
         unknown = [field for field in self.metadata if field not in METADATA_FIELDS]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pipeline.model.config import ModelConfig
+
 EPS = 1e-6
 
 
@@ -37,3 +39,17 @@ class GatedFusion(nn.Module):
         refined = crossed + self.refine(crossed, crossed, crossed, absent, need_weights=False)[0]
         fused = (gates[..., None] * refined).sum(dim=1) / (gates.sum(dim=1, keepdim=True) + EPS)
         return fused, gates
+
+
+class MeanFusion(nn.Module):
+    """The mean of the views' vectors, to compare with; it finds no view more important than another."""
+
+    def forward(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The mean over existing views, [B, H], and no importance; see `GatedFusion.forward` for the arguments."""
+        present = mask[..., None].to(views.dtype)
+        return (views * present).sum(dim=1) / present.sum(dim=1), None
+
+
+def build_fusion(config: ModelConfig) -> nn.Module:
+    """The fusion that `model.fusion` names."""
+    return GatedFusion(config.width, config.fusion_heads) if config.fusion == "gated" else MeanFusion()

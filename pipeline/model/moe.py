@@ -54,6 +54,27 @@ class SparseExperts(nn.Module):
         return update, logits.unflatten(0, x.shape[:2])
 
 
+class DenseFeedForward(nn.Module):
+    """One SwiGLU for all tokens: down(SiLU(gate x) * up x), with the weights' scale that the experts have."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.expert_width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.expert_width, bias=False)
+        self.down_proj = nn.Linear(config.expert_width, config.width, bias=False)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=INIT_STD)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The update of [B, T, H], and no router's logits."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
+
+
+def build_feed_forward(config: ModelConfig) -> nn.Module:
+    """Experts, or one dense SwiGLU where `model.experts` is 1."""
+    return SparseExperts(config) if config.experts > 1 else DenseFeedForward(config)
+
+
 def balance_loss(router_logits: torch.Tensor, token_mask: torch.Tensor, top_k: int) -> torch.Tensor:
     """Load balancing loss E * sum_e f_e P_e of each image (Switch Transformer, arXiv 2101.03961, eq. 4).
 

@@ -18,7 +18,7 @@ from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.baselines import build_baseline
 from pipeline.model.config import ModelConfig
 from pipeline.model.encoder import CachedTokens, Encoded, Tokens, TokenSource, TwoStageEncoder
-from pipeline.model.fusion import GatedFusion
+from pipeline.model.fusion import build_fusion
 from pipeline.model.heads import BinaryHead, SegmentationHead, WeatherHead
 from pipeline.model.metadata import METADATA_WIDTH, MetadataEncoder
 from pipeline.model.output import RoadworkOutput
@@ -76,11 +76,11 @@ class RoadworkHead(nn.Module):
         super().__init__()
         width = config.width
         self.projection = InputProjection(dim, width)
-        self.pyramid = Pyramid(width, config.pool_grid)
+        self.pyramid = Pyramid(width, config.pool_grid) if config.pyramid else nn.Identity()
         self.layers = nn.ModuleList(GatedLayer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(width)
         self.view_vector = nn.Linear(2 * width, width)
-        self.fusion = GatedFusion(width, config.fusion_heads)
+        self.fusion = build_fusion(config)
         self.metadata = MetadataEncoder(config)
         self.join = nn.Sequential(
             nn.Linear(width + METADATA_WIDTH, width), nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(width, width)
@@ -101,7 +101,8 @@ class RoadworkHead(nn.Module):
         attend = None if bool(token_mask.all()) else token_mask
         for layer in self.layers:
             tokens, logits = layer(tokens, attend)
-            router_logits.append(logits)
+            if logits is not None:
+                router_logits.append(logits)
         views = self.norm(tokens).unflatten(1, (kept, per_view))
         # CLS and the strongest cell: a view's vector must not lose a small object in a mean.
         vectors = self.view_vector(torch.cat([views[:, :, 0], views[:, :, 1:].amax(dim=2)], dim=-1))
@@ -114,7 +115,7 @@ class RoadworkHead(nn.Module):
             view_logits=self.binary(vectors),
             view_scores=encoded.scores,
             view_importance=importance,
-            router_logits=tuple(router_logits),
+            router_logits=tuple(router_logits) or None,
             view_indices=encoded.indices,
             view_mask=encoded.mask,
             token_mask=token_mask,

@@ -1,5 +1,5 @@
 """The report of a run: one self-contained page of HTML."""
 
-from pipeline.report.page import write_report
+from pipeline.report.page import templates, write_report
 
-__all__ = ["write_report"]
+__all__ = ["templates", "write_report"]

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,9 @@ from pipeline.data.photo import decode
 from pipeline.data.views import TILE_GRID, VIEW_NAMES
 from pipeline.files import write_text
 from pipeline.report import plots
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 WORST = 12
 THUMBNAIL_PX = 360
@@ -46,17 +49,11 @@ def write_report(run: Path, predictions: pd.DataFrame, photo: Photo) -> Path:
     Returns:
         The page's path.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     summary = json.loads((run / "summary.json").read_text())
     names = [str(name) for name in predictions["split"].unique() if name in summary]
     headline = "test" if "test" in names else names[-1]
     rows = predictions[predictions["split"] == headline].reset_index(drop=True)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"number": number, "interval": interval}
+    environment = templates()
     page = environment.get_template("report.html").render(
         run=run.resolve().name,
         data=summary["evaluation"]["data"],
@@ -74,6 +71,18 @@ def write_report(run: Path, predictions: pd.DataFrame, photo: Photo) -> Path:
     path = run / "report.html"
     write_text(path, page)
     return path
+
+
+def templates(*folders: Path) -> Environment:
+    """Templates of pages: those in `folders`, and this one's, whose `style.html` gives all pages one look."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "interval": interval}
+    return environment
 
 
 def number(value: float | None) -> str:

@@ -113,8 +113,14 @@ def view_frequencies(shares: dict[str, float]) -> str:
     return svg(draw, "how often each view is kept")
 
 
-def svg(draw: Callable[[Axes], None], label: str) -> str:
-    """Let `draw` fill axes, and return them as an SVG element for a page; `label` is its name for readers."""
+def svg(draw: Callable[[Axes], None], label: str, size: tuple[float, float] = SIZE) -> str:
+    """Let `draw` fill axes, and return them as an SVG element for a page.
+
+    Args:
+        draw: Draws.
+        label: The drawing's name for readers.
+        size: Width and height in inches, in which text has its size in points.
+    """
     # matplotlib takes a second to import, and only reports need it.
     import matplotlib
     from matplotlib.figure import Figure
@@ -122,7 +128,7 @@ def svg(draw: Callable[[Axes], None], label: str) -> str:
     # The salt keeps the ids of one drawing apart from the next one's on the page, and equal between runs.
     style: Any = {**STYLE, "svg.hashsalt": label}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=SIZE, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})

@@ -92,3 +92,10 @@ def test_permuting_tokens_permutes_outputs(layer, tokens):
     permuted, permuted_logits = layer(tokens[:, order], mask[:, order])
     torch.testing.assert_close(permuted, straight[:, order])
     torch.testing.assert_close(permuted_logits, straight_logits[:, order])
+
+
+def test_without_its_gate_attention_is_plain(attention, tokens):
+    plain = GatedAttention(width=32, heads=4, gated=False).double()
+    plain.load_state_dict({name: value for name, value in attention.state_dict().items() if "gate" not in name})
+    attention.gate_proj.weight.data.zero_()  # sigmoid 1/2 everywhere
+    torch.testing.assert_close(plain(tokens, MASKS["whole"]), 2 * attention(tokens, MASKS["whole"]))

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from pipeline.model.fusion import GatedFusion
+from pipeline.model.config import ModelConfig
+from pipeline.model.fusion import GatedFusion, build_fusion
 from tests.model.reference import multihead_attention, sigmoid, silu
 
 
@@ -71,3 +72,10 @@ def test_a_photo_without_importance_anywhere_stays_finite(fusion):
     fused.sum().backward()
     assert fused.isfinite().all()
     assert all(p.grad.isfinite().all() for p in fusion.parameters())
+
+
+def test_the_mean_is_over_existing_views_alone():
+    fused, importance = build_fusion(ModelConfig(fusion="mean"))(VIEWS, MASK)
+    for image in range(3):
+        torch.testing.assert_close(fused[image], VIEWS[image][MASK[image]].mean(dim=0))
+    assert importance is None

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from pipeline.model.config import ModelConfig
-from pipeline.model.moe import SparseExperts, balance_loss, z_loss
+from pipeline.model.moe import SparseExperts, balance_loss, build_feed_forward, z_loss
 from tests.model.reference import sparse_experts
 
 
@@ -112,3 +112,16 @@ def test_the_balance_loss_pulls_probability_from_the_crowded_expert():
     balance_loss(logits, torch.ones(1, 5, dtype=torch.bool), 1).sum().backward()
     assert (logits.grad[..., 0] > 0).all()
     assert (logits.grad[..., 1:] < 0).all()
+
+
+def test_one_expert_is_a_dense_swiglu_without_a_router():
+    torch.manual_seed(0)
+    config = ModelConfig(width=16, heads=4, fusion_heads=4, experts=1, experts_per_token=1, expert_width=24)
+    module = build_feed_forward(config).double()
+    x = torch.randn(3, 6, 16).double()
+    update, logits = module(x)
+    gate, up, down = (p.detach().numpy() for p in module.parameters())
+    hidden = x.numpy() @ gate.T
+    expected = (hidden / (1 + np.exp(-hidden)) * (x.numpy() @ up.T)) @ down.T
+    np.testing.assert_allclose(update.detach().numpy(), expected, atol=1e-12)
+    assert logits is None

@@ -348,3 +348,31 @@ def test_probability_moves_with_the_decision_bias(model):
     torch.testing.assert_close(model.probability(logits), torch.sigmoid(torch.tensor([1.0, -1.0])))
     model.config.decision_bias = 1.0
     torch.testing.assert_close(model.probability(logits), torch.sigmoid(torch.tensor([0.0, -2.0])))
+
+
+PARTS = {
+    "pyramid": ({"pyramid": False}, ("head.pyramid.",)),
+    "gate": ({"attention_gate": False}, ("attention.gate_proj.",)),
+    "experts": ({"experts": 1}, ("mlp.block.",)),
+    "fusion": ({"fusion": "mean"}, ("head.fusion.",)),
+}
+
+
+@pytest.mark.parametrize(("switch", "gone"), PARTS.values(), ids=PARTS)
+def test_a_part_that_is_switched_off_leaves_no_weights_and_a_model_that_learns_and_is_saved(
+    backbone, photos, tmp_path, switch, gone
+):
+    whole, model = make_model(backbone), make_model(backbone, **switch)
+    assert any(part in name for name, _ in whole.named_parameters() for part in gone)
+    assert not any(part in name for name, _ in model.named_parameters() for part in gone)
+    model.train()(**photos, labels=torch.tensor([0, 1, 1])).loss.backward()
+    assert all(p.grad is not None for p in model.head.layers.parameters())
+    model.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        again, before = RoadworkModel.from_pretrained(tmp_path)(**photos), model(**photos)
+    assert torch.equal(again.logits, before.logits)
+
+
+def test_fusion_without_importance_has_no_oracle(backbone):
+    with pytest.raises(UserError, match=r"model\.fusion is 'mean', but must be gated with the pruning mode oracle"):
+        make_model(backbone, fusion="mean", pruning="oracle")

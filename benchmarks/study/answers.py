@@ -1,0 +1,211 @@
+"""What every arm says about the tested photos, with the learning rate that validation chose, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from benchmarks.study.arms import Arm
+from benchmarks.study.folds import NOWHERE, make_fold
+from benchmarks.study.photos import Photos
+from benchmarks.study.training import Training
+from benchmarks.study.work import Work, read_outcome
+from pipeline.metrics import calibration_error, confusion_counts, mcc_of
+
+ROUNDS = 4000
+LEVEL = 0.95
+FEWEST_PLACES = 5  # with fewer the bootstrap draws groups of near-duplicates in their place
+SMALLEST_PLACE = 20  # photos; the MCC of fewer is noise
+
+
+@dataclass(frozen=True)
+class ArmAnswers:
+    """One arm's, S seeds in F folds, N photos."""
+
+    arm: Arm
+    outcomes: np.ndarray
+    """int64 [S, N, 4]: whether the answer is a tn, fp, fn or tp, by the cut of its fold; zeros where not tested."""
+    auroc: float
+    """Mean over folds and seeds."""
+    ece: float
+    """Likewise."""
+    lrs: tuple[float, ...]
+    """Chosen on validation, in each fold and with each seed."""
+    curves: np.ndarray
+    """Of these trainings, [F * S, validations, 2]: step, and validation loss without metadata."""
+    parameters: int
+    wall_s: float
+    """Median of a training, alone on its thread."""
+
+    @property
+    def tested(self) -> np.ndarray:
+        """bool [N]."""
+        return self.outcomes[0].any(axis=1)
+
+
+def read_answers(work: Work, arm: Arm, photos: Photos, results: Path) -> ArmAnswers:
+    """Choose each training's learning rate by its validation MCC, and collect what it says in the test.
+
+    Raises:
+        FloatingPointError: No learning rate led to a finite loss.
+    """
+    of_arm, key = work.of_arm[arm.name], "metadata" if arm.with_metadata else "null"
+    outcomes = np.zeros((len(of_arm[0]), len(photos.labels), 4), dtype=np.int64)
+    aurocs, eces, lrs, curves, walls, parameters = [], [], [], [], [], 0
+    for fold in of_arm:
+        for number, candidates in enumerate(fold):
+            training, outcome = choose([(t, read_outcome(results, t)) for t in candidates], arm, key)
+            rows = make_fold(photos, training.parts, training.fold, training.seen_places).test
+            labels, answers = photos.labels[rows], outcome[key]
+            probabilities = np.array(answers["test"])
+            outcomes[number, rows] = confusion_counts(labels, probabilities, answers["threshold"])
+            aurocs.append(roc_auc_score(labels, probabilities))
+            eces.append(calibration_error(labels, probabilities))
+            lrs.append(training.optim.lr)
+            curves.append(outcome["curve"])
+            walls.append(outcome["wall_s"])
+            parameters = outcome["parameters"]
+    return ArmAnswers(
+        arm, outcomes, float(np.mean(aurocs)), float(np.mean(eces)), tuple(lrs), np.array(curves), parameters,
+        float(np.median(walls)),
+    )  # fmt: skip
+
+
+def choose(
+    candidates: Sequence[tuple[Training, dict[str, Any]]], arm: Arm, key: str
+) -> tuple[Training, dict[str, Any]]:
+    """The training with the best MCC on validation; of equal ones, the one with the smaller loss there."""
+    finite = [(training, outcome) for training, outcome in candidates if not outcome["diverged"]]
+    if not finite:
+        raise FloatingPointError(f"the loss of the arm {arm.name!r} became infinite with every learning rate")
+    return max(finite, key=lambda one: (one[1][key]["val_mcc"], -one[1][key]["val_loss"]))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def scaled(self, factor: float) -> Estimate:
+        """In another unit."""
+        return Estimate(factor * self.value, factor * self.low, factor * self.high)
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+class Bootstrap:
+    """The paired cluster bootstrap: whole places are drawn, and seeds, the same for all arms.
+
+    Photos of one city resemble each other, so a new city is the unit that a result has to hold for. With G places the
+    percentile interval of the bootstrap is too narrow by about sqrt((G - 1) / G), and a normal tail where Student's t
+    belongs; the percentiles are moved out accordingly (Hesterberg 2015, "What Teachers Should Know About the
+    Bootstrap", section 3.3, "expanded percentile").
+    """
+
+    def __init__(self, units: np.ndarray, seeds: int, seed: int = 0):
+        """Draw nothing yet.
+
+        Args:
+            units: What is drawn, by photo: int64 [N].
+            seeds: Trainings of each arm in each fold.
+            seed: Of the draws.
+        """
+        self.units, self.seed = units, seed
+        self.seed_draws = np.random.default_rng([seed, 1]).integers(seeds, size=(ROUNDS, seeds))
+
+    @cache  # noqa: B019  (a study has one, and it lives as long as the program)
+    def _draws(self, present: tuple[int, ...]) -> np.ndarray:
+        """How often each unit is drawn, [ROUNDS, units]: whole numbers, as floats for a fast product."""
+        count, generator = len(present), np.random.default_rng([self.seed, 0])
+        return generator.multinomial(count, np.full(count, 1 / count), size=ROUNDS).astype(np.float64)
+
+    def mcc_draws(self, outcomes: np.ndarray, rows: np.ndarray) -> tuple[float, np.ndarray, int]:
+        """Mean over the seeds of the MCC over all of the rows.
+
+        Args:
+            outcomes: int64 [S, N, 4].
+            rows: bool [N], the photos that count.
+
+        Returns:
+            Of the photos at hand, of every draw [ROUNDS], and the number of units.
+        """
+        present, unit = np.unique(self.units[rows], return_inverse=True)
+        counts = np.zeros((len(present), *outcomes.shape[::2]), dtype=np.int64)  # [units, S, 4]
+        np.add.at(counts, unit.ravel(), outcomes[:, rows].transpose(1, 0, 2))
+        drawn = self._draws(tuple(present.tolist())) @ counts.reshape(len(present), -1).astype(np.float64)
+        drawn = drawn.reshape(ROUNDS, *counts.shape[1:])
+        by_seed = np.take_along_axis(mcc_of(*np.moveaxis(drawn, -1, 0)), self.seed_draws, axis=1)
+        observed = mcc_of(*counts.sum(axis=0).T)
+        return float(observed.mean()), by_seed.mean(axis=1), len(present)
+
+    def mcc(self, arm: ArmAnswers) -> Estimate:
+        """An arm's, over all that it was tested on."""
+        value, draws, units = self.mcc_draws(arm.outcomes, arm.tested)
+        return Estimate(value, *expanded(draws, units))
+
+    def compare(self, ours: ArmAnswers, theirs: ArmAnswers) -> Comparison:
+        """Two arms on the photos that both were tested on."""
+        rows = ours.tested & theirs.tested
+        (a, drawn_a, units), (b, drawn_b, _) = (self.mcc_draws(arm.outcomes, rows) for arm in (ours, theirs))
+        floor = 0.01  # of an MCC in a ratio; with less it says nothing
+        ratios = np.maximum(drawn_a, floor) / np.maximum(drawn_b, floor)
+        return Comparison(
+            ours=a,
+            theirs=b,
+            difference=Estimate(a - b, *expanded(drawn_a - drawn_b, units)),
+            ratio=Estimate(max(a, floor) / max(b, floor), *expanded(ratios, units)),
+        )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """MCC of two arms on the same photos."""
+
+    ours: float
+    theirs: float
+    difference: Estimate
+    ratio: Estimate
+
+
+def expanded(draws: np.ndarray, units: int) -> tuple[float, float]:
+    """The expanded percentile interval of draws over so many units, see `Bootstrap`; all there is for one unit."""
+    if units < 2:
+        return -np.inf, np.inf
+    tail = expanded_tail(units)
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def expanded_tail(units: int) -> float:
+    """Probability outside each end of the interval."""
+    quantile = np.sqrt(units / (units - 1)) * stats.t.ppf((1 + LEVEL) / 2, units - 1)
+    return float(stats.norm.cdf(-quantile))
+
+
+def bootstrap_units(blocks: np.ndarray, groups: np.ndarray, tested: np.ndarray) -> tuple[np.ndarray, str]:
+    """What to draw: places, or groups of near-duplicates where too few places are tested; and its name."""
+    if len(np.unique(blocks[tested])) >= FEWEST_PLACES:
+        return blocks, "places"
+    return groups, "groups of near-duplicates"
+
+
+def worst_place(arm: ArmAnswers, blocks: np.ndarray) -> tuple[int, float] | None:
+    """The place with the lowest MCC, mean over seeds, and that MCC; places need 20 photos, and both classes."""
+    found = []
+    for block in np.unique(blocks[arm.tested & (blocks != NOWHERE)]).tolist():
+        counts = arm.outcomes[:, blocks == block].sum(axis=1)
+        tn, fp, fn, tp = counts.T
+        if counts[0].sum() >= SMALLEST_PLACE and (tn + fp).all() and (fn + tp).all():
+            found.append((block, float(mcc_of(tn, fp, fn, tp).mean())))
+    return min(found, key=lambda one: one[1]) if found else None

@@ -1,0 +1,74 @@
+"""The command `study`: from a recipe, or a user's own shards, to verdicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.form import Report, machine, publish, versions
+from benchmarks.study.answers import Bootstrap, bootstrap_units, read_answers
+from benchmarks.study.arms import COMPLETE, select_arms
+from benchmarks.study.claims import judge
+from benchmarks.study.config import read_recipe
+from benchmarks.study.folds import divide
+from benchmarks.study.page import write_page
+from benchmarks.study.photos import find_photos, load_photos
+from benchmarks.study.work import count_kinds, plan_work, run_work
+from pipeline.errors import require
+from pipeline.progress import say
+
+PACKAGES = ("torch", "transformers", "scikit-learn")
+
+
+def study(
+    recipe: str = "study_small",
+    shards: str | None = None,
+    features: str | None = None,
+    out: Path | None = None,
+    quick: bool = False,
+    workers: int = 0,
+    seed: int = 0,
+) -> Path:
+    """Train the model, its parts taken away one by one, and what it is compared with, and judge what is claimed of it.
+
+    Every arm gets the same photos, steps and learning rates to try, in folds of whole places. Cut off at any moment,
+    the same command goes on: trainings that are finished are not done again.
+
+    Args:
+        recipe: study_small (half an hour on two cores), study (a night), or a YAML file.
+        shards: Folder of your own shards, or its URL; without it the recipe's procedural scenes are drawn.
+        features: Feature cache of these shards; made in the study's folder if not given, and where it is missing.
+        out: Folder of the study: study.html, study.json, and all that it is made from; runs/RECIPE if not given.
+        quick: So few photos and steps that it ends in 90 seconds and says nothing.
+        workers: Processes that train, each in one thread; 0 takes every core.
+        seed: Of the bootstrap.
+    """
+    require(workers >= 0, "--workers", workers, "0 or more")
+    config = read_recipe(recipe)
+    work = (out or Path("runs") / (f"{config.name}-quick" if quick else config.name)).resolve()
+    config = config.quick() if quick else config
+    arms = select_arms(config.plan.arms)
+    tokens = find_photos(config, shards, features, work)
+    photos = load_photos(tokens)
+    places = divide(photos, config.plan.parts)
+    for name, why in photos.leaks.items():
+        say(f"{name} is left out of the model: it gives the label away ({why})")
+    config = config.without(photos.leaks)
+    plan = plan_work(config, arms, photos.fingerprint)
+    say(f"{len(photos.labels)} photos of {photos.data}, {places.blocks.max() + 1} places; {count_kinds(plan)}")
+    run_work(plan, tokens, work / "trainings", workers)
+    answers = {arm.name: read_answers(plan, arm, photos, work / "trainings") for arm in arms}
+    units, name = bootstrap_units(places.blocks, photos.groups, answers[COMPLETE].tested)
+    bootstrap = Bootstrap(units, config.plan.seeds, seed)
+    tested = int(answers[COMPLETE].tested.sum())
+    about = (
+        f"{tested} tested {photos.data} in {config.plan.folds} folds, {config.plan.seeds} seeds, metadata NULL unless "
+        "given; "
+        f"95 % by bootstrap over {name} and seeds"
+    )
+    findings = judge(answers, bootstrap, about)
+    packages = versions(PACKAGES)
+    told = {"quick": quick, "units": name, "versions": packages}
+    write_page(work / "study.html", config, photos, places, answers, findings, bootstrap, told)
+    say(f"page: {work / 'study.html'}")
+    rows = tuple(finding.row for finding in findings)
+    return publish(Report("study", machine(), packages, seed, rows), work, quick)

@@ -1,0 +1,113 @@
+"""A study's recipe: which scenes are drawn, which arms are trained on them, how often and how long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.cli import Parser
+from pipeline.errors import UserError, require
+from pipeline.losses import LossConfig
+from pipeline.model.config import ModelConfig
+from pipeline.optim import OptimConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+QUICK_IMAGES, QUICK_STEPS = 240, 10
+QUICK_ARMS = ("heads", "uniform", "gps_permuted")
+
+
+@dataclass
+class PlanConfig:
+    """What is trained. Every arm gets the same of all of it."""
+
+    arms: list[str] = field(default_factory=lambda: ["all"])
+    """Names of arms, of their groups, or `all`; `complete`, which the others stand against, is always among them."""
+    seeds: int = 3
+    """Trainings of each arm in each fold: weights, order of photos and dropout differ."""
+    parts: int = 4
+    """Parts that the places are divided into: one tests, one validates, the others train."""
+    folds: int = 2
+    """How many of the parts test in turn."""
+    steps: int = 300
+    """Optimizer steps of one training."""
+    batch_size: int = 32
+    """Photos of a step."""
+    lrs: list[float] = field(default_factory=lambda: [1e-3, 3e-3])
+    """Peak learning rates that every arm tries in every fold and with every seed; the best on validation counts."""
+    epoch_share: float = 0.8
+    """Share of the training photos that an epoch draws; see `data.epoch_share`."""
+    temper: float = 0.5
+    """How far GPS weights even out the clusters, from 0 to 1; see `data_prep shard --temper`."""
+    distil_every: int = 4
+    """See `train.distil_every`."""
+    validations: int = 10
+    """Times that the validation loss is taken on the way, evenly spread."""
+
+    def __post_init__(self) -> None:
+        for key in ("seeds", "steps", "batch_size", "validations", "folds"):
+            require(getattr(self, key) >= 1, f"plan.{key}", getattr(self, key), "1 or more")
+        require(self.parts >= 3, "plan.parts", self.parts, "3 or more: for training, validation and test")
+        require(self.folds <= self.parts, "plan.folds", self.folds, f"at most the {self.parts} parts (plan.parts)")
+        require(self.validations <= self.steps, "plan.validations", self.validations, f"at most {self.steps} (steps)")
+        require(bool(self.lrs) and min(self.lrs) > 0, "plan.lrs", self.lrs, "one or more rates above 0")
+        require(len(set(self.lrs)) == len(self.lrs), "plan.lrs", self.lrs, "different rates")
+        require(0 < self.epoch_share <= 1, "plan.epoch_share", self.epoch_share, "in (0, 1]")
+        require(0 <= self.temper <= 1, "plan.temper", self.temper, "in [0, 1]")
+        require(self.distil_every >= 0, "plan.distil_every", self.distil_every, "0 or more")
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """A recipe, read."""
+
+    name: str
+    scenes: dict[str, Any]
+    """Arguments of `python -m data_prep scenes`, for a study without photos of its own."""
+    plan: PlanConfig
+    model: ModelConfig
+    """Of the arm `complete`; the others differ from it in what they name."""
+    loss: LossConfig
+    optim: OptimConfig
+    """`lr` apart, which is one of `plan.lrs`."""
+
+    def without(self, leaks: Iterable[str]) -> StudyConfig:
+        """The same without metadata fields that give the label away."""
+        left = tuple(name for name in self.model.metadata if name not in leaks)
+        return replace(self, model=replace(self.model, metadata=left))
+
+    def quick(self) -> StudyConfig:
+        """The same, so small that it ends in 90 seconds on two cores and says nothing."""
+        plan = replace(
+            self.plan,
+            arms=list(QUICK_ARMS),
+            seeds=2,
+            folds=2,
+            steps=QUICK_STEPS,
+            validations=2,
+            lrs=self.plan.lrs[:1],
+        )
+        return replace(self, plan=plan, scenes={**self.scenes, "images": QUICK_IMAGES, "size": "640x480"})
+
+
+def read_recipe(name: str) -> StudyConfig:
+    """Read a recipe by its name in `benchmarks/study/recipes`, or from a YAML file.
+
+    Raises:
+        UserError: There is none, or a key or value in it is wrong.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise UserError(f"no study recipe {name!r}; there are {known}, or name a YAML file that exists")
+    parser = Parser(prog="study")
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--scenes", type=dict[str, Any], default={})
+    rooms = {"plan": PlanConfig, "model": ModelConfig, "loss": LossConfig, "optim": OptimConfig}
+    for room, kind in rooms.items():
+        parser.add_class_arguments(kind, room)
+    values: Any = parser.instantiate(parser.parse_args(["--config", str(path)]))
+    require("text" not in values.model.metadata, "model.metadata", values.model.metadata, "without text in a study")
+    require(values.model.head == "roadwork", "model.head", values.model.head, "roadwork: other heads are arms")
+    return StudyConfig(path.stem, dict(values.scenes), **{room: values[room] for room in rooms})

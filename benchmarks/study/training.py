@@ -1,0 +1,211 @@
+"""One training of the study, from cached tokens to the answers on the tested photos, in one thread."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.study.folds import Fold, make_fold
+from benchmarks.study.optimizers import OPTIMIZERS, Batch
+from benchmarks.study.photos import Photos, load_photos
+from benchmarks.study.sampling import training_weights
+from pipeline.data.dataset import METADATA_KEYS
+from pipeline.data.sampler import order
+from pipeline.files import write_json
+from pipeline.losses import LossConfig
+from pipeline.metrics import best_threshold, binary_metrics
+from pipeline.model.config import ModelConfig
+from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
+from pipeline.optim import OptimConfig, WeightAverage
+from pipeline.optim.ema import copy_into
+
+FORMAT = 1  # raise it when a training gives other answers than before
+PHOTOS_PER_ANSWER = 128
+PHOTOS_OF_CURVE = 256  # of the validation part, for the loss on the way
+DIGITS = 6  # of a probability
+
+
+@dataclass(frozen=True)
+class Training:
+    """All that decides about a training's outcome."""
+
+    photos: str
+    """Their fingerprint."""
+    parts: int
+    fold: int
+    seen_places: bool
+    train_share: float
+    sampling: str
+    temper: float
+    epoch_share: float
+    model: ModelConfig
+    loss: LossConfig
+    optimizer: str
+    optim: OptimConfig
+    steps: int
+    batch_size: int
+    distil_every: int
+    validations: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Hash of all settings: another one is another training."""
+        text = json.dumps([FORMAT, asdict(self)], sort_keys=True, default=list)
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    @property
+    def cost(self) -> float:
+        """Roughly how long it takes, in views that go through the layers of a head, for the order of work."""
+        model = self.model
+        if model.head != "roadwork":
+            return self.steps * self.batch_size * 0.5
+        views = model.num_views if model.pruning == "off" else model.keep_views
+        return (
+            self.steps * self.batch_size * (10.0 + views)
+        )  # an optimizer step costs as much as ten views of the batch
+
+
+def run_training(tokens: Path, results: Path, training: Training) -> str:
+    """Train, test and write the outcome in one file; returns its name, without folder and ending.
+
+    Args:
+        tokens: See `load_photos`.
+        results: Folder of outcomes.
+        training: What to do.
+    """
+    torch.set_num_threads(1)
+    start = time.monotonic()
+    photos = load_photos(tokens)
+    outcome = train(photos, training)
+    outcome["wall_s"] = round(time.monotonic() - start, 3)
+    write_json(results / f"{training.name}.json", outcome)
+    return training.name
+
+
+def train(photos: Photos, training: Training) -> dict[str, Any]:
+    """Train one head and test it.
+
+    Returns:
+        `diverged`, `parameters`; `curve`, pairs of step and validation loss; `null` and, where the head reads metadata,
+        `metadata`: what the answers without and with it are. See `answers_of`.
+    """
+    fold, weights = fold_and_weights(photos, training)
+    torch.manual_seed(training.seed)
+    config = RoadworkConfig(**asdict(training.model), backbone_dim=photos.dim)
+    model = RoadworkModel(config).train()
+    model.loss_config = training.loss
+    stepper = OPTIMIZERS[training.optimizer](model, training.optim, training.steps)
+    average = WeightAverage(model)
+    every = [max(1, round(training.steps * (n + 1) / training.validations)) for n in range(training.validations)]
+    watched = fold.val[:: -(-len(fold.val) // PHOTOS_OF_CURVE)]
+    curve: list[tuple[int, float]] = []
+    outcome: dict[str, Any] = {"diverged": False, "parameters": sum(p.numel() for p in model.parameters())}
+    for step, rows in enumerate(batch_rows(training, fold.train, weights)):
+        batch = take(photos, rows, training.model.num_views)
+        keep_all = training.distil_every > 0 and step % training.distil_every == 0
+
+        if not np.isfinite(stepper.step(step, batch, keep_all)):
+            return {**outcome, "diverged": True}
+        average.update(step)
+        if step + 1 in every:
+            with Averaged(model, average):
+                curve.append((step + 1, predict(model, photos, watched, null_metadata=True)[1]))
+    with Averaged(model, average):
+        outcome |= {"curve": curve, "null": answers_of(model, photos, fold, null_metadata=True)}
+        if training.model.head == "roadwork" and training.model.metadata:
+            outcome["metadata"] = answers_of(model, photos, fold, null_metadata=False)
+    return outcome
+
+
+@lru_cache(maxsize=16)
+def _fold_and_weights(
+    photos: Photos, parts: int, fold: int, seen: bool, share: float, sampling: str, temper: float
+) -> tuple[Fold, np.ndarray]:
+    made = make_fold(photos, parts, fold, seen, share)
+    rows = made.train
+    weights = training_weights(sampling, photos.points[rows], photos.labels[rows], photos.groups[rows], temper, fold)
+    return made, weights
+
+
+def fold_and_weights(photos: Photos, training: Training) -> tuple[Fold, np.ndarray]:
+    """The photos that a training uses, and the weights of those that it learns from."""
+    t = training
+    return _fold_and_weights(photos, t.parts, t.fold, t.seen_places, t.train_share, t.sampling, t.temper)
+
+
+def batch_rows(training: Training, rows: np.ndarray, weights: np.ndarray) -> Iterator[torch.Tensor]:
+    """Rows of each step's photos, int64 [batch_size], in the order that the trainer draws them in."""
+    per_epoch = max(1, round(training.epoch_share * len(rows)))
+    queue, epoch = np.empty(0, dtype=np.int64), 0
+    for _ in range(training.steps):
+        while len(queue) < training.batch_size:
+            queue, epoch = np.concatenate([queue, rows[order(training.seed, epoch, weights, per_epoch)]]), epoch + 1
+        yield torch.from_numpy(queue[: training.batch_size])
+        queue = queue[training.batch_size :]
+
+
+def take(photos: Photos, rows: torch.Tensor, num_views: int) -> Batch:
+    """Arguments of the model's forward pass for some photos."""
+    batch = {name: tensor[rows] for name, tensor in photos.tensors.items()}
+    for name in ("cls", "cells", "regions", "boxes", "view_mask"):
+        batch[name] = batch[name][:, :num_views]
+    batch["mask_targets"] = batch["mask_targets"].float()
+    return batch
+
+
+class Averaged:
+    """Gives a model its averaged weights for a while, and sets it to answer."""
+
+    def __init__(self, model: RoadworkModel, average: WeightAverage):
+        self.model, self.average = model, average
+
+    def __enter__(self) -> None:
+        self.own = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        copy_into(dict(self.model.named_parameters()), self.average.tensors)
+        self.model.eval()
+
+    def __exit__(self, *error: object) -> None:
+        copy_into(dict(self.model.named_parameters()), self.own)
+        self.model.train()
+
+
+def answers_of(model: RoadworkModel, photos: Photos, fold: Fold, null_metadata: bool) -> dict[str, Any]:
+    """The cut that validation chooses and what it reaches there, and the probabilities of roadwork in the test.
+
+    Returns:
+        `threshold`, `val_mcc`, `val_loss` (the term `roadwork`), and `test`, in the order of the fold's rows.
+    """
+    on_val, val_loss = predict(model, photos, fold.val, null_metadata)
+    labels = photos.labels[fold.val]
+    threshold = best_threshold(labels, on_val)
+    on_test, _ = predict(model, photos, fold.test, null_metadata)
+    return {
+        "threshold": threshold,
+        "val_mcc": binary_metrics(labels, on_val, threshold)["mcc"],
+        "val_loss": val_loss,
+        "test": on_test.round(DIGITS).tolist(),
+    }
+
+
+@torch.inference_mode()
+def predict(model: RoadworkModel, photos: Photos, rows: np.ndarray, null_metadata: bool) -> tuple[np.ndarray, float]:
+    """Probability of roadwork of some photos, float64 [M], and the mean of the loss term `roadwork`."""
+    probabilities, loss = [], 0.0
+    for start in range(0, len(rows), PHOTOS_PER_ANSWER):
+        batch = take(photos, torch.from_numpy(rows[start : start + PHOTOS_PER_ANSWER]), model.config.num_views)
+        metadata = {name: batch[name] for name in METADATA_KEYS if name in batch}
+        tokens = {name: batch[name] for name in ("cls", "cells", "regions", "boxes", "view_mask", "labels")}
+        output = model(**tokens, **metadata, null_metadata=null_metadata)
+        probabilities.append(model.probability(output.logits).double().numpy())
+        loss += float(output.loss_terms["roadwork"].sum())
+    return np.concatenate(probabilities), loss / len(rows)

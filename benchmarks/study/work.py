@@ -1,0 +1,134 @@
+"""All trainings of a study: listed, spread over processes, each written when it is done, and none done twice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.arms import COMPLETE, Arm
+from benchmarks.study.config import StudyConfig
+from benchmarks.study.training import Training, run_training
+from data_prep.parallel import Workers
+from pipeline.errors import UserError
+from pipeline.progress import format_seconds, say
+
+PRELOAD = ("benchmarks.study.training",)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The trainings of each arm, [folds][seeds][learning rates]."""
+
+    of_arm: dict[str, list[list[list[Training]]]]
+
+    @property
+    def trainings(self) -> list[Training]:
+        """All, each once: some arms share theirs, and differ in how they are asked. The longest come first."""
+        every = {training.name: training for arm in self.of_arm for training in self.flat(arm)}
+        return sorted(every.values(), key=lambda training: -training.cost)
+
+    def flat(self, arm: str) -> list[Training]:
+        """An arm's trainings."""
+        return [training for fold in self.of_arm[arm] for seed in fold for training in seed]
+
+
+def plan_work(config: StudyConfig, arms: Sequence[Arm], fingerprint: str) -> Work:
+    """List what has to be trained.
+
+    Args:
+        config: The recipe.
+        arms: Among them `complete`.
+        fingerprint: Of the photos.
+
+    Raises:
+        UserError: An arm does not differ from `complete`.
+    """
+    work = Work({arm.name: _trainings(config, arm, fingerprint) for arm in arms})
+    complete = work.flat(COMPLETE)
+    for arm in arms:
+        if arm.name != COMPLETE and not arm.with_metadata and work.flat(arm.name) == complete:
+            raise UserError(
+                f"the arm {arm.name!r} ({arm.about}) is the same as {COMPLETE!r} by this recipe; change the recipe's "
+                "model or loss, or leave the arm out of plan.arms"
+            )
+    return work
+
+
+def _trainings(config: StudyConfig, arm: Arm, fingerprint: str) -> list[list[list[Training]]]:
+    plan = config.plan
+
+    def one(fold: int, seed: int, lr: float) -> Training:
+        return Training(
+            photos=fingerprint, parts=plan.parts, fold=fold, seen_places=arm.seen_places, train_share=arm.train_share,
+            sampling=arm.sampling, temper=plan.temper, epoch_share=plan.epoch_share,
+            model=arm.model_of(config.model), loss=arm.loss_of(config.loss),
+            optimizer=arm.optimizer, optim=replace(config.optim, lr=lr), steps=plan.steps, batch_size=plan.batch_size,
+            distil_every=plan.distil_every, validations=plan.validations, seed=seed,
+        )  # fmt: skip
+
+    return [[[one(fold, seed, lr) for lr in plan.lrs] for seed in range(plan.seeds)] for fold in range(plan.folds)]
+
+
+def run_work(work: Work, tokens: Path, results: Path, processes: int) -> int:
+    """Train all that is not trained yet; an outcome is there whole or not at all.
+
+    Args:
+        work: What there is to do.
+        tokens: See `load_photos`.
+        results: Folder of outcomes.
+        processes: Each with one thread; 0 for one on each core.
+
+    Returns:
+        How many were trained now.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    missing = [training for training in work.trainings if not (results / f"{training.name}.json").is_file()]
+    say(f"{len(missing)} of {len(work.trainings)} trainings are to be done")
+    if missing:
+        progress = Progress(work, missing)
+        with Workers(processes, PRELOAD) as pool:
+            for training, _ in pool.map(partial(run_training, tokens, results), missing):
+                progress.done(training)
+    return len(missing)
+
+
+class Progress:
+    """Says when an arm is through, and when all will be."""
+
+    def __init__(self, work: Work, missing: Sequence[Training]):
+        self.start, self.total = time.monotonic(), sum(training.cost for training in missing)
+        self.spent, self.through = 0.0, 0
+        names = {training.name for training in missing}
+        self.left = {arm: {t.name for t in work.flat(arm)} & names for arm in work.of_arm}
+        self.left = {arm: some for arm, some in self.left.items() if some}
+        self.arms = len(self.left)
+
+    def done(self, training: Training) -> None:
+        """Count a training."""
+        self.spent += training.cost
+        for arm in [name for name, some in self.left.items() if training.name in some]:
+            self.left[arm].discard(training.name)
+            if not self.left[arm]:
+                del self.left[arm]
+                self.through += 1
+                so_far = time.monotonic() - self.start
+                remaining = so_far * (self.total - self.spent) / self.spent
+                say(f"{arm} is through, {self.through} of {self.arms} arms, about {format_seconds(remaining)} left")
+
+
+def read_outcome(results: Path, training: Training) -> dict[str, Any]:
+    """What a training wrote."""
+    outcome: dict[str, Any] = json.loads((results / f"{training.name}.json").read_text())
+    return outcome
+
+
+def count_kinds(work: Work) -> str:
+    """How many trainings there are, and of how many arms, in words."""
+    lrs = Counter(len(seed) for arm in work.of_arm.values() for fold in arm for seed in fold)
+    return f"{len(work.trainings)} trainings of {len(work.of_arm)} arms, {max(lrs)} learning rates each"

@@ -1,0 +1,388 @@
+"""The study: folds keep places and near-duplicates apart, intervals hold what they promise, verdicts follow them."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import matthews_corrcoef
+
+from benchmarks.study.answers import ArmAnswers, Bootstrap, bootstrap_units, choose, expanded_tail, worst_place
+from benchmarks.study.arms import ARMS, COMPLETE, select_arms
+from benchmarks.study.claims import CLAIMS, judge, steps_ratio, steps_to, verdict
+from benchmarks.study.config import RECIPES, PlanConfig, read_recipe
+from benchmarks.study.folds import NOWHERE, divide, make_fold, split_groups
+from benchmarks.study.optimizers import AdamWStepper
+from benchmarks.study.photos import Photos, check_pretraining
+from benchmarks.study.sampling import cluster_factors, derange, permuted_weights, shuffle_clusters, training_weights
+from benchmarks.study.training import Training, batch_rows
+from benchmarks.study.work import plan_work
+from data_prep.gps import sample_weights
+from pipeline.errors import UserError
+from pipeline.metrics import confusion_counts
+from pipeline.model.output import RoadworkOutput
+from pipeline.optim import OptimConfig
+
+CITIES = [
+    (59.9, 10.7),
+    (45.8, 4.8),
+    (-12.0, -77.0),
+    (-31.9, 115.9),
+    (34.7, 135.5),
+    (-0.2, -78.5),
+    (30.0, 31.2),
+    (28.6, 77.2),
+]
+
+
+def photos_in(cities=8, per_city=20, lost=0, named=True):
+    """Photos in pairs of near-duplicates, spread over cities; the last pairs of the first city may lack a place."""
+    rng = np.random.default_rng(0)
+    count = cities * per_city
+    of_city = np.repeat(np.arange(cities), per_city)
+    gps = np.array(CITIES)[of_city] + rng.normal(0, 0.01, (count, 2))
+    names = [f"city {number}" if named else None for number in of_city]
+    for row in range(lost):
+        gps[row], names[row] = np.nan, None
+    tensors = {"gps": torch.from_numpy(gps), "labels": torch.from_numpy(rng.permutation(np.arange(count) % 2))}
+    return Photos(tensors, np.arange(count) // 2, names, "photos", {}, "f" * 64), of_city
+
+
+def arm_answers(labels, right, name=COMPLETE, seeds=3, tested=None):
+    """An arm that is right with some probability, for each photo on its own."""
+    rng = np.random.default_rng(len(name))
+    outcomes = []
+    for _ in range(seeds):
+        said = np.where(rng.random(len(labels)) < right, labels, 1 - labels)
+        outcomes.append(confusion_counts(labels, said, 0.5))
+    outcomes = np.stack(outcomes)
+    if tested is not None:
+        outcomes[:, ~tested] = 0
+    curves = np.tile([[5.0, 0.5], [10.0, 0.25]], (seeds, 1, 1))
+    arm = next(arm for arm in ARMS if arm.name == name)
+    return ArmAnswers(arm, outcomes, 0.9, 0.1, (1e-3,) * seeds, curves, 10, 1.0)
+
+
+# Folds
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_no_place_and_no_near_duplicate_is_in_two_parts_of_a_fold(named):
+    photos, of_city = photos_in(named=named)
+    tested = []
+    for number in range(4):
+        fold = make_fold(photos, 4, number)
+        for values in (of_city, photos.groups):
+            parts = [set(values[rows]) for rows in (fold.train, fold.val, fold.test)]
+            assert sum(map(len, parts)) == len(set.union(*parts)) == len(set(values))
+        for rows in (fold.train, fold.val, fold.test):
+            assert len(set(photos.labels[rows])) == 2
+        tested += fold.test.tolist()
+    assert sorted(tested) == list(range(len(of_city)))
+
+
+def test_photos_of_which_nobody_knows_the_place_are_in_no_part():
+    photos, _ = photos_in(lost=7)  # the eighth tells where the seventh was taken
+    places = divide(photos, 4)
+    assert np.flatnonzero(places.blocks == NOWHERE).tolist() == list(range(6))
+    fold = make_fold(photos, 4, 0)
+    assert min(map(min, (fold.train, fold.val, fold.test))) == 6
+
+
+def test_without_any_place_groups_are_kept_apart():
+    photos, _ = photos_in(cities=2, per_city=40, lost=80)
+    assert "near-duplicates" in divide(photos, 3).rule
+    assert len(np.unique(divide(photos, 3).blocks)) == 40
+
+
+def test_a_random_split_has_seen_the_tested_places_and_is_no_larger():
+    photos, of_city = photos_in()
+    blocked, seen = make_fold(photos, 4, 1), make_fold(photos, 4, 1, seen_places=True)
+    assert set(seen.test) < set(blocked.test)
+    assert set(of_city[seen.test]) <= set(of_city[seen.train])
+    assert not set(photos.groups[seen.test]) & set(photos.groups[seen.train])
+    assert len(seen.train) == len(blocked.train)
+    assert np.array_equal(seen.val, blocked.val)
+
+
+def test_a_share_of_the_training_photos_is_of_whole_groups():
+    photos, _ = photos_in()
+    whole, half = make_fold(photos, 4, 0), make_fold(photos, 4, 0, train_share=0.5)
+    assert len(half.train) == len(whole.train) // 2
+    assert set(half.train) < set(whole.train)
+    assert not set(photos.groups[half.train]) & set(photos.groups[np.setdiff1d(whole.train, half.train)])
+
+
+def test_splitting_groups_loses_nothing():
+    rows, groups = np.arange(3, 60), np.arange(60) // 4
+    first, second = split_groups(rows, groups, 20, np.random.default_rng(0))
+    assert np.array_equal(np.sort(np.concatenate([first, second])), rows)
+    assert 20 <= len(first) < 24
+
+
+def test_too_few_places_are_one_sentence():
+    with pytest.raises(UserError, match=r"lie in 4 places, and the folds need 6; set plan\.parts to less"):
+        divide(photos_in(cities=1, per_city=8)[0], 3)
+
+
+# Sampling
+
+
+def test_permuted_weights_are_the_same_factors_on_other_clusters():
+    rng = np.random.default_rng(0)
+    clusters, labels = np.repeat([0, 1, 3, 4], [10, 20, 30, 60]), np.tile([0, 1], 60)
+    own, dealt = cluster_factors(clusters, 1.0), derange(cluster_factors(clusters, 1.0), rng)
+    assert sorted(own) == pytest.approx(sorted(dealt))
+    assert not np.isclose(own, dealt).any()
+    weights = permuted_weights(clusters, labels, 1.0, np.random.default_rng(1))
+    by_cluster = [weights[clusters == number][0] for number in (0, 1, 3, 4)]
+    ratio = np.sort(by_cluster) / np.sort(own)
+    assert ratio == pytest.approx(ratio[0])
+    assert not np.allclose(by_cluster, own)
+    assert weights.mean() == pytest.approx(1)
+
+
+def test_factors_times_class_balance_are_the_weights_of_the_shards():
+    rng = np.random.default_rng(0)
+    clusters, labels = rng.integers(0, 4, 400), (rng.random(400) < 0.3).astype(int)
+    made = cluster_factors(clusters, 0.5)[clusters] * sample_weights(clusters, labels, 0.0)
+    assert made / made.mean() == pytest.approx(sample_weights(clusters, labels, 0.5), rel=1e-6)
+
+
+def test_random_clusters_are_as_large_and_keep_near_duplicates_together():
+    clusters, groups = np.repeat([1, 2, 3], [20, 40, 60]), np.arange(120) // 2
+    dealt = shuffle_clusters(clusters, groups, np.random.default_rng(0))
+    assert np.array_equal(np.bincount(dealt), np.bincount(clusters))
+    assert (dealt[::2] == dealt[1::2]).all()
+    assert not np.array_equal(dealt, clusters)
+
+
+def test_class_balance_and_gps_weights_do_what_they_are_called_after():
+    photos, of_city = photos_in(cities=3, per_city=60)
+    rows = np.flatnonzero((of_city > 0) | (np.arange(180) < 20))  # the first city is a third of the others
+    points, labels, groups = photos.points[rows], photos.labels[rows], photos.groups[rows]
+    labels = np.where(np.arange(len(rows)) % 5 == 0, 1, 0)
+    balanced = training_weights("class_balanced", points, labels, groups, 1.0, 0)
+    assert balanced[labels == 1].sum() == pytest.approx(balanced[labels == 0].sum())
+    gps = training_weights("gps", points, labels, groups, 1.0, 0)
+    assert [gps[of_city[rows] == city].sum() for city in range(3)] == pytest.approx([len(rows) / 3] * 3, rel=1e-6)
+    assert (training_weights("uniform", points, labels, groups, 1.0, 0) == 1).all()
+
+
+def training(**changes):
+    config = read_recipe("study_small")
+    values = vars(plan_work(config, select_arms([]), "f").of_arm[COMPLETE][0][0][0])
+    return Training(**{**values, **changes})
+
+
+def test_an_epoch_draws_each_photo_at_most_once_and_steps_are_full():
+    rows = np.arange(100, 140)
+    batches = list(batch_rows(training(steps=6, batch_size=8, epoch_share=0.8), rows, np.ones(40)))
+    assert [len(batch) for batch in batches] == [8] * 6
+    first = torch.cat(batches[:4]).tolist()
+    assert len(set(first)) == 32
+    assert set(first) < set(rows)
+
+
+# Statistics
+
+
+def test_a_draw_is_the_mcc_of_the_photos_that_were_drawn():
+    photos, of_city = photos_in()
+    arm = arm_answers(photos.labels, 0.8)
+    bootstrap = Bootstrap(of_city, seeds=3)
+    value, draws, units = bootstrap.mcc_draws(arm.outcomes, arm.tested)
+    said = arm.outcomes[..., [1, 3]].sum(axis=-1)  # fp or tp
+    assert value == pytest.approx(np.mean([matthews_corrcoef(photos.labels, one) for one in said]))
+    times = bootstrap._draws(tuple(range(8))).astype(int)
+    assert units == 8
+    assert (times.sum(axis=1) == 8).all()
+    for number in (0, 17, 999):
+        rows = np.repeat(np.arange(len(of_city)), times[number][of_city])
+        scores = [matthews_corrcoef(photos.labels[rows], said[seed][rows]) for seed in bootstrap.seed_draws[number]]
+        assert draws[number] == pytest.approx(np.mean(scores))
+
+
+def test_the_tail_is_that_of_students_t_and_for_many_units_the_normal_one():
+    assert expanded_tail(100_000) == pytest.approx(0.025, abs=1e-5)
+    assert expanded_tail(10) < 0.01  # t 2.262, times sqrt(10 / 9)
+    assert expanded_tail(4) < expanded_tail(10)
+
+
+def test_intervals_of_a_difference_hold_it_about_as_often_as_they_say():
+    """Two arms that are equally good in the long run, in ten places that suit one or the other."""
+    held, labels = 0, np.tile([0, 1], 300)
+    places = np.repeat(np.arange(10), 60)
+    for study in range(150):
+        rng = np.random.default_rng(study)
+        arms = []
+        for _ in range(2):
+            right = (0.8 + rng.uniform(-0.1, 0.1, 10))[places]
+            said = np.where(rng.random((1, 600)) < right, labels, 1 - labels)
+            outcomes = np.stack([confusion_counts(labels, one, 0.5) for one in said])
+            arms.append(ArmAnswers(ARMS[0], outcomes, 0, 0, (), np.empty(0), 0, 0))
+        found = Bootstrap(places, seeds=1, seed=study).compare(*arms).difference
+        held += found.low <= 0 <= found.high
+    assert 0.90 <= held / 150 <= 0.995
+
+
+def test_arms_are_compared_on_the_photos_that_both_were_tested_on():
+    photos, of_city = photos_in()
+    half = np.arange(len(of_city)) % 4 < 2
+    ours, theirs = arm_answers(photos.labels, 1.0, tested=half), arm_answers(photos.labels, np.where(half, 1.0, 0.0))
+    for one, other in ((ours, theirs), (theirs, ours)):
+        compared = Bootstrap(of_city, seeds=3).compare(one, other)
+        assert (compared.ours, compared.theirs, compared.difference.value) == (1.0, 1.0, 0.0)
+
+
+def test_places_are_drawn_unless_they_are_too_few():
+    photos, of_city = photos_in()
+    everything = np.ones(len(of_city), dtype=bool)
+    assert bootstrap_units(of_city, photos.groups, everything)[1] == "places"
+    assert bootstrap_units(of_city, photos.groups, of_city < 4)[1] == "groups of near-duplicates"
+
+
+def test_the_worst_place_is_the_one_with_the_lowest_mcc():
+    photos, of_city = photos_in(per_city=40)
+    arm = arm_answers(photos.labels, np.where(of_city == 5, 0.4, 0.95))
+    block, mcc = worst_place(arm, of_city)
+    said = arm.outcomes[..., [1, 3]].sum(axis=-1)
+    here = of_city == 5
+    assert block == 5
+    assert mcc == pytest.approx(np.mean([matthews_corrcoef(photos.labels[here], one[here]) for one in said]))
+
+
+def outcome(mcc, loss, diverged=False):
+    return {"diverged": diverged, "null": {"val_mcc": mcc, "val_loss": loss}}
+
+
+def test_the_learning_rate_is_chosen_on_validation_and_not_among_those_that_diverged():
+    rates = ["a", "b", "c", "d"]
+    outcomes = [outcome(0.7, 0.5), outcome(0.8, 0.5), outcome(0.8, 0.4), {"diverged": True}]
+    assert choose(list(zip(rates, outcomes, strict=True)), ARMS[0], "null")[0] == "c"
+    with pytest.raises(FloatingPointError, match="'complete' became infinite with every learning rate"):
+        choose([("d", outcomes[3])], ARMS[0], "null")
+
+
+# Claims
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "bound", "expected"),
+    [
+        (0.01, 0.2, 0.0, "supported"), (-0.2, -0.01, 0.0, "refuted"), (-0.1, 0.1, 0.0, "undecided"),
+        (0.01, 0.06, 0.07, "refuted"), (0.01, 0.08, 0.07, "undecided"), (0.08, 0.1, 0.07, "supported"),
+        (-0.005, 0.01, -0.01, "supported"),
+    ],
+)  # fmt: skip
+def test_a_verdict_needs_the_whole_interval(low, high, bound, expected):
+    assert verdict(low, high, bound) == expected
+
+
+def test_claims_are_judged_by_their_arms_and_say_their_numbers():
+    photos, of_city = photos_in(per_city=200)
+    answers = {
+        COMPLETE: arm_answers(photos.labels, 0.95),
+        "mean_pool": arm_answers(photos.labels, 0.7, "mean_pool"),
+        "uniform": arm_answers(photos.labels, 0.95, "uniform"),
+    }
+    findings = {found.claim.text: found for found in judge(answers, Bootstrap(of_city, seeds=3), "about it")}
+    pool = findings["The complete model beats mean pooling with an MLP"]
+    assert pool.verdict == "supported"
+    assert pool.row.met
+    assert pool.row.ratio == pytest.approx(pool.row.ours / pool.row.theirs)
+    assert pool.row.interval[0] > 1
+    assert "points of MCC (+" in pool.row.note
+    assert "about it" in pool.row.note
+    assert findings["GPS-weighted sampling gains seven points or more"].verdict == "refuted"
+    assert findings["GPS-weighted sampling is better than uniform sampling"].verdict == "undecided"
+    assert findings["The complete model has an MCC above 0.94"].row.goal == "> 0.94"
+    assert len(findings) == 4
+
+
+def test_every_claim_is_about_arms_that_there_are():
+    names = {arm.name for arm in ARMS}
+    assert {name for claim in CLAIMS for name in (claim.ours, claim.theirs) if name} <= names
+
+
+def test_steps_to_a_loss_are_interpolated_and_beyond_the_end_if_it_is_never_reached():
+    curve = np.array([[10, 0.5], [20, 0.3], [30, 0.2]])
+    assert steps_to(curve, 0.4) == pytest.approx(15)
+    assert steps_to(curve, 0.2) == pytest.approx(30)
+    assert steps_to(curve, 0.6) == 10
+    assert steps_to(curve, 0.1) == 40
+    same = steps_ratio(np.array([[15.0, 30.0], [20.0, 40.0], [10.0, 20.0]]))
+    assert (same.value, same.low, same.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+# Recipes and work
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_recipe_has_arms_that_differ_from_complete(recipe, quick):
+    config = read_recipe(recipe)
+    config = config.quick() if quick else config
+    work = plan_work(config, select_arms(config.plan.arms), "f")
+    budgets = {(len(fold), len(fold[0])) for folds in work.of_arm.values() for fold in folds}
+    assert budgets == {(config.plan.seeds, len(config.plan.lrs))}
+    names = [one.name for one in work.trainings]
+    assert len(names) == len(set(names))
+    assert [one.cost for one in work.trainings] == sorted((one.cost for one in work.trainings), reverse=True)
+
+
+def test_metadata_at_the_test_trains_nothing_of_its_own():
+    config = read_recipe("study_small")
+    work = plan_work(config, select_arms(["metadata_given"]), "f")
+    assert len(work.trainings) == len(work.flat(COMPLETE))
+
+
+def test_another_setting_is_another_training():
+    names = {training().name, training(seed=9).name, training(steps=7).name, training(optim=OptimConfig(lr=1.0)).name}
+    assert len(names) == 4
+    assert training().name == training().name
+
+
+def test_an_arm_that_takes_nothing_away_is_refused():
+    config = read_recipe("study_small")
+    config.loss.consistency = 0.0
+    with pytest.raises(UserError, match=r"'no_consistency' .* is the same as 'complete' by this recipe"):
+        plan_work(config, select_arms(["no_consistency"]), "f")
+
+
+def test_mistakes_are_one_sentence():
+    with pytest.raises(UserError, match=r"no study recipe 'big'; there are study, study_small, or name a YAML file"):
+        read_recipe("big")
+    with pytest.raises(UserError, match=r"plan\.arms names 'piramid', but must be among "):
+        select_arms(["piramid"])
+    with pytest.raises(UserError, match=r"plan\.folds is 5, but must be at most the 4 parts"):
+        PlanConfig(folds=5)
+    config = read_recipe("study_small")
+    config.scenes["seed"] = 20000003
+    with pytest.raises(UserError, match=r"scenes\.seed is 20000003, .* pretrained on scenes of this seed"):
+        check_pretraining(config)
+
+
+class Scalar(torch.nn.Module):
+    """A model whose loss is its weight times the batch's factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([2.0]))
+
+    def forward(self, factor, keep_all):
+        return RoadworkOutput(loss=(factor * self.weight).sum())
+
+
+def test_a_step_without_a_finite_loss_leaves_the_weights():
+    model = Scalar()
+    stepper = AdamWStepper(model, OptimConfig(lr=0.1), steps=10)
+    assert np.isnan(stepper.step(0, {"factor": torch.tensor(torch.nan)}, keep_all=False))
+    assert model.weight.item() == 2.0
+    assert stepper.step(0, {"factor": torch.tensor(3.0)}, keep_all=False) == pytest.approx(6.0)
+    assert model.weight.item() == pytest.approx(2.0 - 0.1, abs=1e-3)
+
+
+def test_a_field_that_gives_the_label_away_is_in_no_model():
+    config = read_recipe("study_small").without({"weather": "known only where the label is roadwork"})
+    assert config.model.metadata == ("gps", "daytime", "scene")
+    work = plan_work(config, select_arms(["all"]), "f")
+    assert not any("weather" in training.model.metadata for training in work.trainings)
