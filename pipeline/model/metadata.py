@@ -60,20 +60,22 @@ class MetadataEncoder(nn.Module):
             {name: nn.Parameter(torch.zeros(width)) for name, width in FIELD_WIDTHS.items()}
         )
 
-    def forward(self, fields: dict[str, torch.Tensor | None], batch: int, null_metadata: bool) -> torch.Tensor:
+    def forward(
+        self, fields: dict[str, torch.Tensor | None], batch: int, null_metadata: bool | torch.Tensor
+    ) -> torch.Tensor:
         """Encode a batch.
 
         Args:
             fields: gps [B, 2], weather [B, 8] and text [B, n] with NaN rows for NULL; daytime and scene int64
                 [B] with 0 for NULL; a missing field is NULL for all.
             batch: B.
-            null_metadata: Treat everything as NULL.
+            null_metadata: Treat everything as NULL; bool [B] says it for each sample.
 
         Returns:
             [B, 704].
         """
         device = next(iter(self.null_rows.values())).device
-        all_null = torch.full((batch,), null_metadata, device=device)
+        all_null = torch.as_tensor(null_metadata, device=device).expand(batch)
         if self.training:
             all_null = all_null | (torch.rand(batch, device=device) < self.all_dropout)
         parts = []

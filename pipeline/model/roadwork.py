@@ -90,7 +90,7 @@ class RoadworkHead(nn.Module):
         self.segmentation = SegmentationHead(width, config.mask_side, config.pool_grid)
 
     def forward(
-        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool
+        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
     ) -> RoadworkOutput:
         """Answer for B photos from their kept views; see `RoadworkOutput` for the shapes."""
         views = self.projection(encoded.cls, encoded.cells, encoded.boxes)  # [B, K, 1 + g*g, H]
@@ -258,7 +258,7 @@ class RoadworkModel(PreTrainedModel):
     def answer(
         self,
         encoded: Encoded,
-        null_metadata: bool = False,
+        null_metadata: bool | torch.Tensor = False,
         *,
         gps: torch.Tensor | None = None,
         weather: torch.Tensor | None = None,
@@ -281,7 +281,7 @@ class RoadworkModel(PreTrainedModel):
         cls: torch.Tensor | None = None,
         cells: torch.Tensor | None = None,
         regions: torch.Tensor | None = None,
-        null_metadata: bool = False,
+        null_metadata: bool | torch.Tensor = False,
         keep_all: bool = False,
         labels: torch.Tensor | None = None,
         mask_targets: torch.Tensor | None = None,
@@ -298,7 +298,7 @@ class RoadworkModel(PreTrainedModel):
             cls: [B, V, D], see `pipeline.model.encoder.all_tokens`.
             cells: [B, V, g*g, 2D].
             regions: [B, V, D].
-            null_metadata: Treat all metadata as NULL.
+            null_metadata: Treat all metadata as NULL; bool [B] says it for each photo.
             keep_all: Prune nothing, whatever the configuration says.
             labels: int64 [B], -1 where unknown; asks for the loss.
             mask_targets: [B, 6, m, m], NaN where unknown.
