@@ -120,14 +120,11 @@ def evaluate(
     shown = predictions if profile == "native" else native_predictions(run, summary, index)
     if shown is None:
         say(f"for a report, `evaluate --run {run}` first, which measures the photos as they are")
-        return written
-
-    def photo(split: str, row: int) -> bytes:
-        if split not in datasets:
-            datasets[split] = open_split(folder, index, split, sizes, scale)
-        return datasets[split].photo(row)
-
-    say(f"report: {write_report(run, shown, photo)}")
+    else:
+        shown_splits = datasets | {
+            name: open_split(folder, index, name, sizes, scale) for name in set(shown["split"]) - set(splits)
+        }
+        say(f"report: {write_report(run, shown, lambda split, row: shown_splits[split].photo(row))}")
     return written
 
 
