@@ -152,9 +152,11 @@ def test_online_and_cached_tokens_mix_the_same_and_as_by_hand(model):
 def test_online_a_pair_costs_the_views_of_both_and_a_photo_alone_its_own(model, monkeypatch):
     seen, call = [], FrozenBackbone.__call__
     monkeypatch.setattr(FrozenBackbone, "__call__", lambda self, views: (seen.append(len(views)), call(self, views))[1])
-    encoded = model.encode(**photos(), mix=PAIRS)
+    uneven = Mix(PAIRS.partner, torch.tensor([0.95, 0.95, 0.9, 0.9, 1.0]))
+    encoded = model.encode(**photos(), mix=uneven)
     chosen = torch.zeros(5, 12, dtype=torch.bool).scatter_(1, encoded.indices, encoded.mask)
     chosen[:, 0] = False  # the global views come first
+    assert (chosen != chosen[PAIRS.partner]).any()  # or this test would show nothing
     assert seen == [5, int((chosen | chosen[PAIRS.partner]).sum())]
 
 
