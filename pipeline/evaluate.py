@@ -74,6 +74,11 @@ def evaluate(
     require(bool(splits), "--splits", splits, "one or more of train, val, test")
     require(batch_size >= 1, "--batch_size", batch_size, "1 or more")
     require(workers >= 0, "--workers", workers, "0 or more")
+    if features and profile == "streetvision":
+        raise UserError(
+            f"--features is {features!r}, but a feature cache holds what the live client sends of training photos "
+            "alone; leave --features out with --profile streetvision"
+        )
     if not run.is_dir():
         raise UserError(f"no run at {run}; name the folder that training wrote")
     start, model = time.monotonic(), load_model(run / "model", pick_device(device))
@@ -83,7 +88,7 @@ def evaluate(
     check_metadata(run, index, model.config.sizes)
     for name in splits:
         check_labelled(folder, index, name)
-    cache = find_cache(features, config.data, index, model) if profile == "native" else no_cache(features)
+    cache = find_cache(features, config.data, index, model) if profile == "native" else None
     sizes, scale = model.config.sizes, config.data.decode_scale
     datasets = {name: open_split(folder, index, name, sizes, scale, cache) for name in splits}
     path = run / "summary.json"
@@ -138,20 +143,8 @@ def native_predictions(run: Path, summary: dict[str, Any], index: Index) -> pd.D
     path = run / predictions_name("native")
     if summary.get("evaluation", {}).get("source_sha256") != index.source_sha256 or not path.is_file():
         return None
-    return pd.read_csv(path, dtype={"split": str, "key": str, "source": str, "label": "Int64", "kept_views": str})
-
-
-def no_cache(given: str | None) -> None:
-    """Refuse a cache for what the live client sends: caches hold it of training photos alone.
-
-    Raises:
-        UserError: The user asked for one.
-    """
-    if given:
-        raise UserError(
-            f"--features is {given!r}, but a feature cache holds what the live client sends of training photos alone; "
-            "leave --features out with --profile streetvision"
-        )
+    types: Any = {"split": str, "key": str, "source": str, "label": "Int64", "kept_views": str}
+    return pd.read_csv(path, dtype=types)
 
 
 def check_labelled(folder: str, index: Index, name: str) -> None:
