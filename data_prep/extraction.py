@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.features import MOST_VIEWS, NUM_VIEWS, Options
-from pipeline.data.copies import make_copy, placement_of
-from pipeline.data.dataset import ShardDataset, decode_scaled, mask_targets, prepare_image
+from pipeline.data.dataset import ShardDataset, decode_scaled
 from pipeline.data.feature_key import STORED_DTYPE
 from pipeline.data.features import PhotoTokens
 from pipeline.data.memory import keep_freed_memory
@@ -74,21 +72,10 @@ class Photos(Dataset[list[dict[str, Any]]]):
         with data.naming(data.split.samples[item.row].shard, data.split.samples[item.row]):
             image, size = decode_scaled(photo, data.side, data.decode_scale)
         mask = data.mask(item.row)
-        rows = [self._row(data, image, mask, size)]
-        for copy in range(1, item.copies):
-            cut = None
-            if mask is not None:
-                cut = placement_of(mask.shape[1], mask.shape[0], record.sha256, copy).mask(mask)
-            rows.append(self._row(data, make_copy(image, record.sha256, copy), cut))
-        return [{"photo": item.row, "sha256": record.sha256, **row} for row in rows]
-
-    @staticmethod
-    def _row(
-        data: ShardDataset, image: np.ndarray, mask: np.ndarray | None, size: tuple[int, int] | None = None
-    ) -> dict[str, Any]:
-        row = prepare_image(image, data.side, data.num_views, size)
-        useful = row["views"][row["view_mask"]]
-        return {**row, "views": useful, "mask_targets": mask_targets(mask, data.mask_side)}
+        rows = [data.cut(image, size, mask, record, copy) for copy in range(item.copies)]
+        return [
+            {"photo": item.row, "sha256": record.sha256, **row, "views": row["views"][row["view_mask"]]} for row in rows
+        ]
 
 
 @dataclass(frozen=True)

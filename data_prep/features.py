@@ -64,7 +64,8 @@ def features(
         recipe: What will be trained, a name in pipeline/recipes or a YAML file; it decides about backbone and views.
         model: Changes to the recipe's model.
         copies: Augmented copies of each training photo, beside itself. Odd ones are what the live client sends: 224 px
-            at one of four levels of degradation. Training then draws another copy in every epoch.
+            at one of four levels of degradation; even ones are mild. Training takes them by data.streetvision_share and
+            data.augment_share.
         shard_mb: A file of the cache holds about this many megabytes.
         device: cpu, cuda, cuda:1, or auto for this process's GPU where there is one.
         workers: Processes, for each of those that compute, which read, decode and cut views; by default one for each

@@ -50,6 +50,10 @@ class DataConfig:
     """`weighted` draws by the shards' GPS-cluster weights, `uniform` ignores them."""
     epoch_share: float = 0.8
     """Share of the training split that one epoch draws, without replacement; weights decide who is left out."""
+    augment_share: float = 0.0
+    """Share of training samples that are a mild copy of the photo: a part of it, perhaps mirrored, in another light."""
+    streetvision_share: float = 0.0
+    """Share of training samples as the live client sends them: 224 px at one of its four levels, without metadata."""
     allow_leaks: bool = False
     """Train on metadata fields although the shards say that they give the label away."""
     workers: int = 4
@@ -62,6 +66,12 @@ class DataConfig:
             "data.decode_scale", self.decode_scale, f"one of {', '.join(DECODE_SCALES)}",
         )  # fmt: skip
         require(0 < self.epoch_share <= 1, "data.epoch_share", self.epoch_share, "in (0, 1]")
+        for key in ("augment_share", "streetvision_share"):
+            require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "in [0, 1]")
+        require(
+            self.augment_share + self.streetvision_share <= 1,
+            "data.streetvision_share", self.streetvision_share, "at most 1 - data.augment_share",
+        )  # fmt: skip
         require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "1 or more")
         require(
             not (self.features and self.streaming),

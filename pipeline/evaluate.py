@@ -6,15 +6,16 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from pipeline.cli import command
 from pipeline.config import DataConfig, read_config
+from pipeline.data.copies import STREETVISION
 from pipeline.data.dataset import METADATA_KEYS, ShardDataset, collate, photo_inputs
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key
@@ -31,6 +32,7 @@ from pipeline.model.roadwork import RoadworkModel
 from pipeline.progress import say, track
 from pipeline.report import write_report
 
+Profile = Literal["native", "streetvision"]
 BOOTSTRAP_SEED, BOOTSTRAP_ROUNDS = 0, 1000
 SMALLEST_CLUSTER = 20  # labelled photos; an MCC of fewer is noise
 
@@ -42,6 +44,7 @@ def evaluate(
     features: str | None = None,
     baseline: Path | None = None,
     splits: list[str] = ["val", "test"],  # noqa: B006  (a list is what gives the flag several words)
+    profile: Profile = "native",
     batch_size: int = 16,
     workers: int = 2,
     device: str = "auto",
@@ -58,6 +61,9 @@ def evaluate(
             the one that the run was trained from, as far as it is still there and of these shards.
         baseline: An evaluated run on the same shards, such as one of a baseline head, to be shown beside.
         splits: Splits to measure. Without `val`, the cut is the one of an earlier evaluation or of training.
+        profile: `native` measures the photos as they are; `streetvision` what the live client would send of each one,
+            224 px at one of its four levels and no metadata. It has a cut, a part of summary.json and a
+            predictions_streetvision.csv of its own, and the report shows its scores below the native ones.
         batch_size: Photos in one forward pass.
         workers: Processes that read, decode and cut views; 0 does it in this one.
         device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
@@ -68,6 +74,11 @@ def evaluate(
     require(bool(splits), "--splits", splits, "one or more of train, val, test")
     require(batch_size >= 1, "--batch_size", batch_size, "1 or more")
     require(workers >= 0, "--workers", workers, "0 or more")
+    if features and profile == "streetvision":
+        raise UserError(
+            f"--features is {features!r}, but a feature cache holds what the live client sends of training photos "
+            "alone; leave --features out with --profile streetvision"
+        )
     if not run.is_dir():
         raise UserError(f"no run at {run}; name the folder that training wrote")
     start, model = time.monotonic(), load_model(run / "model", pick_device(device))
@@ -77,14 +88,16 @@ def evaluate(
     check_metadata(run, index, model.config.sizes)
     for name in splits:
         check_labelled(folder, index, name)
-    cache = find_cache(features, config.data, index, model)
+    cache = find_cache(features, config.data, index, model) if profile == "native" else None
     sizes, scale = model.config.sizes, config.data.decode_scale
     datasets = {name: open_split(folder, index, name, sizes, scale, cache) for name in splits}
     path = run / "summary.json"
     summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    earlier = None if "val" in splits else known_threshold(run, summary)
+    results = summary if profile == "native" else summary.setdefault(profile, {})
+    earlier = None if "val" in splits else known_threshold(run, results)
+    copy = 0 if profile == "native" else STREETVISION.first
     predictions = pd.concat(
-        [predict_split(model, name, dataset, batch_size, workers) for name, dataset in datasets.items()],
+        [predict_split(model, name, dataset, batch_size, workers, copy) for name, dataset in datasets.items()],
         ignore_index=True,
     )
     threshold = choose_threshold(predictions) if earlier is None else earlier
@@ -92,9 +105,9 @@ def evaluate(
     wall_s = time.monotonic() - start
     for name in splits:
         rows = predictions[predictions["split"] == name].dropna(subset=["label"])
-        summary[name] = {**score_split(rows, threshold), "clusters": score_clusters(rows, threshold, index)}
-        _tell(name, summary[name])
-    summary["evaluation"] = {
+        results[name] = {**score_split(rows, threshold), "clusters": score_clusters(rows, threshold, index)}
+        _tell(name if profile == "native" else f"{name}, {profile}", results[name])
+    results["evaluation"] = {
         "data": index.arguments.get("source_kind", PurePosixPath(folder).name),
         "shards": folder,
         "source_sha256": index.source_sha256,
@@ -105,12 +118,33 @@ def evaluate(
         "wall_s": round(wall_s, 1),
         "images_per_s": round(len(predictions) / wall_s, 2),
     }
-    write_text(run / "predictions.csv", predictions.to_csv(index=False))
+    write_text(run / predictions_name(profile), predictions.to_csv(index=False))
     if baseline is not None:
-        summary["baseline"] = compare(baseline, index)
+        results["baseline"] = compare(baseline, index, profile)
     written = write_summary(run, summary)
-    say(f"report: {write_report(run, predictions, lambda split, row: datasets[split].photo(row))}")
+    shown = predictions if profile == "native" else native_predictions(run, summary, index)
+    if shown is None:
+        say(f"for a report, `evaluate --run {run}` first, which measures the photos as they are")
+    else:
+        shown_splits = datasets | {
+            name: open_split(folder, index, name, sizes, scale) for name in set(shown["split"]) - set(splits)
+        }
+        say(f"report: {write_report(run, shown, lambda split, row: shown_splits[split].photo(row))}")
     return written
+
+
+def predictions_name(profile: Profile) -> str:
+    """Of the file in the run folder."""
+    return "predictions.csv" if profile == "native" else f"predictions_{profile}.csv"
+
+
+def native_predictions(run: Path, summary: dict[str, Any], index: Index) -> pd.DataFrame | None:
+    """What an earlier evaluation of the photos as they are has written; None where there is none on these shards."""
+    path = run / predictions_name("native")
+    if summary.get("evaluation", {}).get("source_sha256") != index.source_sha256 or not path.is_file():
+        return None
+    types: Any = {"split": str, "key": str, "source": str, "label": "Int64", "kept_views": str}
+    return pd.read_csv(path, dtype=types)
 
 
 def check_labelled(folder: str, index: Index, name: str) -> None:
@@ -153,16 +187,20 @@ def check_metadata(run: Path, index: Index, model: ModelConfig) -> None:
         say(f"do not trust the score with metadata: in these shards {name} gives the label away ({why})")
 
 
-def compare(baseline: Path, index: Index) -> dict[str, Any]:
-    """The headline of another run, for the summary of this one.
+def compare(baseline: Path, index: Index, profile: Profile = "native") -> dict[str, Any]:
+    """The headline of another run in the same profile, for the summary of this one.
 
     Raises:
         UserError: It is not evaluated on the test split, or its shards are others.
     """
     path = baseline / "summary.json"
     other = json.loads(path.read_text()) if path.is_file() else {}
+    flags = "" if profile == "native" else f" --profile {profile}"
+    other = other if profile == "native" else other.get(profile, {})
     if "test" not in other:
-        raise UserError(f"the baseline {baseline} has no evaluation on test; run `evaluate --run {baseline}` first")
+        raise UserError(
+            f"the baseline {baseline} has no evaluation on test; run `evaluate --run {baseline}{flags}` first"
+        )
     if other["evaluation"]["source_sha256"] != index.source_sha256:
         raise UserError(f"the baseline {baseline} was evaluated on other shards, so the two cannot be compared")
     return {
@@ -193,15 +231,22 @@ def choose_threshold(predictions: pd.DataFrame) -> float:
 
 
 def predict_split(
-    model: RoadworkModel, name: str, dataset: ShardDataset, batch_size: int, workers: int
+    model: RoadworkModel, name: str, dataset: ShardDataset, batch_size: int, workers: int, copy: int = 0
 ) -> pd.DataFrame:
-    """Both regimes' probabilities for every sample of a split, labelled or not.
+    """Probabilities with and without metadata for every sample of a split, or for a copy of each, labelled or not.
 
     Returns:
         The columns of predictions.csv but `prediction`, in the order of the shards; `label` is NA where
         unknown.
     """
-    loader = DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=keep_freed_memory)
+    numbers = range(copy * len(dataset), (copy + 1) * len(dataset))
+    loader = DataLoader(
+        Subset(dataset, numbers),
+        batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=keep_freed_memory,
+    )
     found = list(track(answers(model, loader), len(dataset), f"evaluating {name}"))
     samples = dataset.split.samples
     return pd.DataFrame(
@@ -232,7 +277,8 @@ def answers(
         inputs: dict[str, Any] = photo_inputs(batch)
         encoded = model.encode(**inputs)
         blind = model.answer(encoded, null_metadata=True)
-        informed = model.answer(encoded, **{key: batch[key] for key in METADATA_KEYS})
+        metadata = {key: batch[key] for key in METADATA_KEYS}
+        informed = model.answer(encoded, batch["null_metadata"], **metadata)
         probabilities = [probability_of(model, output, 0.0) for output in (blind, informed)]
         yield from zip(*probabilities, kept_views(blind), strict=True)
 

@@ -10,11 +10,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipeline.config import Config
+from pipeline.data.copies import AUGMENTED, STREETVISION
 from pipeline.data.dataset import ShardDataset, collate
-from pipeline.data.feature_dataset import CopySampler, FeatureDataset, open_split
+from pipeline.data.feature_dataset import FeatureDataset, open_split
 from pipeline.data.features import FeatureCache
 from pipeline.data.index import Index
 from pipeline.data.memory import keep_freed_memory
+from pipeline.data.mixture import Mixture, MixtureSampler
 from pipeline.data.sampler import PositionSampler
 from pipeline.data.stand_in import StandIn
 from pipeline.data.streaming import StreamedSplit, inclusion
@@ -69,22 +71,46 @@ def open_feed(
             say(f"no shards at {config.data.shards} yet: planning with a stand-in of noise, as if it were all the data")
         sizes = config.model.view_side, config.model.num_views, config.model.mask_side
         noise = StandIn(2 * config.train.batch_size, *sizes, config.model.text_dim)
-        return _random_access(config, noise, np.ones(len(noise)), batch_size, rank, world_size)
+        mixture = Mixture(config.train.seed)
+        return _random_access(config, noise, np.ones(len(noise)), mixture, batch_size, rank, world_size)
     data = open_split(config.data.shards, index, "train", config.model, config.data.decode_scale, cache)
-    weights = sampling_weights(config, data.split)
+    weights, mixture = sampling_weights(config, data.split), mixture_of(config, data)
+    if rank == 0 and mixture.copies and not mixture.augment_share + mixture.streetvision_share:
+        say(
+            "the augmented copies in the feature cache are not used: data.augment_share and data.streetvision_share "
+            "are both 0"
+        )
     if config.data.streaming:
-        return _streamed(config, data, weights, batch_size, rank, world_size)
-    return _random_access(config, data, weights, batch_size, rank, world_size)
+        return _streamed(config, data, weights, mixture, batch_size, rank, world_size)
+    return _random_access(config, data, weights, mixture, batch_size, rank, world_size)
+
+
+def mixture_of(config: Config, data: ShardDataset) -> Mixture:
+    """The regimes that `data` asks for.
+
+    Raises:
+        UserError: The feature cache has no copies of a kind that is asked for.
+    """
+    shares = {AUGMENTED: config.data.augment_share, STREETVISION: config.data.streetvision_share}
+    copies = data.copies - 1 if isinstance(data, FeatureDataset) else None
+    for kind, share in shares.items():
+        key = "data.augment_share" if kind is AUGMENTED else "data.streetvision_share"
+        if share and copies is not None and not kind.count(copies):
+            raise UserError(
+                f"{key} is {share:g}, but the feature cache {config.data.features} holds no {kind.name} copies; make "
+                f"it anew with `./launch.sh prep features --copies {kind.first}` or more, or set {key} to 0"
+            )
+    return Mixture(config.train.seed, shares[AUGMENTED], shares[STREETVISION], copies)
 
 
 def _random_access(
-    config: Config, data: ShardDataset | StandIn, weights: np.ndarray, batch_size: int, rank: int, world_size: int
-) -> Feed:
-    order = CopySampler(
+    config: Config, data: ShardDataset | StandIn, weights: np.ndarray, mixture: Mixture, batch_size: int, rank: int,
+    world_size: int,
+) -> Feed:  # fmt: skip
+    order = MixtureSampler(
         weights,
         plan_schedule(config, len(data)).samples_per_epoch,
-        copies=data.copies if isinstance(data, FeatureDataset) else 1,
-        seed=config.train.seed, batch_size=batch_size, rank=rank, world_size=world_size,
+        mixture=mixture, batch_size=batch_size, rank=rank, world_size=world_size,
     )  # fmt: skip
     loader = DataLoader(
         data, batch_sampler=order, num_workers=config.data.workers, collate_fn=collate,
@@ -94,8 +120,9 @@ def _random_access(
 
 
 def _streamed(
-    config: Config, data: ShardDataset, weights: np.ndarray, batch_size: int, rank: int, world_size: int
-) -> Feed:
+    config: Config, data: ShardDataset, weights: np.ndarray, mixture: Mixture, batch_size: int, rank: int,
+    world_size: int,
+) -> Feed:  # fmt: skip
     tars = len(data.split.shards)
     if tars < world_size:
         raise UserError(
@@ -106,7 +133,7 @@ def _streamed(
     order = StreamedSplit(
         data,
         inclusion(weights, drawn),
-        seed=config.train.seed, buffer=config.data.shuffle_buffer, rank=rank, world_size=world_size,
+        mixture=mixture, buffer=config.data.shuffle_buffer, rank=rank, world_size=world_size,
     )  # fmt: skip
     workers = min(config.data.workers, tars // world_size)
     if rank == 0:

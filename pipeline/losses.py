@@ -7,12 +7,14 @@ accumulation nor world size changes the gradient.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
 from pipeline.errors import require
+from pipeline.model.mixup import Mix
 from pipeline.model.moe import at_least_float32, balance_loss, z_loss
 from pipeline.model.output import RoadworkOutput
 
@@ -44,6 +46,8 @@ class LossConfig:
     """Focal exponent: how much less a sample counts the surer the model is of it; 0 turns it off."""
     label_smoothing: float = 0.1
     """Share of a label that is spread evenly over both classes."""
+    mixup_alpha: float = 0.0
+    """Photos are mixed in pairs in training, by a share from Beta(alpha, alpha); 0 mixes none, 0.2 is usual."""
 
     def __post_init__(self) -> None:
         for term in TERMS:
@@ -51,6 +55,7 @@ class LossConfig:
         require(0 < self.focal_alpha < 1, "loss.focal_alpha", self.focal_alpha, "in (0, 1)")
         require(self.focal_gamma >= 0, "loss.focal_gamma", self.focal_gamma, "0 or more")
         require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "in [0, 1)")
+        require(self.mixup_alpha >= 0, "loss.mixup_alpha", self.mixup_alpha, "0 or more")
 
 
 @dataclass
@@ -79,6 +84,10 @@ class Targets:
         """bool [B]."""
         return ~self.masks.flatten(1).isnan().any(dim=1)
 
+    def of(self, photos: torch.Tensor) -> Targets:
+        """The targets of int64 [b] photos of the batch."""
+        return Targets(self.labels[photos], self.weather[photos], self.masks[photos])
+
 
 def count_targets(targets: Targets) -> torch.Tensor:
     """How many samples of a batch contribute to each term: float32 [len(TERMS)], in the order of `TERMS`.
@@ -96,7 +105,7 @@ def count_targets(targets: Targets) -> torch.Tensor:
 
 
 def loss_terms(
-    output: RoadworkOutput, targets: Targets, config: LossConfig, experts_per_token: int
+    output: RoadworkOutput, targets: Targets, config: LossConfig, experts_per_token: int, mix: Mix | None = None
 ) -> dict[str, torch.Tensor]:
     """Every term that the model's output allows.
 
@@ -105,18 +114,21 @@ def loss_terms(
         targets: The batch's targets.
         config: The shape of the focal loss.
         experts_per_token: The router's k, for the load balancing.
+        mix: Of the photos that were answered for; the targets are those of each photo before it was mixed.
 
     Returns:
         Per term a value per sample, [B], unweighted; in float32, or float64 where the output is float64.
     """
-    assert output.logits is not None
-    terms = {"roadwork": focal_loss(output.logits, targets.labels, config)}
+    logits, weather_logits = output.logits, output.weather_logits
+    assert logits is not None
+    terms = {"roadwork": mixed(lambda of: focal_loss(logits, of.labels, config), targets, mix)}
     if output.view_logits is not None and output.view_mask is not None:
         terms["consistency"] = view_disagreement(output.view_logits, output.view_mask)
-    if output.weather_logits is not None:
-        terms["weather"] = weather_loss(output.weather_logits, targets)
+    if weather_logits is not None:
+        terms["weather"] = mixed(lambda of: weather_loss(weather_logits, of), targets, mix)
     if output.mask_logits is not None:
-        terms["segmentation"] = segmentation_loss(output.mask_logits, targets)
+        whole, share = (targets, 1.0) if mix is None else mixed_masks(targets, mix)
+        terms["segmentation"] = share * segmentation_loss(output.mask_logits, whole)
     if output.router_logits is not None and output.token_mask is not None:
         mask = output.token_mask
         balance = [balance_loss(logits, mask, experts_per_token) for logits in output.router_logits]
@@ -129,6 +141,40 @@ def loss_terms(
             else torch.zeros_like(terms["roadwork"])
         )
     return terms
+
+
+def mixed(loss: Callable[[Targets], torch.Tensor], targets: Targets, mix: Mix | None) -> torch.Tensor:
+    """A loss of mixed photos that is linear in its targets, so that it is the same mix of the losses of both.
+
+    A target that one of a pair lacks drops out with its share. Each target counts fully in the two photos that it is in
+    together, so `count_targets` need not know who is mixed with whom.
+
+    Args:
+        loss: Values per photo, [B], for given targets, zero where there is none.
+        targets: Of the photos before they were mixed.
+        mix: Of the photos; None for none.
+    """
+    if mix is None:
+        return loss(targets)
+    share = mix.share.to(targets.labels.device)
+    return share * loss(targets) + (1 - share) * loss(targets.of(mix.partner))
+
+
+def mixed_masks(targets: Targets, mix: Mix) -> tuple[Targets, torch.Tensor]:
+    """Masks of mixed photos, and how much each counts: Dice is not linear, so the masks are mixed and not the losses.
+
+    Returns:
+        The targets with masks in the proportion of the shares, or that of the one photo that has one, and [B] the sum
+        of the shares of the photos that have one.
+    """
+    partner = targets.of(mix.partner)
+    own, other = mix.share * targets.has_mask, (1 - mix.share) * partner.has_mask
+    weight = own + other
+    own, other = (part / weight.clamp(min=torch.finfo(weight.dtype).tiny) for part in (own, other))
+    parts = [part[:, None, None, None] * of.masks.nan_to_num(0.0) for part, of in ((own, targets), (other, partner))]
+    masks = parts[0] + parts[1]
+    masks = torch.where((weight > 0)[:, None, None, None], masks, torch.nan)
+    return replace(targets, masks=masks), weight
 
 
 def combine(terms: dict[str, torch.Tensor], counts: torch.Tensor, config: LossConfig) -> torch.Tensor:

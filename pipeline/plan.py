@@ -44,6 +44,23 @@ def plan_batches(config: TrainConfig, world_size: int) -> Batching:
     return Batching(config.batch_size, micro, share // micro)
 
 
+def check_mixup(alpha: float, batching: Batching) -> None:
+    """Refuse mixup where no photo has another one beside it.
+
+    Args:
+        alpha: `loss.mixup_alpha`.
+        batching: Of the run.
+
+    Raises:
+        UserError: Each forward pass has a single photo.
+    """
+    if alpha > 0 and batching.micro_batch_size == 1:
+        raise UserError(
+            f"loss.mixup_alpha is {alpha:g}, but each forward pass has one photo and nothing to mix it with; raise "
+            "train.micro_batch_size, or train.batch_size, to two per process or more, or set loss.mixup_alpha to 0"
+        )
+
+
 @dataclass(frozen=True)
 class Schedule:
     """The length of a run."""

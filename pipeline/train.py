@@ -26,7 +26,7 @@ from pipeline.feed import open_feed
 from pipeline.files import write_summary
 from pipeline.memory import Sharding
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.plan import describe_model, describe_schedule, plan_batches, plan_schedule
+from pipeline.plan import check_mixup, describe_model, describe_schedule, plan_batches, plan_schedule
 from pipeline.progress import say, silence_libraries
 from pipeline.rank_logs import divert_output
 from pipeline.run_folder import RunFolder
@@ -59,6 +59,7 @@ def train(config: Config, dry_run: bool) -> Path | None:
     cache = None if index is None else open_cache(config.data.features, index)
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     batching = plan_batches(config.train, world_size)
+    check_mixup(config.loss.mixup_alpha, batching)
     precision = resolve_precision(config.train.precision)
     accelerator = start(
         batch_size=batching.micro_batch_size,

@@ -187,7 +187,7 @@ class Trainer:
                 with self.meter.forward():
                     output = self.engine(
                         **model_inputs(batch), labels=batch["labels"], mask_targets=batch["mask_targets"],
-                        target_counts=counts, keep_all=keep_all,
+                        target_counts=counts, keep_all=keep_all, null_metadata=batch["null_metadata"],
                     )  # fmt: skip
                 # The loss is this micro-batch's share of the mean over all; DeepSpeed averages over ranks and
                 # micro-batches, which would divide it once more.

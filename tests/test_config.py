@@ -72,6 +72,12 @@ def test_every_short_form_stands_for_a_key():
         (["--model.view_side", "518"], "model.view_side is 518.* like 512"),
         (["--model.metadata", "[gps, name]"], r"model.metadata is \['name'\]"),
         (["--data.decode_scale", "third"], "data.decode_scale is 'third', but must be one of full, half"),
+        (["--data.augment_share", "1.5"], r"data.augment_share is 1.5, but must be in \[0, 1\]"),
+        (["--data.streetvision_share", "-0.1"], r"data.streetvision_share is -0.1, but must be in \[0, 1\]"),
+        (
+            ["--data.augment_share", "0.7", "--data.streetvision_share", "0.5"],
+            r"data.streetvision_share is 0.5, but must be at most 1 - data.augment_share",
+        ),
         (["--data.sampling", "best"], "data.sampling is 'best', but must be one of weighted, uniform"),
         (["--config", "absent.yaml"], "does not exist"),
     ],

@@ -7,8 +7,10 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.copies import make_copy
+from pipeline.data.dataset import ShardDataset, collate, model_inputs, prepare_image
 from pipeline.data.index import read_index
+from pipeline.data.photo import decode
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate, score_clusters, score_split
 from pipeline.inference import kept_views, pick_device
@@ -235,3 +237,71 @@ def test_a_cache_that_does_not_fit_is_passed_over_with_a_word_and_refused_when_a
     assert "computing the tokens anew: the feature cache" in capsys.readouterr().err
     evaluate(run, splits=["test"], features="", workers=0)
     assert "computing the tokens anew" not in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def sent(evaluated, tmp_path_factory):
+    """The evaluated run, evaluated once more on what the live client would send."""
+    run = shutil.copytree(evaluated[0], tmp_path_factory.mktemp("sent") / "run")
+    path = evaluate(run, profile="streetvision", workers=0)
+    return run, json.loads(path.read_text()), pd.read_csv(run / "predictions_streetvision.csv")
+
+
+def test_the_clients_profile_leaves_the_native_evaluation_as_it_was(sent, evaluated):
+    run, summary, _ = sent
+    before = json.loads((evaluated[0] / "summary.json").read_text())
+    client = summary["streetvision"]
+    assert summary == {**before, "streetvision": client}
+    assert (run / "predictions.csv").read_bytes() == (evaluated[0] / "predictions.csv").read_bytes()
+    assert (client["val"]["n"], client["test"]["n"]) == (40, 60)
+    assert client["evaluation"]["source_sha256"] == summary["evaluation"]["source_sha256"]
+
+
+def test_the_client_is_answered_from_its_224_pixels_without_metadata(sent, trained):
+    _, _, rows = sent
+    shards = trained.parent / "shards"
+    dataset = ShardDataset(shards, read_index(shards), "test", 32, 12, 4)
+    model, views = RoadworkModel.from_pretrained(trained / "model").eval(), []
+    for row in range(5):
+        record, photo = dataset.sample(row)
+        views.append(prepare_image(make_copy(decode(photo), record.sha256, 1), 32, 12))
+    with torch.no_grad():
+        output = model(**collate(views), null_metadata=True)
+    written = rows[rows["split"] == "test"].head(5)
+    np.testing.assert_allclose(written["probability_null"], model.probability(output.logits), atol=1e-5)
+    np.testing.assert_allclose(rows["probability"], rows["probability_null"], atol=1e-6)
+
+
+def test_the_clients_cut_is_the_best_on_what_it_sends(sent):
+    _, summary, rows = sent
+    val = rows[rows["split"] == "val"]
+    values = np.unique(val["probability_null"])
+    highest = max(
+        sk.matthews_corrcoef(val["label"], val["probability_null"] > cut) for cut in (values[1:] + values[:-1]) / 2
+    )
+    assert summary["streetvision"]["val"]["mcc_null_metadata"] == pytest.approx(highest)
+    threshold = summary["streetvision"]["evaluation"]["threshold"]
+    assert threshold == summary["streetvision"]["test"]["threshold"] != summary["test"]["threshold"]
+    assert (rows["prediction"] == (rows["probability_null"] > threshold)).all()
+
+
+def test_the_report_shows_both_profiles_whichever_was_evaluated_last(sent, evaluated, tmp_path):
+    page = (sent[0] / "report.html").read_text()
+    assert "test, streetvision" in page
+    assert "test, streetvision" not in (evaluated[0] / "report.html").read_text()
+    run = shutil.copytree(sent[0], tmp_path / "run")
+    evaluate(run, splits=["test"], workers=0)
+    assert (run / "report.html").read_text().count("test, streetvision") == 1
+
+
+def test_the_clients_profile_alone_has_no_report_and_takes_no_cache(trained, cached, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    with pytest.raises(UserError, match=r"leave --features out with --profile streetvision"):
+        evaluate(run, profile="streetvision", features=str(cached[1]), workers=0)
+    with pytest.raises(UserError, match="no threshold"):  # that of training is for whole photos
+        evaluate(run, profile="streetvision", splits=["test"], workers=0)
+    evaluate(run, profile="streetvision", splits=["val"], workers=0)
+    assert not (run / "report.html").exists()
+    assert "for a report, `evaluate --run" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"no evaluation on test; run `evaluate --run .*run` first"):
+        evaluate(trained, baseline=run, workers=0)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import islice
 
 import pytest
+import torch
 
 from pipeline.config import Config, DataConfig, TrainConfig
 from pipeline.data.features import open_cache
 from pipeline.data.index import read_index
+from pipeline.data.views import view_boxes
 from pipeline.errors import UserError
 from pipeline.feed import open_feed
 from tests.data.tampering import distribute
@@ -76,17 +78,72 @@ def test_there_are_no_more_readers_than_tars(shards, capsys):
     assert "a resumed run starts a new pass" in told[0]
 
 
-def test_features_replace_the_photos_and_bring_copies(tmp_path):
-    make_shards(tmp_path / "shards", {"train": [number % 2 for number in range(PHOTOS)]})
-    cache = make_cache(tmp_path / "cache", tmp_path / "shards", make_backbone(tmp_path / "backbone"), copies=2)
-    index = read_index(tmp_path / "shards")
-    fed = feed(tmp_path / "shards", features=str(cache), cache=open_cache(str(cache), index))
+@pytest.fixture(scope="module")
+def cached(tmp_path_factory):
+    """Shards in one tar, and caches of them with two copies of each photo, with one and with none."""
+    folder = tmp_path_factory.mktemp("cached")
+    make_shards(folder / "shards", {"train": [number % 2 for number in range(PHOTOS)]})
+    backbone = make_backbone(folder / "backbone")
+    for copies in range(3):
+        make_cache(folder / f"cache{copies}", folder / "shards", backbone, copies=copies)
+    return folder
+
+
+def from_cache(cached, copies, **data):
+    place = str(cached / f"cache{copies}")
+    return feed(
+        cached / "shards", features=place, cache=open_cache(place, read_index(cached / "shards")), **data
+    )  # fmt: skip
+
+
+def test_features_replace_the_photos_and_their_copies_wait_until_they_are_asked_for(cached, capsys):
+    fed = from_cache(cached, 2)
+    assert "augmented copies in the feature cache are not used" in capsys.readouterr().err
     batches = list(islice(fed.batches(0), 18))
     assert all("views" not in batch and len(batch["cells"]) == 2 for batch in batches)
-    photos = rows(feed(tmp_path / "shards"), 18)
+    photos = rows(feed(cached / "shards"), 18)
     assert [batch["row"].tolist() for batch in batches] == photos  # the same photos in the same order
-    seen = {(row, cls[0].sum().item()) for b in batches for row, cls in zip(b["row"].tolist(), b["cls"], strict=True)}
-    assert len(seen) == 3 * PHOTOS
+    assert len(tokens_seen(batches)) == PHOTOS
+    assert not any(batch["null_metadata"].any() for batch in batches)
+
+
+def tokens_seen(batches):
+    return {(row, cls[0].sum().item()) for b in batches for row, cls in zip(b["row"].tolist(), b["cls"], strict=True)}
+
+
+def test_copies_come_from_the_cache_by_their_shares(cached, capsys):
+    shares = {"augment_share": 0.4, "streetvision_share": 0.3}
+    fed = from_cache(cached, 2, **shares)
+    batches = list(islice(fed.batches(0), 6 * 20))
+    assert "not used" not in capsys.readouterr().err
+    assert len(tokens_seen(batches)) == 3 * PHOTOS
+    null = torch.cat([batch["null_metadata"] for batch in batches]).float().mean().item()
+    assert null == pytest.approx(0.3, abs=0.1)  # of 240 samples: three standard errors
+    online = [batch["null_metadata"].tolist() for batch in islice(feed(cached / "shards", **shares).batches(0), 120)]
+    assert [batch["null_metadata"].tolist() for batch in batches] == online
+
+
+def test_the_clients_samples_are_224_pixels_online_and_have_no_metadata_to_answer_from(shards):
+    for streaming in (False, True):
+        fed = feed(shards, streetvision_share=1.0, streaming=streaming)
+        batch = next(fed.batches(0))
+        assert batch["null_metadata"].all()
+        assert not batch["weather"].isnan().any()  # which stays a target
+        square = view_boxes(224, 224, 32).expand(2, -1, -1)
+        assert torch.equal(batch["boxes"], square)
+
+
+@pytest.mark.parametrize(
+    ("copies", "share", "words"),
+    [
+        (0, "streetvision_share", r"holds no streetvision copies; .* --copies 1` or more"),
+        (0, "augment_share", r"holds no augmented copies; .* --copies 2` or more"),
+        (1, "augment_share", r"cache1 holds no augmented copies; .*, or set data\.augment_share to 0"),
+    ],
+)
+def test_copies_that_the_cache_lacks_are_refused_in_one_sentence(cached, copies, share, words):
+    with pytest.raises(UserError, match=rf"data\.{share} is 0\.5, but .*{words}"):
+        from_cache(cached, copies, **{share: 0.5})
 
 
 def test_streaming_and_features_exclude_each_other():

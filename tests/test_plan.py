@@ -2,7 +2,7 @@ import pytest
 
 from pipeline.config import Config, DataConfig, TrainConfig
 from pipeline.errors import UserError
-from pipeline.plan import plan_batches, plan_schedule
+from pipeline.plan import check_mixup, plan_batches, plan_schedule
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 64])
@@ -37,3 +37,10 @@ def test_a_run_shorter_than_its_validations_still_validates_its_last_step():
     schedule = plan_schedule(Config(train=TrainConfig(epochs=1, batch_size=64, validations_per_epoch=5)), 40)
     assert schedule.steps == 1
     assert schedule.validation_steps == {1}
+
+
+def test_mixup_needs_two_photos_beside_each_other():
+    check_mixup(0.2, plan_batches(TrainConfig(batch_size=4, micro_batch_size=2), 1))
+    check_mixup(0.0, plan_batches(TrainConfig(batch_size=4, micro_batch_size=1), 1))
+    with pytest.raises(UserError, match=r"loss\.mixup_alpha is 0\.2, but each forward pass has one photo"):
+        check_mixup(0.2, plan_batches(TrainConfig(batch_size=4, micro_batch_size=8), 4))

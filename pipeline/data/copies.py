@@ -1,6 +1,8 @@
-"""The augmented copies in a feature cache: a function of the photo and the copy's number, wherever they are made."""
+"""Augmented copies of a photo: a function of the photo and the copy's number, wherever they are made."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,10 +16,36 @@ from pipeline.data.augment import (
 )
 
 
-def make_copy(image: np.ndarray, sha256: str, copy: int) -> np.ndarray:
-    """An augmented copy of a photo.
+@dataclass(frozen=True)
+class Kind:
+    """Copies of one kind, which share every second number."""
 
-    Odd copies are what the live client sends, 224 px at one of its levels; even ones are mild and keep the resolution.
+    name: str
+    first: int
+    """The lowest of their numbers."""
+
+    def number(self, place: int) -> int:
+        """Number of the copy of this kind that comes after `place` others."""
+        return self.first + 2 * place
+
+    def count(self, copies: int) -> int:
+        """How many of the copies 1, 2 to `copies` are of this kind."""
+        return (copies - self.first) // 2 + 1
+
+
+STREETVISION = Kind("streetvision", 1)
+"""What the live client sends, 224 px at one of its levels, and without metadata."""
+AUGMENTED = Kind("augmented", 2)
+"""Mild ones, which keep the photo's resolution."""
+
+
+def is_streetvision(copy: int) -> bool:
+    """Whether a copy is as the live client sends it; 0 is the photo itself."""
+    return copy % 2 == STREETVISION.first
+
+
+def make_copy(image: np.ndarray, sha256: str, copy: int) -> np.ndarray:
+    """An augmented copy of a photo: `STREETVISION` where its number is odd, `AUGMENTED` where it is even.
 
     Args:
         image: uint8 [H, W, 3].
@@ -28,7 +56,7 @@ def make_copy(image: np.ndarray, sha256: str, copy: int) -> np.ndarray:
         uint8 [h, w, 3].
     """
     generator = _generator(sha256, copy)
-    if copy % 2:
+    if is_streetvision(copy):
         return streetvision(image, int(generator.integers(LEVELS)), generator)
     return augmented_copy(image, generator)
 
@@ -43,7 +71,7 @@ def placement_of(width: int, height: int, sha256: str, copy: int) -> Placement:
         copy: 1 or more.
     """
     generator = _generator(sha256, copy)
-    if copy % 2:
+    if is_streetvision(copy):
         return streetvision_placement(width, height, int(generator.integers(LEVELS)), generator)
     return copy_placement(width, height, generator)
 

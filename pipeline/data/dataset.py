@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
+from pipeline.data.copies import is_streetvision, make_copy, placement_of
 from pipeline.data.index import HEADER_BYTES, Index, Sample
 from pipeline.data.integrity import (
     Damage,
@@ -203,11 +204,16 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.split.samples)
 
-    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        """Views, metadata and targets of a sample; `labels` is -1 where unknown, `row` its place in the split."""
-        return self.assemble(row, self._read(row, self.split.samples[row].members))
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        """Views, metadata and targets of a photo, or of an augmented copy of it.
 
-    def assemble(self, row: int, members: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
+        Args:
+            number: `copy * len(self) + row`, with copy 0 for the photo itself, and see `make_copy` for others.
+        """
+        copy, row = divmod(number, len(self))
+        return self.assemble(row, self._read(row, self.split.samples[row].members), copy)
+
+    def assemble(self, row: int, members: Mapping[str, bytes], copy: int = 0) -> dict[str, torch.Tensor]:
         """See `__getitem__`: for a sample whose members, by extension, were read already.
 
         Raises:
@@ -216,18 +222,41 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         sample = self.split.samples[row]
         with self.naming(sample.shard, sample):
             record = check_sample(sample, self.name, members)
+            image, size = decode_scaled(members[sample.photo_extension], self.side, self.decode_scale, _SCRATCH)
             mask = decode_mask(members["mask.png"]) if "mask.png" in members else None
-            return {
-                **prepare(members[sample.photo_extension], self.side, self.num_views, self.decode_scale),
-                **self.about(row, record),
-                "mask_targets": mask_targets(mask, self.mask_side),
-            }
+            return {**self.cut(image, size, mask, record, copy), **self.about(row, record, copy)}
 
-    def about(self, row: int, record: Record) -> dict[str, torch.Tensor]:
-        """What is known of a sample beside its photo and its mask: metadata, `labels` and `row`."""
+    def cut(
+        self, image: np.ndarray, size: tuple[int, int], mask: np.ndarray | None, record: Record, copy: int
+    ) -> dict[str, torch.Tensor]:
+        """Views and `mask_targets` of a decoded photo, or of one of its copies; see `prepare` and `mask_targets`.
+
+        Args:
+            image: uint8 [H, W, 3], see `decode_scaled`.
+            size: Width and height of the photo in its full size.
+            mask: See `decode_mask`, or None.
+            record: Of the photo.
+            copy: 0 for the photo itself, see `make_copy`.
+        """
+        if copy:
+            image = make_copy(image, record.sha256, copy)
+            size = image.shape[1], image.shape[0]
+            if mask is not None:
+                mask = placement_of(mask.shape[1], mask.shape[0], record.sha256, copy).mask(mask)
+        views = prepare_image(image, self.side, self.num_views, size)
+        return {**views, "mask_targets": mask_targets(mask, self.mask_side)}
+
+    def about(self, row: int, record: Record, copy: int = 0) -> dict[str, torch.Tensor]:
+        """What is known of a sample beside its photo and its mask.
+
+        Returns:
+            Metadata, `labels` int64 [], -1 where unknown, `row` int64 [], its place in the split, and `null_metadata`
+            bool [], whether the metadata is a target alone: the live client sends none.
+        """
         label = self.split.samples[row].label
         return {
             **metadata_tensors(record.metadata, record.text_vector, self.text_dim),
+            "null_metadata": torch.tensor(is_streetvision(copy)),
             "labels": torch.tensor(-1 if label is None else label),
             "row": torch.tensor(row),
         }

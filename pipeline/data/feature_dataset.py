@@ -5,22 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_reader import FeatureReader
 from pipeline.data.features import FeatureCache, stale
 from pipeline.data.index import Index
-from pipeline.data.sampler import PositionSampler
 from pipeline.model.config import ModelConfig
 
 
 class FeatureDataset(ShardDataset):
     """A split of the shards whose photos and masks are never opened.
 
-    A photo has several rows in the cache, itself and its augmented copies. The loader asks for one by the number
-    `copy * len(self) + row`, so that the photos themselves have the numbers that they have without a cache.
+    A photo has several rows in the cache, itself and its augmented copies: of the numbers that `ShardDataset` takes,
+    only those up to `copies * len(self) - 1` are there.
     """
 
     def __init__(self, *shards: Any, cache: FeatureCache, **options: Any):
@@ -46,37 +44,9 @@ class FeatureDataset(ShardDataset):
         found = self.reader.read(row, copy)
         return {
             **{name: value[: self.num_views] for name, value in vars(found.tokens).items()},
-            **self.about(row, record),
+            **self.about(row, record, copy),
             "mask_targets": found.mask_targets.float(),
         }
-
-
-class CopySampler(PositionSampler):
-    """Numbers of rows of a `FeatureDataset`: in every epoch another copy of a photo, each one in its turn.
-
-    Which copy comes first is drawn for each photo from the seed, so every epoch holds all kinds, and the copy follows
-    from the position in the sequence alone, as the photo does.
-    """
-
-    def __init__(self, weights: np.ndarray, samples_per_epoch: int, *, copies: int, seed: int, **share: int):
-        """See `PositionSampler`.
-
-        Args:
-            weights: float [N], above 0.
-            samples_per_epoch: Photos of one epoch.
-            copies: Rows of each photo.
-            seed: Of the run.
-            **share: batch_size, rank and world_size.
-        """
-        super().__init__(weights, samples_per_epoch, seed=seed, **share)
-        self.copies = copies
-        self.first = np.random.default_rng([seed, copies]).integers(copies, size=len(weights))
-
-    def row_at(self, position: int) -> int:
-        """Number of the row at a position of the sequence."""
-        row, epoch = super().row_at(position), position // self.samples_per_epoch
-        copy = int(self.first[row] + epoch) % self.copies
-        return copy * len(self.weights) + row
 
 
 def open_split(

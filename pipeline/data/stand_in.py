@@ -31,6 +31,7 @@ class StandIn(Dataset[dict[str, torch.Tensor]]):
             "boxes": view_boxes(*PHOTO_SIZE, self.side)[: self.num_views],
             "view_mask": useful_views(*PHOTO_SIZE, self.side)[: self.num_views],
             **metadata_tensors(Metadata(), text_dim=self.text_dim),
+            "null_metadata": torch.tensor(False),
             "labels": torch.tensor(row % 2),
             "mask_targets": mask_targets(None, self.mask_side),
             "row": torch.tensor(row),

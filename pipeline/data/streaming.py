@@ -17,6 +17,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.integrity import Damage, check_layout, members_in_order
+from pipeline.data.mixture import Mixture
 from pipeline.data.storage import explained
 
 
@@ -26,6 +27,17 @@ class Visit(NamedTuple):
     shard: int
     drawn: np.ndarray
     """bool [N], which rows of the split belong to this pass."""
+    copies: np.ndarray
+    """int64 [N], which copy of each photo this pass sees, see `Mixture`."""
+
+
+class Drawn(NamedTuple):
+    """An undecoded sample on its way."""
+
+    row: int
+    members: dict[str, bytes]
+    """By extension."""
+    copy: int
 
 
 def inclusion(weights: np.ndarray, samples: int) -> np.ndarray:
@@ -66,7 +78,7 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
         data: ShardDataset,
         probabilities: np.ndarray,
         *,
-        seed: int,
+        mixture: Mixture,
         buffer: int,
         rank: int,
         world_size: int,
@@ -76,12 +88,13 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
         Args:
             data: The split, for random access.
             probabilities: `inclusion` of each row.
-            seed: Of the run.
+            mixture: Of photos and copies; its seed is the run's.
             buffer: Photos that each worker holds to draw the next one from.
             rank: Of this process.
             world_size: Number of processes.
         """
-        self.data, self.probabilities, self.seed, self.buffer = data, probabilities, seed, buffer
+        self.data, self.probabilities, self.buffer = data, probabilities, buffer
+        self.mixture, self.seed = mixture, mixture.seed
         self.rank, self.world_size = rank, world_size
         self.row_of_key = {sample.key: row for row, sample in enumerate(data.split.samples)}
         self.start = 0
@@ -103,11 +116,13 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
 
     def visits(self, lane: int, lanes: int) -> Iterator[Visit]:
         """The tars that one of `lanes` readers takes, pass after pass; all readers together take each tar once."""
+        passed = int(self.start / self.probabilities.sum())  # the copies go on in turn
         for number in count():
             generator = np.random.default_rng([self.seed, self.start, number])
             order = generator.permutation(len(self.data.split.shards))
             drawn = generator.random(len(self.data)) < self.probabilities
-            yield from (Visit(int(shard), drawn) for shard in order[lane::lanes])
+            copies = self.mixture.copies_at(passed + number, len(self.data))
+            yield from (Visit(int(shard), drawn, copies) for shard in order[lane::lanes])
 
     def _members(self, visits: Iterator[Visit]) -> Iterator[dict[str, Any]]:
         """The files in the tars, each one checked, with the empty one that webdataset puts at the end of a tar."""
@@ -136,16 +151,17 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
         except tarfile.TarError as error:
             raise Damage(f"it is no readable tar from {next(expected, 'its end')} on") from error
 
-    def _drawn(self, samples: Iterator[dict[str, Any]]) -> Iterator[tuple[int, dict[str, bytes]]]:
-        """Row and members of the samples that belong to their pass."""
+    def _drawn(self, samples: Iterator[dict[str, Any]]) -> Iterator[Drawn]:
+        """The samples that belong to their pass."""
         for sample in samples:
             row, visit = self.row_of_key[sample["__key__"]], sample["__url__"]
             if visit.drawn[row]:
-                yield row, {name: data for name, data in sample.items() if not name.startswith("__")}
+                members = {name: data for name, data in sample.items() if not name.startswith("__")}
+                yield Drawn(row, members, int(visit.copies[row]))
 
-    def _assembled(self, samples: Iterator[tuple[int, dict[str, bytes]]]) -> Iterator[dict[str, torch.Tensor]]:
-        for row, members in samples:
-            yield self.data.assemble(row, members)
+    def _assembled(self, samples: Iterator[Drawn]) -> Iterator[dict[str, torch.Tensor]]:
+        for row, members, copy in samples:
+            yield self.data.assemble(row, members, copy)
 
 
 def _difference(name: str | None, awaited: str | None, order: dict[str, int]) -> str:

@@ -24,7 +24,7 @@ class SingleView(nn.Module):
         self.classify = nn.Sequential(nn.LayerNorm(3 * dim, elementwise_affine=False), nn.Linear(3 * dim, 2))
 
     def forward(
-        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool
+        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
     ) -> RoadworkOutput:
         """Logits [B, 2]; metadata is not read."""
         logits = self.classify(describe_views(encoded)[:, 0])
@@ -45,7 +45,7 @@ class MeanPool(nn.Module):
         )
 
     def forward(
-        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool
+        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
     ) -> RoadworkOutput:
         """Logits [B, 2]; metadata is not read."""
         present = encoded.mask[..., None].to(encoded.cls.dtype)
@@ -66,7 +66,7 @@ class AttentionMIL(nn.Module):
         self.classify = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(width, 2))
 
     def forward(
-        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool
+        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
     ) -> RoadworkOutput:
         """Logits [B, 2], with the attention weights as the views' importance; metadata is not read."""
         instances = self.embed(describe_views(encoded))

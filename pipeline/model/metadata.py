@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.data.vocabulary import DAYTIME, SCENE, WEATHER
 from pipeline.model.config import METADATA_FIELDS, ModelConfig
+from pipeline.model.mixup import Mix
 
 FIELD_WIDTHS = {"gps": 256, "weather": 128, "daytime": 64, "scene": 64, "text": 192}
 METADATA_WIDTH = sum(FIELD_WIDTHS.values())
@@ -60,20 +61,27 @@ class MetadataEncoder(nn.Module):
             {name: nn.Parameter(torch.zeros(width)) for name, width in FIELD_WIDTHS.items()}
         )
 
-    def forward(self, fields: dict[str, torch.Tensor | None], batch: int, null_metadata: bool) -> torch.Tensor:
+    def forward(
+        self,
+        fields: dict[str, torch.Tensor | None],
+        batch: int,
+        null_metadata: bool | torch.Tensor,
+        mix: Mix | None = None,
+    ) -> torch.Tensor:
         """Encode a batch.
 
         Args:
             fields: gps [B, 2], weather [B, 8] and text [B, n] with NaN rows for NULL; daytime and scene int64
                 [B] with 0 for NULL; a missing field is NULL for all.
             batch: B.
-            null_metadata: Treat everything as NULL.
+            null_metadata: Treat everything as NULL; bool [B] says it for each sample.
+            mix: Of the photos. Fields are mixed before they drop out, so that as many samples are without any as else.
 
         Returns:
             [B, 704].
         """
         device = next(iter(self.null_rows.values())).device
-        all_null = torch.full((batch,), null_metadata, device=device)
+        all_null = torch.as_tensor(null_metadata, device=device).expand(batch)
         if self.training:
             all_null = all_null | (torch.rand(batch, device=device) < self.all_dropout)
         parts = []
@@ -84,11 +92,13 @@ class MetadataEncoder(nn.Module):
                 parts.append(null_row)
                 continue
             inputs, null = _as_inputs(name, value)
-            null = null | all_null
+            dropped = all_null
             if self.training:
-                null = null | (torch.rand(batch, device=device) < self.field_dropout)
-            encoded = self.encoders[name](inputs.to(null_row.dtype))
-            parts.append(torch.where(null[:, None], null_row, encoded))
+                dropped = dropped | (torch.rand(batch, device=device) < self.field_dropout)
+            encoded = torch.where(null[:, None], null_row, self.encoders[name](inputs.to(null_row.dtype)))
+            if mix is not None:
+                encoded = mix.blend(encoded).to(null_row.dtype)
+            parts.append(torch.where(dropped[:, None], null_row, encoded))
         return torch.cat(parts, dim=-1)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,11 @@ from pipeline.model.attention import GatedLayer
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.baselines import build_baseline
 from pipeline.model.config import ModelConfig
-from pipeline.model.encoder import CachedTokens, Encoded, Tokens, TokenSource, TwoStageEncoder
+from pipeline.model.encoder import CachedTokens, Encoded, MixedTokens, Tokens, TokenSource, TwoStageEncoder
 from pipeline.model.fusion import build_fusion
 from pipeline.model.heads import BinaryHead, SegmentationHead, WeatherHead
 from pipeline.model.metadata import METADATA_WIDTH, MetadataEncoder
+from pipeline.model.mixup import Mix, draw_mix
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.projection import InputProjection
 from pipeline.model.pruning import StoppingRule
@@ -90,7 +91,7 @@ class RoadworkHead(nn.Module):
         self.segmentation = SegmentationHead(width, config.mask_side, config.pool_grid)
 
     def forward(
-        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool
+        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
     ) -> RoadworkOutput:
         """Answer for B photos from their kept views; see `RoadworkOutput` for the shapes."""
         views = self.projection(encoded.cls, encoded.cells, encoded.boxes)  # [B, K, 1 + g*g, H]
@@ -107,7 +108,7 @@ class RoadworkHead(nn.Module):
         # CLS and the strongest cell: a view's vector must not lose a small object in a mean.
         vectors = self.view_vector(torch.cat([views[:, :, 0], views[:, :, 1:].amax(dim=2)], dim=-1))
         fused, importance = self.fusion(vectors, encoded.mask)
-        known = self.metadata(metadata, batch, null_metadata)
+        known = self.metadata(metadata, batch, null_metadata, encoded.mix)
         return RoadworkOutput(
             logits=self.binary(fused + self.join(torch.cat([fused, known], dim=-1))),
             weather_logits=self.weather(fused),
@@ -211,15 +212,20 @@ class RoadworkModel(PreTrainedModel):
         cls: torch.Tensor | None = None,
         cells: torch.Tensor | None = None,
         regions: torch.Tensor | None = None,
+        mix: Mix | None = None,
     ) -> Encoded:
         """Run the pruner and, on the views that it keeps, the backbone; several `answer`s may share the result.
 
-        See `forward` for the arguments.
+        See `forward` for the arguments; `mix` says which photos become one, see `draw_mix`.
         """
         assert boxes is not None
         assert view_mask is not None
         boxes, view_mask = boxes.to(self.device), view_mask.to(self.device)
-        return self._choose(self.source(boxes, views, cls, cells, regions), boxes, view_mask, keep_all)
+        source = self.source(boxes, views, cls, cells, regions)
+        if mix is None:
+            return self._choose(source, boxes, view_mask, keep_all)
+        mix = mix.to(self.device)
+        return replace(self._choose(MixedTokens(source, mix), boxes, view_mask, keep_all), mix=mix)
 
     def source(
         self,
@@ -259,7 +265,7 @@ class RoadworkModel(PreTrainedModel):
     def answer(
         self,
         encoded: Encoded,
-        null_metadata: bool = False,
+        null_metadata: bool | torch.Tensor = False,
         *,
         gps: torch.Tensor | None = None,
         weather: torch.Tensor | None = None,
@@ -282,7 +288,7 @@ class RoadworkModel(PreTrainedModel):
         cls: torch.Tensor | None = None,
         cells: torch.Tensor | None = None,
         regions: torch.Tensor | None = None,
-        null_metadata: bool = False,
+        null_metadata: bool | torch.Tensor = False,
         keep_all: bool = False,
         labels: torch.Tensor | None = None,
         mask_targets: torch.Tensor | None = None,
@@ -299,21 +305,27 @@ class RoadworkModel(PreTrainedModel):
             cls: [B, V, D], see `pipeline.model.encoder.all_tokens`.
             cells: [B, V, g*g, 2D].
             regions: [B, V, D].
-            null_metadata: Treat all metadata as NULL.
+            null_metadata: Treat all metadata as NULL; bool [B] says it for each photo.
             keep_all: Prune nothing, whatever the configuration says.
-            labels: int64 [B], -1 where unknown; asks for the loss.
+            labels: int64 [B], -1 where unknown; asks for the loss, which in training mixes photos where
+                `loss.mixup_alpha` is above 0.
             mask_targets: [B, 6, m, m], NaN where unknown.
             target_counts: float [terms], what each term's sum is divided by, see `count_targets`; by default the
                 counts of this batch.
             **metadata: gps, weather, daytime, scene, text; weather is a target too.
         """
-        encoded = self.encode(views, boxes, view_mask, keep_all, cls=cls, cells=cells, regions=regions)
+        mix, alpha = None, self.loss_config.mixup_alpha
+        if self.training and labels is not None and alpha > 0:
+            assert boxes is not None
+            assert view_mask is not None
+            mix = draw_mix(boxes, view_mask, alpha)
+        encoded = self.encode(views, boxes, view_mask, keep_all, cls=cls, cells=cells, regions=regions, mix=mix)
         output = self.answer(encoded, null_metadata, **metadata)
         if labels is None:
             return output
         targets = self._targets(labels, metadata.get("weather"), mask_targets)
         counts = count_targets(targets) if target_counts is None else target_counts
-        output.loss_terms = loss_terms(output, targets, self.loss_config, self.config.experts_per_token)
+        output.loss_terms = loss_terms(output, targets, self.loss_config, self.config.experts_per_token, encoded.mix)
         output.loss = combine(output.loss_terms, counts.to(self.device), self.loss_config)
         return output
 

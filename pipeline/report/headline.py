@@ -25,6 +25,9 @@ def headline(run: Path) -> Path:
     say(f"result    MCC {test['mcc_null_metadata']:.3f} (95 % {low:.3f} to {high:.3f}) on {test['n']} test photos")
     say(f"          {summary['evaluation']['data']}, in places absent from training, all metadata NULL")
     say(f"          accuracy {test['accuracy']:.3f}, AUROC {test['auroc']:.3f}; MCC with metadata {test['mcc']:.3f}")
+    if "test" in summary.get("streetvision", {}):
+        sent = summary["streetvision"]["test"]
+        say(f"client    MCC {sent['mcc_null_metadata']:.3f} on what the live client would send of them")
     if "baseline" in summary:
         other = summary["baseline"]
         say(f"baseline  MCC {other['mcc']:.3f} ({other['head']}, the same backbone and photos)")

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from pipeline.data.index import SPLITS
 from pipeline.data.photo import decode
 from pipeline.data.views import TILE_GRID, VIEW_NAMES
 from pipeline.files import write_text
@@ -59,7 +60,7 @@ def write_report(run: Path, predictions: pd.DataFrame, photo: Photo) -> Path:
         data=summary["evaluation"]["data"],
         headline=headline,
         scores=summary[headline],
-        splits={name: summary[name] for name in names},
+        splits={name: summary[name] for name in names} | _sent_by_the_client(summary),
         columns=COLUMNS,
         summary=summary,
         curves=_curves(run),
@@ -134,6 +135,14 @@ def view_shares(rows: pd.DataFrame) -> dict[str, float]:
     shares = {name: float(kept.get(name, 0.0)) for name in VIEW_NAMES}
     pruned = any(0 < share < 1 for share in shares.values())
     return shares if pruned else {}
+
+
+def _sent_by_the_client(summary: dict[str, Any]) -> dict[str, Any]:
+    """Rows of the table for an evaluation of the profile `streetvision` on the same shards."""
+    found = summary.get("streetvision", {})
+    if not found or found["evaluation"]["source_sha256"] != summary["evaluation"]["source_sha256"]:
+        return {}
+    return {f"{name}, streetvision": found[name] for name in SPLITS if name in found}
 
 
 def _drawings(rows: pd.DataFrame, threshold: float) -> list[str]:

@@ -6,16 +6,14 @@ import dataclasses
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
 from pipeline.data.dataset import ShardDataset, collate, model_inputs
-from pipeline.data.feature_dataset import CopySampler, open_split
+from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key, geometry_fingerprint, weights_fingerprint
 from pipeline.data.features import open_cache, read_features
 from pipeline.data.index import read_index
-from pipeline.data.sampler import PositionSampler
 from pipeline.errors import UserError
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.encoder import all_tokens
@@ -102,24 +100,16 @@ def test_training_photos_have_copies_that_differ(world):
     assert not any(torch.allclose(rows[0]["cls"][0], row["cls"][0], atol=0.05) for row in rows[1:])
 
 
-def test_each_epoch_has_another_copy_until_all_were_seen():
-    sampler = CopySampler(np.ones(10), 10, copies=3, seed=5, batch_size=1, rank=0, world_size=1)
-    epochs = [[divmod(sampler.row_at(10 * epoch + place), 10) for place in range(10)] for epoch in range(6)]
-    for first in (0, 3):
-        seen = [pair for epoch in epochs[first : first + 3] for pair in epoch]
-        assert sorted(seen) == [(copy, row) for copy in range(3) for row in range(10)]
-    assert len({copy for copy, _ in epochs[0]}) > 1
-
-
-def test_copies_do_not_depend_on_the_number_of_processes_and_one_copy_is_none():
-    share = {"seed": 1, "batch_size": 2}
-    alone = CopySampler(np.ones(12), 9, copies=4, rank=0, world_size=1, **share)
-    pair = [CopySampler(np.ones(12), 9, copies=4, rank=rank, world_size=2, **share) for rank in range(2)]
-    numbers = [alone.row_at(position) for position in range(40)]
-    assert [pair[position % 2].row_at(position) for position in range(40)] == numbers
-    plain = PositionSampler(np.ones(12), 9, rank=0, world_size=1, **share)
-    single = CopySampler(np.ones(12), 9, copies=1, rank=0, world_size=1, **share)
-    assert [single.row_at(position) for position in range(40)] == [plain.row_at(position) for position in range(40)]
+def test_a_cached_copy_is_the_one_that_is_made_without_the_cache(world):
+    cached, online = split(world), split(world, cached=False)
+    backbone = FrozenBackbone(str(world / "backbone"))
+    for copy in range(1, 1 + COPIES):
+        found, photo = cached[copy * PHOTOS + 1], collate([online[copy * PHOTOS + 1]])
+        wanted = all_tokens(backbone, photo["views"], photo["boxes"], photo["view_mask"], pool_grid=2)
+        for key, value in wanted._asdict().items():
+            torch.testing.assert_close(found[key].float(), value[0], **ROUNDING)
+        for key in photo.keys() - {"views"}:
+            torch.testing.assert_close(found[key], photo[key][0], equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(

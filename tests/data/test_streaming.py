@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from pipeline.data.dataset import ShardDataset, collate
 from pipeline.data.index import read_index
+from pipeline.data.mixture import Mixture
 from pipeline.data.sampler import order
 from pipeline.data.storage import open_folder
 from pipeline.data.streaming import StreamedSplit, inclusion
@@ -30,16 +31,30 @@ def folder(tmp_path):
     return tmp_path / "shards"
 
 
-def stream(place, *, probability=1.0, seed=0, buffer=1, rank=0, world_size=1, start=0):
+def stream(place, *, probability=1.0, seed=0, buffer=1, rank=0, world_size=1, start=0, **shares):
     data = ShardDataset(place, read_index(place), "train", 32, 12, 8)
     probabilities = np.full(len(data), probability)
-    split = StreamedSplit(data, probabilities, seed=seed, buffer=buffer, rank=rank, world_size=world_size)
+    mixture = Mixture(seed, **shares)
+    split = StreamedSplit(data, probabilities, mixture=mixture, buffer=buffer, rank=rank, world_size=world_size)
     split.start = start
     return split
 
 
 def rows(split, number):
     return [int(sample["row"]) for sample in islice(split, number)]
+
+
+def test_a_streamed_pass_sees_the_copies_that_its_mixture_chooses(folder):
+    shares = {"augment_share": 0.3, "streetvision_share": 0.4}
+    for start, epoch in ((0, 0), (2 * PHOTOS, 2)):
+        split = stream(folder, start=start, **shares)
+        copies = Mixture(0, **shares).copies_at(epoch, PHOTOS)
+        assert {0, 2 * epoch + 1, 2 * epoch + 2} == set(copies.tolist())
+        for sample in islice(split, PHOTOS):
+            row = int(sample["row"])
+            expected = split.data[int(copies[row]) * PHOTOS + row]
+            assert torch.equal(sample["views"], expected["views"])
+            assert torch.equal(sample["null_metadata"], expected["null_metadata"])
 
 
 def test_a_pass_has_every_sample_as_random_access_has_it(folder):

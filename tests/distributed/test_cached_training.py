@@ -21,7 +21,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     make_shards(folder / "shards", {"train": random_labels(24, 0), "val": random_labels(9, 1)})
     backbone = make_backbone(folder / "backbone")
-    make_cache(folder / "cache", folder / "shards", backbone)
+    make_cache(folder / "cache", folder / "shards", backbone, copies=4)  # two of each kind, one for each epoch
     recipe = Config(
         train=TrainConfig(epochs=2, batch_size=8, micro_batch_size=4, log_every=1, wandb=False, patience=0),
         data=DataConfig(shards=str(folder / "shards"), epoch_share=1.0, workers=0),
@@ -43,12 +43,16 @@ def curve(run, kind):
     return [line["loss"] for line in lines if line["kind"] == kind]
 
 
-def test_losses_and_validation_are_those_of_training_from_the_photos(world):
+MIXTURE = ["--data.augment_share", "0.4", "--data.streetvision_share", "0.3", "--loss.mixup_alpha", "1.0"]
+
+
+@pytest.mark.parametrize("mixture", [[], MIXTURE], ids=["photos", "mixture"])
+def test_losses_and_validation_are_those_of_training_from_the_photos(world, tmp_path, mixture):
     for run, words in (("photos", []), ("cached", ["--data.features", str(world / "cache")])):
-        done = train(world, world / run, *words)
+        done = train(world, tmp_path / run, *mixture, *words)
         assert done.returncode == 0, done.stderr
     for kind, number in (("train", 6), ("val", 2)):
-        photos, cached = curve(world / "photos", kind), curve(world / "cached", kind)
+        photos, cached = curve(tmp_path / "photos", kind), curve(tmp_path / "cached", kind)
         assert len(photos) == number
         assert cached == pytest.approx(photos, rel=0.02)
         assert cached != photos  # tokens rounded to bf16 were read

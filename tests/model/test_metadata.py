@@ -168,6 +168,23 @@ def test_dropout_makes_single_fields_and_whole_samples_null_at_their_rates():
     assert pairs.item() == pytest.approx(0.01, abs=0.005), "fields drop out independently of each other"
 
 
+def test_by_default_half_of_the_training_samples_have_no_metadata_at_all():
+    batch, usual = 20_000, ModelConfig()
+    module = encoder(field_dropout=usual.metadata_field_dropout, all_dropout=usual.metadata_all_dropout).train()
+    with torch.no_grad():
+        nulls = torch.stack(list(is_null(module(known_fields(batch), batch, null_metadata=False)).values()))
+    # five standard errors; that all five fields drop out one by one adds 1e-5
+    assert nulls.all(dim=0).float().mean().item() == pytest.approx(0.5, abs=0.018)
+    torch.testing.assert_close(nulls.float().mean(dim=1), torch.full((5,), 0.55), rtol=0, atol=0.018)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_samples_that_must_not_see_metadata_are_null_and_the_others_are_not(training):
+    blind = torch.tensor([True, False, True, False])
+    for null in is_null(encoder().train(training)(known_fields(4), 4, null_metadata=blind)).values():
+        assert torch.equal(null, blind)
+
+
 def test_nothing_drops_out_in_evaluation():
     module = encoder(field_dropout=0.5, all_dropout=0.5).eval()
     nulls = is_null(module(known_fields(200), 200, null_metadata=False))

@@ -1,0 +1,73 @@
+"""The mixture of regimes that training sees: photos, mild copies of them, and what the live client would send."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.data.copies import AUGMENTED, STREETVISION
+from pipeline.data.sampler import PositionSampler
+
+# Apart from the draws of `order` and of a stream's passes, which begin with the same numbers.
+STREAM = 0x6D697874757265
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which copy of each photo an epoch sees: a pure function of the seed, the epoch and the photo's row."""
+
+    seed: int = 0
+    """Of the run."""
+    augment_share: float = 0.0
+    """Share of samples that are mild copies."""
+    streetvision_share: float = 0.0
+    """Share of samples that are as the live client sends them."""
+    copies: int | None = None
+    """Copies of each photo that there are, see `make_copy`; None where they are made when they are wanted."""
+
+    def copies_at(self, epoch: int, photos: int) -> np.ndarray:
+        """The copy of each photo that an epoch sees.
+
+        Its kind is drawn for each photo anew in every epoch. The copies of a kind come in turn, one epoch after the
+        other, so a cache that has fewer of them than there are epochs begins again with the first one.
+
+        Args:
+            epoch: From 0.
+            photos: N, of the training split.
+
+        Returns:
+            int64 [N], 0 for the photo itself, else a number for `make_copy`.
+        """
+        found = np.zeros(photos, dtype=np.int64)
+        draw = np.random.default_rng([self.seed, epoch, STREAM]).random(photos)
+        client = draw < self.streetvision_share
+        mild = ~client & (draw < self.streetvision_share + self.augment_share)
+        for chosen, kind in ((client, STREETVISION), (mild, AUGMENTED)):
+            if chosen.any():
+                found[chosen] = kind.number(epoch if self.copies is None else epoch % kind.count(self.copies))
+        return found
+
+
+class MixtureSampler(PositionSampler):
+    """Numbers `copy * N + row` in place of rows, with the copies that a mixture chooses.
+
+    The copy follows from the position in the sequence alone, as the photo does.
+    """
+
+    def __init__(
+        self, weights: np.ndarray, samples_per_epoch: int, *, mixture: Mixture, batch_size: int, rank: int,
+        world_size: int,
+    ):  # fmt: skip
+        """See `PositionSampler`, whose seed is the mixture's."""
+        super().__init__(
+            weights, samples_per_epoch, seed=mixture.seed, batch_size=batch_size, rank=rank, world_size=world_size
+        )
+        self.mixture = mixture
+
+    def row_at(self, position: int) -> int:
+        """Number of the sample at a position of the sequence."""
+        row, epoch = super().row_at(position), position // self.samples_per_epoch
+        if getattr(self, "_mixed_epoch", None) != epoch:
+            self._mixed_epoch, self._copies = epoch, self.mixture.copies_at(epoch, len(self.weights))
+        return int(self._copies[row]) * len(self.weights) + row
