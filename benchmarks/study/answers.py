@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -15,8 +13,8 @@ from sklearn.metrics import roc_auc_score
 from benchmarks.study.arms import Arm
 from benchmarks.study.folds import NOWHERE, make_fold
 from benchmarks.study.photos import Photos
-from benchmarks.study.training import Training
 from benchmarks.study.work import Work, read_outcome
+from pipeline.errors import UserError
 from pipeline.metrics import calibration_error, confusion_counts, mcc_of
 
 ROUNDS = 4000
@@ -51,17 +49,28 @@ class ArmAnswers:
 
 
 def read_answers(work: Work, arm: Arm, photos: Photos, results: Path) -> ArmAnswers:
-    """Choose each training's learning rate by its validation MCC, and collect what it says in the test.
+    """Collect what an arm says in the test.
+
+    Args:
+        work: Settled, see there.
+        arm: Whose.
+        photos: All of them.
+        results: Folder of outcomes.
 
     Raises:
-        FloatingPointError: No learning rate led to a finite loss.
+        UserError: A training's loss became infinite.
     """
     of_arm, key = work.of_arm[arm.name], "metadata" if arm.with_metadata else "null"
     outcomes = np.zeros((len(of_arm[0]), len(photos.labels), 4), dtype=np.int64)
     aurocs, eces, lrs, curves, walls, parameters = [], [], [], [], [], 0
     for fold in of_arm:
-        for number, candidates in enumerate(fold):
-            training, outcome = choose([(t, read_outcome(results, t)) for t in candidates], arm, key)
+        for number, (training,) in enumerate(fold):
+            outcome = read_outcome(results, training)
+            if outcome["diverged"]:
+                raise UserError(
+                    f"the loss of the arm {arm.name!r} became infinite with the learning rate {training.optim.lr:g} "
+                    f"and the seed {training.seed}; try smaller rates in plan.lrs"
+                )
             rows = make_fold(photos, training.parts, training.fold, training.seen_places).test
             labels, answers = photos.labels[rows], outcome[key]
             probabilities = np.array(answers["test"])
@@ -76,16 +85,6 @@ def read_answers(work: Work, arm: Arm, photos: Photos, results: Path) -> ArmAnsw
         arm, outcomes, float(np.mean(aurocs)), float(np.mean(eces)), tuple(lrs), np.array(curves), parameters,
         float(np.median(walls)),
     )  # fmt: skip
-
-
-def choose(
-    candidates: Sequence[tuple[Training, dict[str, Any]]], arm: Arm, key: str
-) -> tuple[Training, dict[str, Any]]:
-    """The training with the best MCC on validation; of equal ones, the one with the smaller loss there."""
-    finite = [(training, outcome) for training, outcome in candidates if not outcome["diverged"]]
-    if not finite:
-        raise FloatingPointError(f"the loss of the arm {arm.name!r} became infinite with every learning rate")
-    return max(finite, key=lambda one: (one[1][key]["val_mcc"], -one[1][key]["val_loss"]))
 
 
 @dataclass(frozen=True)

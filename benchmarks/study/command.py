@@ -12,7 +12,7 @@ from benchmarks.study.config import read_recipe
 from benchmarks.study.folds import divide
 from benchmarks.study.page import write_page
 from benchmarks.study.photos import find_photos, load_photos
-from benchmarks.study.work import count_kinds, plan_work, run_work
+from benchmarks.study.work import count_kinds, plan_work, run_work, settle
 from pipeline.errors import require
 from pipeline.progress import say
 
@@ -56,7 +56,10 @@ def study(
     plan = plan_work(config, arms, photos.fingerprint)
     say(f"{len(photos.labels)} photos of {photos.data}, {places.blocks.max() + 1} places; {count_kinds(plan)}")
     run_work(plan, tokens, work / "trainings", workers)
-    answers = {arm.name: read_answers(plan, arm, photos, work / "trainings") for arm in arms}
+    settled = settle(plan, work / "trainings")
+    if settled != plan:
+        run_work(settled, tokens, work / "trainings", workers)
+    answers = {arm.name: read_answers(settled, arm, photos, work / "trainings") for arm in arms}
     units, name = bootstrap_units(places.blocks, photos.groups, answers[COMPLETE].tested)
     bootstrap = Bootstrap(units, config.plan.seeds, seed)
     tested = int(answers[COMPLETE].tested.sum())

@@ -35,7 +35,9 @@ class PlanConfig:
     batch_size: int = 32
     """Photos of a step."""
     lrs: list[float] = field(default_factory=lambda: [1e-3, 3e-3])
-    """Peak learning rates that every arm tries in every fold and with every seed; the best on validation counts."""
+    """Peak learning rates that every arm tries in every fold with the first seed; the best on validation trains all."""
+    head_lrs: list[float] = field(default_factory=list)
+    """Those that the simpler heads try, which cost little; empty means `lrs`."""
     epoch_share: float = 0.8
     """Share of the training photos that an epoch draws; see `data.epoch_share`."""
     temper: float = 0.5
@@ -51,8 +53,10 @@ class PlanConfig:
         require(self.parts >= 3, "plan.parts", self.parts, "3 or more: for training, validation and test")
         require(self.folds <= self.parts, "plan.folds", self.folds, f"at most the {self.parts} parts (plan.parts)")
         require(self.validations <= self.steps, "plan.validations", self.validations, f"at most {self.steps} (steps)")
-        require(bool(self.lrs) and min(self.lrs) > 0, "plan.lrs", self.lrs, "one or more rates above 0")
-        require(len(set(self.lrs)) == len(self.lrs), "plan.lrs", self.lrs, "different rates")
+        require(bool(self.lrs), "plan.lrs", self.lrs, "one or more rates")
+        for key, lrs in (("lrs", self.lrs), ("head_lrs", self.head_lrs)):
+            require(min(lrs, default=1) > 0, f"plan.{key}", lrs, "rates above 0")
+            require(len(set(lrs)) == len(lrs), f"plan.{key}", lrs, "different rates")
         require(0 < self.epoch_share <= 1, "plan.epoch_share", self.epoch_share, "in (0, 1]")
         require(0 <= self.temper <= 1, "plan.temper", self.temper, "in [0, 1]")
         require(self.distil_every >= 0, "plan.distil_every", self.distil_every, "0 or more")
@@ -87,6 +91,7 @@ class StudyConfig:
             steps=QUICK_STEPS,
             validations=2,
             lrs=self.plan.lrs[:1],
+            head_lrs=self.plan.head_lrs[:1],
         )
         return replace(self, plan=plan, scenes={**self.scenes, "images": QUICK_IMAGES, "size": "640x480"})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ PRELOAD = ("benchmarks.study.training",)
 
 @dataclass(frozen=True)
 class Work:
-    """The trainings of each arm, [folds][seeds][learning rates]."""
+    """The trainings of each arm, [folds][seeds][learning rates to choose from]; no rate where others decide first."""
 
     of_arm: dict[str, list[list[list[Training]]]]
 
@@ -39,7 +38,7 @@ class Work:
 
 
 def plan_work(config: StudyConfig, arms: Sequence[Arm], fingerprint: str) -> Work:
-    """List what has to be trained.
+    """List what has to be trained first: what chooses a learning rate, and whatever has but one.
 
     Args:
         config: The recipe.
@@ -62,17 +61,48 @@ def plan_work(config: StudyConfig, arms: Sequence[Arm], fingerprint: str) -> Wor
 
 def _trainings(config: StudyConfig, arm: Arm, fingerprint: str) -> list[list[list[Training]]]:
     plan = config.plan
+    model = arm.model_of(config.model)
+    lrs = plan.head_lrs if plan.head_lrs and model.head != "roadwork" else plan.lrs
 
     def one(fold: int, seed: int, lr: float) -> Training:
         return Training(
             photos=fingerprint, parts=plan.parts, fold=fold, seen_places=arm.seen_places, train_share=arm.train_share,
             sampling=arm.sampling, temper=plan.temper, epoch_share=plan.epoch_share,
-            model=arm.model_of(config.model), loss=arm.loss_of(config.loss),
+            model=model, loss=arm.loss_of(config.loss),
             optimizer=arm.optimizer, optim=replace(config.optim, lr=lr), steps=plan.steps, batch_size=plan.batch_size,
             distil_every=plan.distil_every, validations=plan.validations, seed=seed,
         )  # fmt: skip
 
-    return [[[one(fold, seed, lr) for lr in plan.lrs] for seed in range(plan.seeds)] for fold in range(plan.folds)]
+    def tried(fold: int, seed: int) -> list[Training]:
+        return [one(fold, seed, lr) for lr in lrs] if seed == 0 or len(lrs) == 1 else []
+
+    return [[tried(fold, seed) for seed in range(plan.seeds)] for fold in range(plan.folds)]
+
+
+def settle(work: Work, results: Path) -> Work:
+    """Choose every arm's learning rate in every fold, from the first seed's trainings, for all of its seeds.
+
+    Raises:
+        UserError: No learning rate led to a finite loss.
+    """
+
+    def settled(arm: str, fold: list[list[Training]]) -> list[list[Training]]:
+        if len(fold[0]) == 1:
+            return fold
+        best = choose([(training, read_outcome(results, training)) for training in fold[0]], arm)
+        return [[replace(best, seed=seed)] for seed in range(len(fold))]
+
+    return Work({arm: [settled(arm, fold) for fold in folds] for arm, folds in work.of_arm.items()})
+
+
+def choose(candidates: Sequence[tuple[Training, dict[str, Any]]], arm: str) -> Training:
+    """The training with the best MCC on validation, metadata NULL; of equal ones, that with the smaller loss there."""
+    finite = [(training, outcome) for training, outcome in candidates if not outcome["diverged"]]
+    if not finite:
+        raise UserError(
+            f"the loss of the arm {arm!r} became infinite with every learning rate; try smaller ones in plan.lrs"
+        )
+    return max(finite, key=lambda one: (one[1]["null"]["val_mcc"], -one[1]["null"]["val_loss"]))[0]
 
 
 def run_work(work: Work, tokens: Path, results: Path, processes: int) -> int:
@@ -129,6 +159,8 @@ def read_outcome(results: Path, training: Training) -> dict[str, Any]:
 
 
 def count_kinds(work: Work) -> str:
-    """How many trainings there are, and of how many arms, in words."""
-    lrs = Counter(len(seed) for arm in work.of_arm.values() for fold in arm for seed in fold)
-    return f"{len(work.trainings)} trainings of {len(work.of_arm)} arms, {max(lrs)} learning rates each"
+    """How many trainings there are at first, and of how many arms, in words."""
+    seeds = [fold for arm in work.of_arm.values() for fold in arm]
+    later = sum(len(seed) == 0 for fold in seeds for seed in fold)
+    more = f" and {later} more with the learning rates that they choose" if later else ""
+    return f"{len(work.trainings)} trainings{more}, of {len(work.of_arm)} arms"

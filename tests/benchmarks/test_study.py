@@ -1,11 +1,13 @@
 """The study: folds keep places and near-duplicates apart, intervals hold what they promise, verdicts follow them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import matthews_corrcoef
 
-from benchmarks.study.answers import ArmAnswers, Bootstrap, bootstrap_units, choose, expanded_tail, worst_place
+from benchmarks.study.answers import ArmAnswers, Bootstrap, bootstrap_units, expanded_tail, worst_place
 from benchmarks.study.arms import ARMS, COMPLETE, select_arms
 from benchmarks.study.claims import CLAIMS, judge, steps_ratio, steps_to, verdict
 from benchmarks.study.config import RECIPES, PlanConfig, read_recipe
@@ -14,7 +16,7 @@ from benchmarks.study.optimizers import AdamWStepper
 from benchmarks.study.photos import Photos, check_pretraining
 from benchmarks.study.sampling import cluster_factors, derange, permuted_weights, shuffle_clusters, training_weights
 from benchmarks.study.training import Training, batch_rows
-from benchmarks.study.work import plan_work
+from benchmarks.study.work import choose, plan_work, settle
 from data_prep.gps import sample_weights
 from pipeline.errors import UserError
 from pipeline.metrics import confusion_counts
@@ -257,9 +259,26 @@ def outcome(mcc, loss, diverged=False):
 def test_the_learning_rate_is_chosen_on_validation_and_not_among_those_that_diverged():
     rates = ["a", "b", "c", "d"]
     outcomes = [outcome(0.7, 0.5), outcome(0.8, 0.5), outcome(0.8, 0.4), {"diverged": True}]
-    assert choose(list(zip(rates, outcomes, strict=True)), ARMS[0], "null")[0] == "c"
-    with pytest.raises(FloatingPointError, match="'complete' became infinite with every learning rate"):
-        choose([("d", outcomes[3])], ARMS[0], "null")
+    assert choose(list(zip(rates, outcomes, strict=True)), "complete") == "c"
+    with pytest.raises(UserError, match="'complete' became infinite with every learning rate"):
+        choose([("d", outcomes[3])], "complete")
+
+
+def test_the_rate_that_the_first_seed_chooses_in_a_fold_trains_all_seeds_there(tmp_path):
+    config = read_recipe("study_small")
+    config.plan.lrs, config.plan.seeds, config.plan.folds = [1e-3, 3e-3], 3, 2
+    work = plan_work(config, select_arms(["metadata_given"]), "f")
+    best = (3e-3, 1e-3)
+    for one in work.flat(COMPLETE):
+        assert one.seed == 0
+        scores = {"val_mcc": 0.8 if one.optim.lr == best[one.fold] else 0.7, "val_loss": 0.1}
+        other = {"val_mcc": 1.5 - scores["val_mcc"], "val_loss": 0.1}
+        text = json.dumps({"diverged": False, "null": scores, "metadata": other})
+        (tmp_path / f"{one.name}.json").write_text(text)
+    settled = settle(work, tmp_path)
+    for arm in (COMPLETE, "metadata_given"):
+        chosen = [(one.fold, one.seed, one.optim.lr) for one in settled.flat(arm)]
+        assert chosen == [(fold, seed, best[fold]) for fold in (0, 1) for seed in range(3)]
 
 
 # Claims
@@ -322,8 +341,12 @@ def test_every_recipe_has_arms_that_differ_from_complete(recipe, quick):
     config = read_recipe(recipe)
     config = config.quick() if quick else config
     work = plan_work(config, select_arms(config.plan.arms), "f")
-    budgets = {(len(fold), len(fold[0])) for folds in work.of_arm.values() for fold in folds}
-    assert budgets == {(config.plan.seeds, len(config.plan.lrs))}
+    for arm in select_arms(config.plan.arms):
+        lrs = config.plan.head_lrs if arm.group == "heads" and config.plan.head_lrs else config.plan.lrs
+        for fold in work.of_arm[arm.name]:
+            assert sorted(one.optim.lr for one in fold[0]) == sorted(lrs)
+            assert len(fold) == config.plan.seeds
+            assert {len(seed) for seed in fold[1:]} <= {0 if len(lrs) > 1 else 1}
     names = [one.name for one in work.trainings]
     assert len(names) == len(set(names))
     assert [one.cost for one in work.trainings] == sorted((one.cost for one in work.trainings), reverse=True)
