@@ -10,8 +10,8 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,21 +21,24 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import Config, OptimConfig, TrainConfig
-from pipeline.data.dataset import collate, mask_targets, metadata_tensors, model_inputs
+from pipeline.data.dataset import collate, mask_targets, metadata_tensors
 from pipeline.data.record import Metadata
 from pipeline.data.views import view_boxes
 from pipeline.distributed import start
 from pipeline.distributed.engine_tensors import gather_tensors, set_tensors
 from pipeline.distributed.startup import ROOT
-from pipeline.feed import Batch
-from pipeline.losses import TERMS
+from pipeline.feed import Batch, loss_inputs, targets_of
+from pipeline.losses import TERMS, count_targets
 from pipeline.model.config import ModelConfig
 from pipeline.model.moe import SparseExperts
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import WeightAverage, build_optimizer, lr_at
+from pipeline.optim import Sophia, WeightAverage, build_optimizer, lr_at
 from pipeline.optim.ema import copy_into
+from pipeline.optim.hessian import hutchinson, rademacher
+from pipeline.optim.sampled_loss import draws_needed, sampled_loss, uniform
 from pipeline.plan import Batching, Schedule
 from pipeline.progress import silence_libraries
 from pipeline.trainer import Trainer
@@ -45,6 +48,7 @@ BATCH = 8  # photos per optimizer step, whatever the processes
 GRAD_CLIP = 0.3  # below the norms of all steps, so that a wrong norm shows
 EXPERTS = 4
 SMALL = 0.05  # of a loss term, below which differences are taken as absolute
+HESSIAN_EVERY = 2
 SEED = 0
 
 
@@ -73,6 +77,8 @@ class Cell:
     """Folder that the averaged model is saved to at the end."""
     offload: bool = False
     """Whether the optimizer is on the CPU, as in `ds_configs/zero2_offload.json`."""
+    optimizer: str = "adamw"
+    """`optim.name`."""
 
     def __str__(self) -> str:
         experts = f"experts over {self.sharding}" if self.sharding > 1 else "whole experts"
@@ -87,6 +93,8 @@ class Curve:
     """[steps, 1 + terms]: the loss and each of its terms, over all ranks."""
     norms: np.ndarray
     """[steps], of the global gradient before clipping; NaN where nobody knows it (shared experts under ZeRO-0)."""
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    """With Sophia, the weights and the means of the Hessian's diagonal (`NAME/hessian`) after the last step."""
 
     def difference(self, other: Curve) -> float:
         """Largest difference of any loss, term or norm of any step, relative to the other value or to 0.05.
@@ -95,6 +103,13 @@ class Curve:
         """
         ours, theirs = (np.column_stack([curve.losses, curve.norms]) for curve in (self, other))
         return float(np.nanmax(np.abs(ours - theirs) / np.maximum(np.abs(theirs), SMALL)))
+
+    def tensor_differences(self, other: Curve) -> dict[str, float]:
+        """Largest difference in each tensor, relative to its largest value."""
+        return {
+            name: float(np.abs(self.tensors[name] - value).max() / np.abs(value).max())
+            for name, value in other.tensors.items()
+        }
 
 
 def config(cell: Cell) -> Config:
@@ -108,7 +123,9 @@ def config(cell: Cell) -> Config:
             fusion_heads=2, experts=EXPERTS, experts_per_token=1 if cell.idle else 2, expert_width=16,
             mask_side=4, dropout=0.0, metadata_field_dropout=0.0, metadata_all_dropout=0.0, pruning="off",
         ),
-        optim=OptimConfig(lr=lr, grad_clip=GRAD_CLIP if cell.clip else 0.0),
+        optim=OptimConfig(
+            name=cell.optimizer, lr=lr, grad_clip=GRAD_CLIP if cell.clip else 0.0, hessian_every=HESSIAN_EVERY
+        ),
     )  # fmt: skip
 
 
@@ -167,9 +184,9 @@ def bare_loop(cell: Cell) -> Curve:
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, STEPS, settings.optim)
         photos = batch(step, range(BATCH), model)
-        output = model(
-            **model_inputs(photos), labels=photos["labels"], mask_targets=photos["mask_targets"], keep_all=step % 2 == 0
-        )
+        if isinstance(optimizer, Sophia) and step % HESSIAN_EVERY == 0:
+            bare_estimate(optimizer, model, photos, step)
+        output = model(**loss_inputs(photos, count_targets(targets_of(photos)), keep_all=step % 2 == 0))
         assert output.loss is not None
         optimizer.zero_grad()
         output.loss.backward()
@@ -188,7 +205,36 @@ def bare_loop(cell: Cell) -> Curve:
     if cell.export:
         copy_into(dict(model.named_parameters()), average.tensors)
         model.save_pretrained(cell.export)
-    return Curve(np.array(losses), np.array(norms))
+    tensors = dict(model.named_parameters())
+    if isinstance(optimizer, Sophia):
+        tensors |= {f"{name}/hessian": optimizer.state[weight]["hessian"] for name, weight in tensors.items()}
+    return Curve(np.array(losses), np.array(norms), numbers(tensors) if isinstance(optimizer, Sophia) else {})
+
+
+def bare_estimate(optimizer: Sophia, model: RoadworkModel, photos: Batch, step: int) -> None:
+    """An estimate of the Hessian's diagonal by autograd alone, into the optimizer's mean."""
+    weights, seed = dict(model.named_parameters()), SEED
+    model.eval()
+    counts = count_targets(targets_of(photos))
+    with sdpa_kernel(SDPBackend.MATH):
+        output = model(**loss_inputs(photos, counts, keep_all=step % 2 == 0))
+    assert output.loss is not None
+    if optimizer.squared:
+        draws = uniform(photos["row"].tolist(), draws_needed(output), seed, step)
+        optimizer.zero_grad()
+        sampled_loss(output, targets_of(photos), counts, model.loss_config, draws).backward()
+    else:
+        probes = rademacher({name: tuple(weight.shape) for name, weight in weights.items()}, seed, step)
+        for name, product in hutchinson(output.loss, weights, probes).items():
+            weights[name].grad = product
+    with optimizer.estimating():
+        optimizer.step()
+    model.train()
+
+
+def numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The same as float64 of numpy."""
+    return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
 
 
 def run(cells: Sequence[Cell]) -> list[Curve]:
@@ -201,7 +247,10 @@ def run(cells: Sequence[Cell]) -> list[Curve]:
         probe.close()
         multiprocessing.spawn(worker, (port, list(cells), folder), processes)
         found = [np.load(Path(folder) / f"{number}.npz") for number in range(len(cells))]
-        return [Curve(values["losses"], values["norms"]) for values in found]
+        return [
+            Curve(values["losses"], values["norms"], {name: values[name] for name in values.files if "." in name})
+            for values in found
+        ]
 
 
 def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:
@@ -215,7 +264,7 @@ def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:
         torch.nn.functional.linear = linear  # ZeRO-3 leaves one of its own, whose last digits differ
         curve = train(cell, Path(folder) / f"{number}-{rank}.json")
         if rank == 0:
-            np.savez(Path(folder) / f"{number}.npz", losses=curve.losses, norms=curve.norms)
+            np.savez(Path(folder) / f"{number}.npz", losses=curve.losses, norms=curve.norms, **curve.tensors)
     dist.destroy_process_group()
 
 
@@ -228,7 +277,7 @@ def train(cell: Cell, settings_file: Path) -> Curve:
     AcceleratorState._reset_state()  # the state of the cell before; the process group stays
     accelerator = start(
         batch_size=micro, accumulation=cell.accumulation, grad_clip=settings.optim.grad_clip, precision="fp32",
-        log_with=[], hang_minutes=10, expert_parallel=cell.sharding, experts=EXPERTS,
+        log_with=[], hang_minutes=10, expert_parallel=cell.sharding, experts=EXPERTS, optimizer=cell.optimizer,
     )  # fmt: skip
     model = build(cell)
     batching, schedule = Batching(BATCH, micro, cell.accumulation), Schedule(BATCH, STEPS, frozenset())
@@ -264,7 +313,11 @@ def take_steps(cell: Cell, trainer: Trainer) -> Curve:
         losses.append(sums.tolist())
         norm = trainer.engine.get_global_grad_norm()
         norms.append(float("nan") if norm is None else float(norm))
-    return Curve(np.array(losses), np.array(norms))
+    if cell.optimizer == "adamw":
+        return Curve(np.array(losses), np.array(norms))
+    weights, moments = gather_tensors(trainer.engine)
+    hessian = {name: tensor for name, tensor in moments.items() if name.endswith("/hessian")}
+    return Curve(np.array(losses), np.array(norms), numbers({**weights, **hessian}))
 
 
 def ds_settings(cell: Cell) -> dict[str, Any]:

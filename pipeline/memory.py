@@ -89,7 +89,7 @@ class Need:
 
 
 def state_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> tuple[float, float]:
-    """Bytes of trained weights, gradients, AdamW's state and the weight average: on the device, and on the host.
+    """Bytes of trained weights, gradients, two moments and the weight average: on the device, and on the host.
 
     ZeRO (arXiv 1910.02054, section 3) with W processes: stage 1 cuts fp32 master weights and both moments into W
     pieces, 2 the gradients too, 3 the weights and here the average as well. Experts are spread over `expert_parallel`

@@ -35,7 +35,9 @@ def _signs(shape: tuple[int, ...], entropy: tuple[int, ...]) -> torch.Tensor:
     return (torch.from_numpy(bits).float() * 2 - 1).view(shape)
 
 
-def hutchinson(loss: torch.Tensor, parameters: Mapping[str, torch.Tensor], probes: Mapping[str, torch.Tensor]) -> Tensors:
+def hutchinson(
+    loss: torch.Tensor, parameters: Mapping[str, torch.Tensor], probes: Mapping[str, torch.Tensor]
+) -> Tensors:
     """u * (H u), whose mean over random signs u is the diagonal of the Hessian H (Hutchinson 1989).
 
     The product is exact: it is the gradient of <gradient of the loss, u>. Nothing is accumulated in `.grad`.

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+State = dict[str, torch.Tensor]
+
 
 class Sophia(torch.optim.Optimizer):
     """Sophia (Liu et al. 2023, arXiv 2305.14342, algorithm 3).
@@ -40,8 +42,7 @@ class Sophia(torch.optim.Optimizer):
             gamma: Scale of the Hessian's diagonal.
             eps: The least that a step is divided by; it also stands for curvature below zero.
             weight_decay: Decoupled.
-            squared: Whether h_hat is the square of `.grad`, as in the Gauss-Newton-Bartlett estimate, or `.grad` itself,
-                as in Hutchinson's.
+            squared: Whether h_hat is the square of `.grad` (Gauss-Newton-Bartlett) or `.grad` itself (Hutchinson).
         """
         defaults = {"lr": lr, "betas": betas, "gamma": gamma, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
@@ -75,14 +76,14 @@ class Sophia(torch.optim.Optimizer):
                     self._update(group, pieces, states, gradients)
         return loss
 
-    def _state_of(self, piece: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _state_of(self, piece: torch.Tensor) -> State:
         state = self.state[piece]
         if not state:
             state["step"] = torch.tensor(0.0, device=piece.device)
             state["exp_avg"], state["hessian"] = (torch.zeros_like(piece) for _ in range(2))
         return state
 
-    def _estimate(self, group: dict[str, Any], states: list[dict[str, torch.Tensor]], found: list[torch.Tensor]) -> None:
+    def _estimate(self, group: dict[str, Any], states: list[State], found: list[torch.Tensor]) -> None:
         estimates = torch._foreach_mul(found, found) if self.squared else found
         torch._foreach_lerp_([state["hessian"] for state in states], list(estimates), 1 - group["betas"][1])
 
@@ -90,7 +91,7 @@ class Sophia(torch.optim.Optimizer):
         self,
         group: dict[str, Any],
         pieces: list[torch.Tensor],
-        states: list[dict[str, torch.Tensor]],
+        states: list[State],
         gradients: list[torch.Tensor],
     ) -> None:
         torch._foreach_add_([state["step"] for state in states], 1)
