@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +49,7 @@ GRAD_CLIP = 0.3  # below the norms of all steps, so that a wrong norm shows
 EXPERTS = 4
 SMALL = 0.05  # of a loss term, below which differences are taken as absolute
 HESSIAN_EVERY = 2
+NOTHING = 1e-12  # of a diagonal that is zero: nothing depends on the parameter
 SEED = 0
 
 
@@ -82,7 +83,8 @@ class Cell:
 
     def __str__(self) -> str:
         experts = f"experts over {self.sharding}" if self.sharding > 1 else "whole experts"
-        return f"ZeRO-{self.stage}, {experts}, {self.processes} processes, accumulation {self.accumulation}"
+        optimizer = "" if self.optimizer == "adamw" else f"{self.optimizer}, "
+        return f"{optimizer}ZeRO-{self.stage}, {experts}, {self.processes} processes, accumulation {self.accumulation}"
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ class Curve:
     """[steps, 1 + terms]: the loss and each of its terms, over all ranks."""
     norms: np.ndarray
     """[steps], of the global gradient before clipping; NaN where nobody knows it (shared experts under ZeRO-0)."""
-    tensors: dict[str, np.ndarray] = field(default_factory=dict)
-    """With Sophia, the weights and the means of the Hessian's diagonal (`NAME/hessian`) after the last step."""
+    hessian: dict[str, np.ndarray] = field(default_factory=dict)
+    """With Sophia, what the first estimate left of the Hessian's diagonal, by parameter."""
 
     def difference(self, other: Curve) -> float:
         """Largest difference of any loss, term or norm of any step, relative to the other value or to 0.05.
@@ -104,12 +106,21 @@ class Curve:
         ours, theirs = (np.column_stack([curve.losses, curve.norms]) for curve in (self, other))
         return float(np.nanmax(np.abs(ours - theirs) / np.maximum(np.abs(theirs), SMALL)))
 
-    def tensor_differences(self, other: Curve) -> dict[str, float]:
-        """Largest difference in each tensor, relative to its largest value."""
-        return {
-            name: float(np.abs(self.tensors[name] - value).max() / np.abs(value).max())
-            for name, value in other.tensors.items()
-        }
+    def hessian_difference(self, other: Curve, single: bool) -> float:
+        """Largest difference in the Hessian's diagonal of any parameter, relative to that parameter's largest value.
+
+        Args:
+            other: To compare with.
+            single: Of the parameters that are one number, or else of all others. The curvature of one number is a sum
+                over all photos and views whose parts nearly cancel, with no larger neighbour to be compared with.
+        """
+        assert self.hessian.keys() == other.hessian.keys()
+        found = [
+            np.abs(self.hessian[name] - value).max() / max(np.abs(value).max(), NOTHING)
+            for name, value in other.hessian.items()
+            if (value.size == 1) == single
+        ]
+        return float(max(found, default=0.0))
 
 
 def config(cell: Cell) -> Config:
@@ -179,13 +190,15 @@ def bare_loop(cell: Cell) -> Curve:
     """One process, the whole batch at once, no DeepSpeed."""
     settings, model = config(cell), build(cell).train()
     optimizer, average = build_optimizer(model, settings.optim), WeightAverage(model, settings.train.ema_decay)
+    hessian: dict[str, np.ndarray] = {}
     losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, STEPS, settings.optim)
         photos = batch(step, range(BATCH), model)
         if isinstance(optimizer, Sophia) and step % HESSIAN_EVERY == 0:
-            bare_estimate(optimizer, model, photos, step)
+            diagonal = bare_estimate(optimizer, model, photos, step)
+            hessian = hessian or diagonal
         output = model(**loss_inputs(photos, count_targets(targets_of(photos)), keep_all=step % 2 == 0))
         assert output.loss is not None
         optimizer.zero_grad()
@@ -205,14 +218,11 @@ def bare_loop(cell: Cell) -> Curve:
     if cell.export:
         copy_into(dict(model.named_parameters()), average.tensors)
         model.save_pretrained(cell.export)
-    tensors = dict(model.named_parameters())
-    if isinstance(optimizer, Sophia):
-        tensors |= {f"{name}/hessian": optimizer.state[weight]["hessian"] for name, weight in tensors.items()}
-    return Curve(np.array(losses), np.array(norms), numbers(tensors) if isinstance(optimizer, Sophia) else {})
+    return Curve(np.array(losses), np.array(norms), hessian)
 
 
-def bare_estimate(optimizer: Sophia, model: RoadworkModel, photos: Batch, step: int) -> None:
-    """An estimate of the Hessian's diagonal by autograd alone, into the optimizer's mean."""
+def bare_estimate(optimizer: Sophia, model: RoadworkModel, photos: Batch, step: int) -> dict[str, np.ndarray]:
+    """An estimate of the Hessian's diagonal by autograd alone, into the optimizer's mean; returns the mean."""
     weights, seed = dict(model.named_parameters()), SEED
     model.eval()
     counts = count_targets(targets_of(photos))
@@ -230,11 +240,14 @@ def bare_estimate(optimizer: Sophia, model: RoadworkModel, photos: Batch, step: 
     with optimizer.estimating():
         optimizer.step()
     model.train()
+    return {name: optimizer.state[weight]["hessian"].double().numpy() for name, weight in weights.items()}
 
 
-def numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """The same as float64 of numpy."""
-    return {name: tensor.detach().double().numpy() for name, tensor in tensors.items()}
+def held_hessian(trainer: Trainer) -> dict[str, np.ndarray]:
+    """The mean of the Hessian's diagonal by parameter, whole. Collective."""
+    _, moments = gather_tensors(trainer.engine)
+    ending = "/hessian"
+    return {n.removesuffix(ending): t.double().numpy() for n, t in moments.items() if n.endswith(ending)}
 
 
 def run(cells: Sequence[Cell]) -> list[Curve]:
@@ -250,7 +263,7 @@ def run(cells: Sequence[Cell]) -> list[Curve]:
         return [
             Curve(values["losses"], values["norms"], {name: values[name] for name in values.files if "." in name})
             for values in found
-        ]
+        ]  # a parameter's name has a point in it
 
 
 def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:
@@ -264,7 +277,8 @@ def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:
         torch.nn.functional.linear = linear  # ZeRO-3 leaves one of its own, whose last digits differ
         curve = train(cell, Path(folder) / f"{number}-{rank}.json")
         if rank == 0:
-            np.savez(Path(folder) / f"{number}.npz", losses=curve.losses, norms=curve.norms, **curve.tensors)
+            arrays: dict[str, Any] = {"losses": curve.losses, "norms": curve.norms, **curve.hessian}
+            np.savez(Path(folder) / f"{number}.npz", **arrays)
     dist.destroy_process_group()
 
 
@@ -300,6 +314,7 @@ def train(cell: Cell, settings_file: Path) -> Curve:
 def take_steps(cell: Cell, trainer: Trainer) -> Curve:
     """From where the trainer stands to the last step."""
     micro = trainer.batching.micro_batch_size
+    hessian: dict[str, np.ndarray] = {}
     losses, norms = [], []
     for step in range(trainer.step, STEPS):
         if cell.save and step == STEPS // 2:
@@ -309,15 +324,13 @@ def take_steps(cell: Cell, trainer: Trainer) -> Curve:
         counts, _, _ = trainer._agree(parts, None)
         sums, _ = trainer._take_step(parts, counts)
         trainer.step += 1
+        if cell.optimizer != "adamw" and step == 0:
+            hessian = held_hessian(trainer)
         dist.all_reduce(sums)
         losses.append(sums.tolist())
         norm = trainer.engine.get_global_grad_norm()
         norms.append(float("nan") if norm is None else float(norm))
-    if cell.optimizer == "adamw":
-        return Curve(np.array(losses), np.array(norms))
-    weights, moments = gather_tensors(trainer.engine)
-    hessian = {name: tensor for name, tensor in moments.items() if name.endswith("/hessian")}
-    return Curve(np.array(losses), np.array(norms), numbers({**weights, **hessian}))
+    return Curve(np.array(losses), np.array(norms), hessian)
 
 
 def ds_settings(cell: Cell) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Sophia(torch.optim.Optimizer):
             self.is_estimating = False
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step; a parameter without gradient is passed over."""
         loss = None
         if closure is not None:
