@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.cli import commands
 
 BENCHMARKS = (
-    "checkpoint", "features", "loader", "parity", "prep", "pruning", "scaling", "tables", "trainer", "views",
+    "checkpoint", "features", "loader", "parity", "prep", "pruning", "scaling", "sophia", "tables", "trainer", "views",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -254,11 +254,8 @@ def run(cells: Sequence[Cell]) -> list[Curve]:
     """The curves of cells that have the same number of processes, which are started once for all of them."""
     assert len({cell.processes for cell in cells}) == 1
     processes = cells[0].processes
-    with tempfile.TemporaryDirectory(prefix="roadwork-parity-") as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        multiprocessing.spawn(worker, (port, list(cells), folder), processes)
+    with tempfile.TemporaryDirectory(prefix="roadwork-parity-") as folder:
+        multiprocessing.spawn(worker, (free_port(), list(cells), folder), processes)
         found = [np.load(Path(folder) / f"{number}.npz") for number in range(len(cells))]
         return [
             Curve(values["losses"], values["norms"], {name: values[name] for name in values.files if "." in name})
@@ -266,12 +263,17 @@ def run(cells: Sequence[Cell]) -> list[Curve]:
         ]  # a parameter's name has a point in it
 
 
+def free_port() -> int:
+    """A port that nobody uses at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:
     """One process: all cells in turn, each with an engine of its own; rank 0 writes the curves."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cells[0].processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    torch.set_num_threads(1)
-    silence_libraries()
+    join(rank, port, cells[0].processes)
     linear = torch.nn.functional.linear
     for number, cell in enumerate(cells):
         torch.nn.functional.linear = linear  # ZeRO-3 leaves one of its own, whose last digits differ
@@ -282,21 +284,17 @@ def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:
     dist.destroy_process_group()
 
 
+def join(rank: int, port: int, processes: int) -> None:
+    """What a launcher says to a process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    silence_libraries()
+
+
 def train(cell: Cell, settings_file: Path) -> Curve:
     """The cell's steps, by the trainer."""
-    settings = config(cell)
-    settings_file.write_text(json.dumps(ds_settings(cell)))
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings_file)
-    micro = BATCH // cell.processes // cell.accumulation
-    AcceleratorState._reset_state()  # the state of the cell before; the process group stays
-    accelerator = start(
-        batch_size=micro, accumulation=cell.accumulation, grad_clip=settings.optim.grad_clip, precision="fp32",
-        log_with=[], hang_minutes=10, expert_parallel=cell.sharding, experts=EXPERTS, optimizer=cell.optimizer,
-    )  # fmt: skip
-    model = build(cell)
-    batching, schedule = Batching(BATCH, micro, cell.accumulation), Schedule(BATCH, STEPS, frozenset())
-    nothing: Any = None
-    trainer = Trainer(settings, accelerator, model, nothing, None, batching, schedule, None)
+    trainer = make_trainer(cell, settings_file)
     if cell.resume:
         load(trainer, Path(cell.resume))
     curve = take_steps(cell, trainer)
@@ -311,16 +309,31 @@ def train(cell: Cell, settings_file: Path) -> Curve:
     return curve
 
 
+def make_trainer(cell: Cell, settings_file: Path) -> Trainer:
+    """The trainer on the cell's form of the engine, whose DeepSpeed configuration is written to a file."""
+    settings = config(cell)
+    settings_file.write_text(json.dumps(ds_settings(cell)))
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings_file)
+    micro = BATCH // cell.processes // cell.accumulation
+    AcceleratorState._reset_state()  # the state of the cell before; the process group stays
+    accelerator = start(
+        batch_size=micro, accumulation=cell.accumulation, grad_clip=settings.optim.grad_clip, precision="fp32",
+        log_with=[], hang_minutes=10, expert_parallel=cell.sharding, experts=EXPERTS, optimizer=cell.optimizer,
+    )  # fmt: skip
+    model = build(cell)
+    batching, schedule = Batching(BATCH, micro, cell.accumulation), Schedule(BATCH, STEPS, frozenset())
+    nothing: Any = None
+    return Trainer(settings, accelerator, model, nothing, None, batching, schedule, None)
+
+
 def take_steps(cell: Cell, trainer: Trainer) -> Curve:
     """From where the trainer stands to the last step."""
-    micro = trainer.batching.micro_batch_size
     hessian: dict[str, np.ndarray] = {}
     losses, norms = [], []
     for step in range(trainer.step, STEPS):
         if cell.save and step == STEPS // 2:
             save(trainer, Path(cell.save))
-        mine = range(trainer.rank, BATCH, cell.processes)
-        parts = [batch(step, mine[i * micro : (i + 1) * micro], trainer.model) for i in range(cell.accumulation)]
+        parts = micro_batches(cell, trainer, step)
         counts, _, _ = trainer._agree(parts, None)
         sums, _ = trainer._take_step(parts, counts)
         trainer.step += 1
@@ -331,6 +344,12 @@ def take_steps(cell: Cell, trainer: Trainer) -> Curve:
         norm = trainer.engine.get_global_grad_norm()
         norms.append(float("nan") if norm is None else float(norm))
     return Curve(np.array(losses), np.array(norms), hessian)
+
+
+def micro_batches(cell: Cell, trainer: Trainer, step: int) -> list[Batch]:
+    """What this rank sees of an optimizer step."""
+    micro, mine = trainer.batching.micro_batch_size, range(trainer.rank, BATCH, cell.processes)
+    return [batch(step, mine[i * micro : (i + 1) * micro], trainer.model) for i in range(cell.accumulation)]
 
 
 def ds_settings(cell: Cell) -> dict[str, Any]:
