@@ -26,8 +26,8 @@ from pipeline.progress import silence_libraries
 from pipeline.trainer import Trainer
 
 OPTIMIZERS = ("sophia_h", "sophia_g")
-PHOTOS = 16  # of a step
-ROUNDS = 10
+PHOTOS = 8  # of a step
+ROUNDS = 8
 
 
 def sophia(quick: bool = False, out: Path | None = None) -> Path:
@@ -63,8 +63,8 @@ def cost(rounds: int) -> tuple[Row, ...]:
             "an ordinary step",
             found[f"{name} estimate"],
             found[f"{name} step"],
-            "s",
-            note="ZeRO-1, fp32, one process, one thread; all views kept, in both; one estimate is due every "
+            "core s",
+            note="ZeRO-1, fp32, one process, one thread, whose time on a core is counted; all views kept, in both; one estimate is due every "
             f"optim.hessian_every steps, {OptimConfig().hessian_every} by default",
         )
         for name in OPTIMIZERS
@@ -72,7 +72,7 @@ def cost(rounds: int) -> tuple[Row, ...]:
 
 
 def make_arms(name: str) -> dict[str, Callable[[], float]]:
-    """Seconds of a step, and of an estimate, on an engine of its own."""
+    """Seconds of a core for a step, and for an estimate, on an engine of its own."""
     config = read_config(find_recipe("demo"))
     config.model.pruning, config.optim = "off", OptimConfig(name=name)
     trainer = make_trainer(config)
@@ -82,10 +82,10 @@ def make_arms(name: str) -> dict[str, Callable[[], float]]:
 
     def step() -> float:
         trainer.step = 1  # on which no estimate is due
-        return timed(lambda: trainer._take_step(photos, counts)).wall_s
+        return timed(lambda: trainer._take_step(photos, counts)).core_s
 
     def estimate() -> float:
-        return timed(lambda: trainer.hessian.take(0, photos, counts, keep_all=True)).wall_s
+        return timed(lambda: trainer.hessian.take(0, photos, counts, keep_all=True)).core_s
 
     return {"step": step, "estimate": estimate}
 

@@ -80,7 +80,7 @@ def test_what_the_head_keeps_grows_by_the_photo():
     torch.manual_seed(0)
     fixed, per_photo = saved_by_the_head(HEAD, scenes_tiny_config())
     assert per_photo > 0
-    three = _saved(build_head(HEAD, scenes_tiny_config()).train(), noise(HEAD, scenes_tiny_config(), 3))
+    three = _saved(build_head(HEAD, scenes_tiny_config()).train(), noise(HEAD, scenes_tiny_config(), 3), False)
     assert three == pytest.approx(fixed + 3 * per_photo, rel=0.05)
 
 
