@@ -28,6 +28,10 @@ from pipeline.trainer import Trainer
 OPTIMIZERS = ("sophia_h", "sophia_g")
 PHOTOS = 8  # of a step
 ROUNDS = 8
+NOTE = (
+    "ZeRO-1, fp32, one process, one thread, whose time on a core is counted; all views kept, in both; an estimate is due "
+    f"every optim.hessian_every steps, {OptimConfig().hessian_every} by default"
+)
 
 
 def sophia(quick: bool = False, out: Path | None = None) -> Path:
@@ -64,8 +68,7 @@ def cost(rounds: int) -> tuple[Row, ...]:
             found[f"{name} estimate"],
             found[f"{name} step"],
             "core s",
-            note="ZeRO-1, fp32, one process, one thread, whose time on a core is counted; all views kept, in both; one estimate is due every "
-            f"optim.hessian_every steps, {OptimConfig().hessian_every} by default",
+            note=NOTE,
         )
         for name in OPTIMIZERS
     )
