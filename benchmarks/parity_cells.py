@@ -80,6 +80,8 @@ class Cell:
     """Whether the optimizer is on the CPU, as in `ds_configs/zero2_offload.json`."""
     optimizer: str = "adamw"
     """`optim.name`."""
+    precision: str = "fp32"
+    """Of the weights in the forward and backward pass."""
 
     def __str__(self) -> str:
         experts = f"experts over {self.sharding}" if self.sharding > 1 else "whole experts"
@@ -317,7 +319,7 @@ def make_trainer(cell: Cell, settings_file: Path) -> Trainer:
     micro = BATCH // cell.processes // cell.accumulation
     AcceleratorState._reset_state()  # the state of the cell before; the process group stays
     accelerator = start(
-        batch_size=micro, accumulation=cell.accumulation, grad_clip=settings.optim.grad_clip, precision="fp32",
+        batch_size=micro, accumulation=cell.accumulation, grad_clip=settings.optim.grad_clip, precision=cell.precision,
         log_with=[], hang_minutes=10, expert_parallel=cell.sharding, experts=EXPERTS, optimizer=cell.optimizer,
     )  # fmt: skip
     model = build(cell)

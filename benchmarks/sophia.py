@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 
 from benchmarks.form import Report, Row, compare, interleave, machine, publish, timed, versions
-from benchmarks.parity import PACKAGES, PROCESSES, matrix, measure
+from benchmarks.parity import PACKAGES, matrix, measure
 from benchmarks.parity_cells import SEED, photo
 from pipeline.cli import command
 from pipeline.config import Config, read_config
@@ -26,11 +26,12 @@ from pipeline.progress import silence_libraries
 from pipeline.trainer import Trainer
 
 OPTIMIZERS = ("sophia_h", "sophia_g")
+PROCESSES = (1, 2)  # four are among those of `benchmarks.parity --optimizer NAME`
 PHOTOS = 8  # of a step
 ROUNDS = 8
 NOTE = (
-    "ZeRO-1, fp32, one process, one thread, whose time on a core is counted; all views kept, in both; an estimate is due "
-    f"every optim.hessian_every steps, {OptimConfig().hessian_every} by default"
+    "ZeRO-1, fp32, one process, one thread, whose time on a core is counted; all views kept, in both; an estimate is "
+    f"due every optim.hessian_every steps, {OptimConfig().hessian_every} by default"
 )
 
 

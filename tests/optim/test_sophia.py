@@ -152,7 +152,7 @@ def test_the_mean_of_many_estimates_is_the_diagonal(small):
     )
     error = found.std(dim=0) / count**0.5
     assert ((found.mean(dim=0) - exact.diag()).abs() <= 4.5 * error + 1e-12).all()
-    assert (exact.diag().abs() > 3 * error).sum() > len(error) / 2  # so that it could have failed
+    assert (exact.diag().abs() > 3 * error).sum() >= 5  # so that it could have failed
 
 
 def test_signs_are_even_independent_and_those_of_the_name_and_the_step():
