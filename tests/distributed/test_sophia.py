@@ -25,8 +25,7 @@ from pipeline.distributed.hessian_step import COUNTERS
 
 pytestmark = pytest.mark.dist
 FP32 = (
-    Cell(1, 1, 2, 2, optimizer="sophia_h"),
-    Cell(2, 2, 2, 1, optimizer="sophia_h"),
+    Cell(0, 1, 2, 2, optimizer="sophia_h"),
     Cell(0, 2, 2, 1, optimizer="sophia_g", clip=False),
     Cell(3, 1, 2, 1, optimizer="sophia_g"),
 )
@@ -37,7 +36,8 @@ CELLS = (*FP32, HALF_PRECISION)
 def take_step(cell, trainer, step):
     parts = micro_batches(cell, trainer, step)
     counts, _, _ = trainer._agree(parts, None)
-    trainer._take_step(parts, counts)
+    sums, _ = trainer._take_step(parts, counts)
+    trainer.meter.add_step(sums, taken=True)
     trainer.step += 1
 
 
@@ -72,7 +72,10 @@ def look(cell, settings_file):
     found["counted"] = [getattr(engine, name) for name in COUNTERS]
     before = everything(trainer)
     found["difference"] = difference(held_hessian(trainer), bare_loop(replace(cell, clip=True)).hessian)
-    found["read"], found["expected"] = trainer.hessian.read(), what_is_read(before)
+    found["expected"], lines = what_is_read(before), []
+    trainer._write = lines.append
+    trainer._log()
+    found["logged"] = {key: lines[0][key] for key in found["expected"]}
     parts = micro_batches(cell, trainer, 2)
     counts, _, _ = trainer._agree(parts, None)
     if trainer.rank == 1:
@@ -133,9 +136,9 @@ def test_the_engine_is_left_as_it_was(found, cell):
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_what_is_logged_is_counted_once_whatever_holds_it(found, cell):
     for rank in found[cell]:
-        assert rank["read"] == pytest.approx(rank["expected"], rel=1e-5, abs=1e-5)
-        assert 0 < rank["read"]["clipped_share"] < 1
-        assert rank["read"]["hessian_norm"] > 0
+        assert rank["logged"] == pytest.approx(rank["expected"], rel=1e-5, abs=1e-5)
+        assert 0 < rank["logged"]["clipped_share"] < 1
+        assert rank["logged"]["hessian_norm"] > 0
 
 
 def test_an_estimate_on_16_bit_weights_is_that_of_32_bits_but_for_the_rounding_of_the_weights(found):
