@@ -34,7 +34,7 @@ CELLS = (
     Cell(1, 1, 1, 2, optimizer="sophia_h"),
     Cell(0, 1, 2, 2, optimizer="sophia_h"),
     Cell(1, 2, 2, 2, optimizer="sophia_h", idle=True),
-    Cell(2, 1, 2, 1, optimizer="sophia_h", offload=True),
+    Cell(2, 1, 2, 1, optimizer="sophia_g", offload=True),
     Cell(3, 2, 2, 2, optimizer="sophia_g"),
     Cell(2, 2, 4, 1, optimizer="sophia_h"),
 )
