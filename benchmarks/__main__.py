@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.cli import commands
 
 BENCHMARKS = (
-    "checkpoint", "features", "loader", "parity", "prep", "pruning", "scaling", "study", "tables", "trainer",
+    "checkpoint", "features", "loader", "parity", "prep", "pruning", "scaling", "sophia", "study", "tables", "trainer",
     "views",
 )  # fmt: skip
 

@@ -11,7 +11,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,21 +21,24 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
 from torch import multiprocessing
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import Config, OptimConfig, TrainConfig
-from pipeline.data.dataset import collate, mask_targets, metadata_tensors, model_inputs
+from pipeline.data.dataset import collate, mask_targets, metadata_tensors
 from pipeline.data.record import Metadata
 from pipeline.data.views import view_boxes
 from pipeline.distributed import start
 from pipeline.distributed.engine_tensors import gather_tensors, set_tensors
 from pipeline.distributed.startup import ROOT
-from pipeline.feed import Batch
-from pipeline.losses import TERMS
+from pipeline.feed import Batch, loss_inputs, targets_of
+from pipeline.losses import TERMS, count_targets
 from pipeline.model.config import ModelConfig
 from pipeline.model.moe import SparseExperts
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import WeightAverage, build_optimizer, lr_at
+from pipeline.optim import Sophia, WeightAverage, build_optimizer, lr_at
 from pipeline.optim.ema import copy_into
+from pipeline.optim.hessian import hutchinson, rademacher
+from pipeline.optim.sampled_loss import draws_needed, sampled_loss, uniform
 from pipeline.plan import Batching, Schedule
 from pipeline.progress import silence_libraries
 from pipeline.trainer import Trainer
@@ -45,6 +48,8 @@ BATCH = 8  # photos per optimizer step, whatever the processes
 GRAD_CLIP = 0.3  # below the norms of all steps, so that a wrong norm shows
 EXPERTS = 4
 SMALL = 0.05  # of a loss term, below which differences are taken as absolute
+HESSIAN_EVERY = 2
+NOTHING = 1e-12  # of a diagonal that is zero: nothing depends on the parameter
 SEED = 0
 
 
@@ -73,10 +78,15 @@ class Cell:
     """Folder that the averaged model is saved to at the end."""
     offload: bool = False
     """Whether the optimizer is on the CPU, as in `ds_configs/zero2_offload.json`."""
+    optimizer: str = "adamw"
+    """`optim.name`."""
+    precision: str = "fp32"
+    """Of the weights in the forward and backward pass."""
 
     def __str__(self) -> str:
         experts = f"experts over {self.sharding}" if self.sharding > 1 else "whole experts"
-        return f"ZeRO-{self.stage}, {experts}, {self.processes} processes, accumulation {self.accumulation}"
+        optimizer = "" if self.optimizer == "adamw" else f"{self.optimizer}, "
+        return f"{optimizer}ZeRO-{self.stage}, {experts}, {self.processes} processes, accumulation {self.accumulation}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +97,8 @@ class Curve:
     """[steps, 1 + terms]: the loss and each of its terms, over all ranks."""
     norms: np.ndarray
     """[steps], of the global gradient before clipping; NaN where nobody knows it (shared experts under ZeRO-0)."""
+    hessian: dict[str, np.ndarray] = field(default_factory=dict)
+    """With Sophia, what the first estimate left of the Hessian's diagonal, by parameter."""
 
     def difference(self, other: Curve) -> float:
         """Largest difference of any loss, term or norm of any step, relative to the other value or to 0.05.
@@ -95,6 +107,22 @@ class Curve:
         """
         ours, theirs = (np.column_stack([curve.losses, curve.norms]) for curve in (self, other))
         return float(np.nanmax(np.abs(ours - theirs) / np.maximum(np.abs(theirs), SMALL)))
+
+    def hessian_difference(self, other: Curve, single: bool) -> float:
+        """Largest difference in the Hessian's diagonal of any parameter, relative to that parameter's largest value.
+
+        Args:
+            other: To compare with.
+            single: Of the parameters that are one number, or else of all others. The curvature of one number is a sum
+                over all photos and views whose parts nearly cancel, with no larger neighbour to be compared with.
+        """
+        assert self.hessian.keys() == other.hessian.keys()
+        found = [
+            np.abs(self.hessian[name] - value).max() / max(np.abs(value).max(), NOTHING)
+            for name, value in other.hessian.items()
+            if (value.size == 1) == single
+        ]
+        return float(max(found, default=0.0))
 
 
 def config(cell: Cell) -> Config:
@@ -108,7 +136,9 @@ def config(cell: Cell) -> Config:
             fusion_heads=2, experts=EXPERTS, experts_per_token=1 if cell.idle else 2, expert_width=16,
             mask_side=4, dropout=0.0, metadata_field_dropout=0.0, metadata_all_dropout=0.0, pruning="off",
         ),
-        optim=OptimConfig(lr=lr, grad_clip=GRAD_CLIP if cell.clip else 0.0),
+        optim=OptimConfig(
+            name=cell.optimizer, lr=lr, grad_clip=GRAD_CLIP if cell.clip else 0.0, hessian_every=HESSIAN_EVERY
+        ),
     )  # fmt: skip
 
 
@@ -162,14 +192,16 @@ def bare_loop(cell: Cell) -> Curve:
     """One process, the whole batch at once, no DeepSpeed."""
     settings, model = config(cell), build(cell).train()
     optimizer, average = build_optimizer(model, settings.optim), WeightAverage(model, settings.train.ema_decay)
+    hessian: dict[str, np.ndarray] = {}
     losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, STEPS, settings.optim)
         photos = batch(step, range(BATCH), model)
-        output = model(
-            **model_inputs(photos), labels=photos["labels"], mask_targets=photos["mask_targets"], keep_all=step % 2 == 0
-        )
+        if isinstance(optimizer, Sophia) and step % HESSIAN_EVERY == 0:
+            diagonal = bare_estimate(optimizer, model, photos, step)
+            hessian = hessian or diagonal
+        output = model(**loss_inputs(photos, count_targets(targets_of(photos)), keep_all=step % 2 == 0))
         assert output.loss is not None
         optimizer.zero_grad()
         output.loss.backward()
@@ -188,52 +220,83 @@ def bare_loop(cell: Cell) -> Curve:
     if cell.export:
         copy_into(dict(model.named_parameters()), average.tensors)
         model.save_pretrained(cell.export)
-    return Curve(np.array(losses), np.array(norms))
+    return Curve(np.array(losses), np.array(norms), hessian)
+
+
+def bare_estimate(optimizer: Sophia, model: RoadworkModel, photos: Batch, step: int) -> dict[str, np.ndarray]:
+    """An estimate of the Hessian's diagonal by autograd alone, into the optimizer's mean; returns the mean."""
+    weights, seed = dict(model.named_parameters()), SEED
+    model.eval()
+    counts = count_targets(targets_of(photos))
+    with sdpa_kernel(SDPBackend.MATH):
+        output = model(**loss_inputs(photos, counts, keep_all=step % 2 == 0))
+    assert output.loss is not None
+    if optimizer.squared:
+        draws = uniform(photos["row"].tolist(), draws_needed(output), seed, step)
+        optimizer.zero_grad()
+        sampled_loss(output, targets_of(photos), counts, model.loss_config, draws).backward()
+    else:
+        probes = rademacher({name: tuple(weight.shape) for name, weight in weights.items()}, seed, step)
+        for name, product in hutchinson(output.loss, weights, probes).items():
+            weights[name].grad = product
+    with optimizer.estimating():
+        optimizer.step()
+    model.train()
+    return {name: optimizer.state[weight]["hessian"].double().numpy() for name, weight in weights.items()}
+
+
+def held_hessian(trainer: Trainer) -> dict[str, np.ndarray]:
+    """The mean of the Hessian's diagonal by parameter, whole. Collective."""
+    _, moments = gather_tensors(trainer.engine)
+    ending = "/hessian"
+    return {n.removesuffix(ending): t.double().numpy() for n, t in moments.items() if n.endswith(ending)}
 
 
 def run(cells: Sequence[Cell]) -> list[Curve]:
     """The curves of cells that have the same number of processes, which are started once for all of them."""
     assert len({cell.processes for cell in cells}) == 1
     processes = cells[0].processes
-    with tempfile.TemporaryDirectory(prefix="roadwork-parity-") as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        multiprocessing.spawn(worker, (port, list(cells), folder), processes)
+    with tempfile.TemporaryDirectory(prefix="roadwork-parity-") as folder:
+        multiprocessing.spawn(worker, (free_port(), list(cells), folder), processes)
         found = [np.load(Path(folder) / f"{number}.npz") for number in range(len(cells))]
-        return [Curve(values["losses"], values["norms"]) for values in found]
+        return [
+            Curve(values["losses"], values["norms"], {name: values[name] for name in values.files if "." in name})
+            for values in found
+        ]  # a parameter's name has a point in it
+
+
+def free_port() -> int:
+    """A port that nobody uses at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:
     """One process: all cells in turn, each with an engine of its own; rank 0 writes the curves."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(cells[0].processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    torch.set_num_threads(1)
-    silence_libraries()
+    join(rank, port, cells[0].processes)
     linear = torch.nn.functional.linear
     for number, cell in enumerate(cells):
         torch.nn.functional.linear = linear  # ZeRO-3 leaves one of its own, whose last digits differ
         curve = train(cell, Path(folder) / f"{number}-{rank}.json")
         if rank == 0:
-            np.savez(Path(folder) / f"{number}.npz", losses=curve.losses, norms=curve.norms)
+            arrays: dict[str, Any] = {"losses": curve.losses, "norms": curve.norms, **curve.hessian}
+            np.savez(Path(folder) / f"{number}.npz", **arrays)
     dist.destroy_process_group()
+
+
+def join(rank: int, port: int, processes: int) -> None:
+    """What a launcher says to a process."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    silence_libraries()
 
 
 def train(cell: Cell, settings_file: Path) -> Curve:
     """The cell's steps, by the trainer."""
-    settings = config(cell)
-    settings_file.write_text(json.dumps(ds_settings(cell)))
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings_file)
-    micro = BATCH // cell.processes // cell.accumulation
-    AcceleratorState._reset_state()  # the state of the cell before; the process group stays
-    accelerator = start(
-        batch_size=micro, accumulation=cell.accumulation, grad_clip=settings.optim.grad_clip, precision="fp32",
-        log_with=[], hang_minutes=10, expert_parallel=cell.sharding, experts=EXPERTS,
-    )  # fmt: skip
-    model = build(cell)
-    batching, schedule = Batching(BATCH, micro, cell.accumulation), Schedule(BATCH, STEPS, frozenset())
-    nothing: Any = None
-    trainer = Trainer(settings, accelerator, model, nothing, None, batching, schedule, None)
+    trainer = make_trainer(cell, settings_file)
     if cell.resume:
         load(trainer, Path(cell.resume))
     curve = take_steps(cell, trainer)
@@ -248,23 +311,47 @@ def train(cell: Cell, settings_file: Path) -> Curve:
     return curve
 
 
+def make_trainer(cell: Cell, settings_file: Path) -> Trainer:
+    """The trainer on the cell's form of the engine, whose DeepSpeed configuration is written to a file."""
+    settings = config(cell)
+    settings_file.write_text(json.dumps(ds_settings(cell)))
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings_file)
+    micro = BATCH // cell.processes // cell.accumulation
+    AcceleratorState._reset_state()  # the state of the cell before; the process group stays
+    accelerator = start(
+        batch_size=micro, accumulation=cell.accumulation, grad_clip=settings.optim.grad_clip, precision=cell.precision,
+        log_with=[], hang_minutes=10, expert_parallel=cell.sharding, experts=EXPERTS, optimizer=cell.optimizer,
+    )  # fmt: skip
+    model = build(cell)
+    batching, schedule = Batching(BATCH, micro, cell.accumulation), Schedule(BATCH, STEPS, frozenset())
+    nothing: Any = None
+    return Trainer(settings, accelerator, model, nothing, None, batching, schedule, None)
+
+
 def take_steps(cell: Cell, trainer: Trainer) -> Curve:
     """From where the trainer stands to the last step."""
-    micro = trainer.batching.micro_batch_size
+    hessian: dict[str, np.ndarray] = {}
     losses, norms = [], []
     for step in range(trainer.step, STEPS):
         if cell.save and step == STEPS // 2:
             save(trainer, Path(cell.save))
-        mine = range(trainer.rank, BATCH, cell.processes)
-        parts = [batch(step, mine[i * micro : (i + 1) * micro], trainer.model) for i in range(cell.accumulation)]
+        parts = micro_batches(cell, trainer, step)
         counts, _, _ = trainer._agree(parts, None)
         sums, _ = trainer._take_step(parts, counts)
         trainer.step += 1
+        if cell.optimizer != "adamw" and step == 0:
+            hessian = held_hessian(trainer)
         dist.all_reduce(sums)
         losses.append(sums.tolist())
         norm = trainer.engine.get_global_grad_norm()
         norms.append(float("nan") if norm is None else float(norm))
-    return Curve(np.array(losses), np.array(norms))
+    return Curve(np.array(losses), np.array(norms), hessian)
+
+
+def micro_batches(cell: Cell, trainer: Trainer, step: int) -> list[Batch]:
+    """What this rank sees of an optimizer step."""
+    micro, mine = trainer.batching.micro_batch_size, range(trainer.rank, BATCH, cell.processes)
+    return [batch(step, mine[i * micro : (i + 1) * micro], trainer.model) for i in range(cell.accumulation)]
 
 
 def ds_settings(cell: Cell) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from pipeline.config import Config
 from pipeline.data.copies import AUGMENTED, STREETVISION
-from pipeline.data.dataset import ShardDataset, collate
+from pipeline.data.dataset import ShardDataset, collate, model_inputs
 from pipeline.data.feature_dataset import FeatureDataset, open_split
 from pipeline.data.features import FeatureCache
 from pipeline.data.index import Index
@@ -21,10 +22,28 @@ from pipeline.data.sampler import PositionSampler
 from pipeline.data.stand_in import StandIn
 from pipeline.data.streaming import StreamedSplit, inclusion
 from pipeline.errors import UserError
+from pipeline.losses import Targets
 from pipeline.plan import plan_schedule, sampling_weights
 from pipeline.progress import say
 
 Batch = dict[str, torch.Tensor]
+
+
+def targets_of(batch: Batch) -> Targets:
+    """A batch's targets."""
+    return Targets(batch["labels"], batch["weather"], batch["mask_targets"])
+
+
+def loss_inputs(batch: Batch, counts: torch.Tensor, keep_all: bool) -> dict[str, Any]:
+    """What the model's forward takes to answer a batch and give its loss; see `RoadworkModel.forward`."""
+    return {
+        **model_inputs(batch),
+        "labels": batch["labels"],
+        "mask_targets": batch["mask_targets"],
+        "target_counts": counts,
+        "keep_all": keep_all,
+        "null_metadata": batch["null_metadata"],
+    }
 
 
 @dataclass(frozen=True)

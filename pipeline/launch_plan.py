@@ -77,7 +77,7 @@ def resolve(
         )
     batching = plan_batches(config.train, world_size)
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    check_stage(stage, precision)
+    check_stage(stage, precision, config.optim.name)
     experts = config.model.experts if config.model.head == "roadwork" else None
     wanted = config.train.expert_parallel
     size = resolve_expert_parallel(wanted, experts, world_size, stage, config.optim.grad_clip)
@@ -152,7 +152,7 @@ def deepspeed_problems(settings: dict[str, Any]) -> Iterator[str]:
         if stage == 0:
             yield "offload_optimizer needs stage 1, 2 or 3, and this is stage 0"
         if settings.get("zero_force_ds_cpu_optimizer", True):
-            yield "offload_optimizer with torch's AdamW needs zero_force_ds_cpu_optimizer: false"
+            yield "offload_optimizer with the recipe's optimizer needs zero_force_ds_cpu_optimizer: false"
     if stage > 0 and not settings.get("zero_allow_untested_optimizer", False):
         yield "zero_allow_untested_optimizer must be true, or DeepSpeed refuses the recipe's optimizer"
 

@@ -69,6 +69,10 @@ class Targets:
     masks: torch.Tensor
     """float [B, 6, m, m], the share of each cell's area that each class covers; all NaN where unknown."""
 
+    def to(self, device: torch.device) -> Targets:
+        """The same on a device."""
+        return Targets(self.labels.to(device), self.weather.to(device), self.masks.to(device))
+
     @property
     def has_label(self) -> torch.Tensor:
         """bool [B]."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from pipeline.config import Config
@@ -19,6 +21,7 @@ from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
 
 MOMENTS_AND_MASTER = 4 + 4 + 4
 AVERAGE = 4
+ESTIMATE = 4  # fp32 numbers per weight in one of sophia_h's estimates: weight, gradient, sign, product
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class Need:
 
 
 def state_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> tuple[float, float]:
-    """Bytes of trained weights, gradients, AdamW's state and the weight average: on the device, and on the host.
+    """Bytes of trained weights, gradients, two moments and the weight average: on the device, and on the host.
 
     ZeRO (arXiv 1910.02054, section 3) with W processes: stage 1 cuts fp32 master weights and both moments into W
     pieces, 2 the gradients too, 3 the weights and here the average as well. Experts are spread over `expert_parallel`
@@ -134,7 +137,10 @@ def need(config: Config, backbone: DINOv3ViTConfig, precision: str, sharding: Sh
     parameters = count(config, backbone)
     states, host = state_bytes(parameters, precision, sharding)
     fixed, per_photo = saved_by_the_head(config, backbone)
-    activations = low * (fixed + per_photo * micro_batch)
+    activations = (fixed + per_photo * micro_batch) * low
+    if config.optim.name == "sophia_h":
+        mine = parameters.shared + parameters.experts / sharding.expert_parallel
+        activations = (fixed + per_photo * micro_batch + ESTIMATE * mine) * 4.0
     if not config.data.features:
         activations += backbone_activations(config, backbone, precision, micro_batch)
     buffers = buffer_bytes(parameters, precision, sharding)
@@ -163,10 +169,13 @@ def expert_blocks(head: nn.Module) -> Iterator[nn.Module]:
 def saved_by_the_head(config: Config, backbone: DINOv3ViTConfig) -> tuple[float, float]:
     """Elements that a training step keeps for its backward pass: a fixed number, and those of each photo.
 
+    With `sophia_h` those that an estimate keeps for its second backward pass, which are several times as many.
+
     Measured with one and two photos of noise, all views kept, as every `train.distil_every`-th step has them.
     """
     head = build_head(config, backbone).train()
-    one, two = (_saved(head, noise(config, backbone, photos)) for photos in (1, 2))
+    twice = config.optim.name == "sophia_h"
+    one, two = (_saved(head, noise(config, backbone, photos), twice) for photos in (1, 2))
     return 2 * one - two, two - one
 
 
@@ -188,7 +197,7 @@ def noise(config: Config, backbone: DINOv3ViTConfig, photos: int) -> dict[str, t
     }
 
 
-def _saved(head: RoadworkModel, batch: dict[str, torch.Tensor]) -> int:
+def _saved(head: RoadworkModel, batch: dict[str, torch.Tensor], twice: bool) -> int:
     own = {parameter.untyped_storage().data_ptr() for parameter in head.parameters()}
     kept: dict[int, int] = {}
 
@@ -198,8 +207,12 @@ def _saved(head: RoadworkModel, batch: dict[str, torch.Tensor]) -> int:
             kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
         return tensor
 
-    with saved_tensors_hooks(note, lambda tensor: tensor):
+    # As in the estimate, attention without a fused kernel.
+    with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(), saved_tensors_hooks(note, lambda tensor: tensor):
         output = head(**batch, keep_all=True)
+        if twice:
+            weights = [p for p in head.parameters() if p.requires_grad]
+            torch.autograd.grad(output.loss, weights, create_graph=True, allow_unused=True)
     del output
     return sum(kept.values())
 

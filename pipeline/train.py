@@ -70,6 +70,7 @@ def train(config: Config, dry_run: bool) -> Path | None:
         experts=config.model.experts if config.model.head == "roadwork" else None,
         log_with=["wandb"] if config.train.wandb and not dry_run else [],
         hang_minutes=config.train.hang_minutes,
+        optimizer=config.optim.name,
     )
     lead = accelerator.is_main_process
     folder = None

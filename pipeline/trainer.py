@@ -14,11 +14,11 @@ from accelerate import Accelerator
 
 from pipeline.bad_samples import find_bad_samples, in_words
 from pipeline.config import Config
-from pipeline.data.dataset import model_inputs
 from pipeline.distributed import (
     Agreement,
     Checkpoints,
     EngineAverage,
+    HessianStep,
     StopSignal,
     Watchdog,
     count_steps,
@@ -30,9 +30,9 @@ from pipeline.distributed import (
     watch_routers,
 )
 from pipeline.errors import Stopped, UserError
-from pipeline.feed import Batch, Feed
+from pipeline.feed import Batch, Feed, loss_inputs, targets_of
 from pipeline.files import replace_folder
-from pipeline.losses import TERMS, Targets, count_targets
+from pipeline.losses import TERMS, count_targets
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.optim import build_optimizer, lr_at
@@ -41,11 +41,6 @@ from pipeline.progress import format_seconds, say
 from pipeline.run_folder import RunFolder
 from pipeline.telemetry import Meter, Profiler
 from pipeline.validation import Validation
-
-
-def targets_of(batch: Batch) -> Targets:
-    """A batch's targets."""
-    return Targets(batch["labels"], batch["weather"], batch["mask_targets"])
 
 
 class Trainer:
@@ -73,6 +68,7 @@ class Trainer:
         watch_routers(model)
         create_optimizer_state(self.engine)
         skip_steps_that_are_not_finite(self.engine)
+        self.hessian = HessianStep(config, accelerator, self.engine)
         self.average = EngineAverage(model, config.train.ema_decay)
         self.checkpoints = Checkpoints(folder.checkpoints, config, self.rank) if folder else None
         self.stop = StopSignal(config.train.max_minutes)
@@ -182,13 +178,11 @@ class Trainer:
         keep_all = every > 0 and self.step % every == 0
         counts, outputs = counts.to(self.accelerator.device), []
         sums = torch.zeros(1 + len(TERMS), device=self.accelerator.device)
+        self.hessian.take(self.step, batches, counts, keep_all)
         for batch in batches:
             with self.accelerator.accumulate(self.engine), self.meter.flops_counted(keep_all):
                 with self.meter.forward():
-                    output = self.engine(
-                        **model_inputs(batch), labels=batch["labels"], mask_targets=batch["mask_targets"],
-                        target_counts=counts, keep_all=keep_all, null_metadata=batch["null_metadata"],
-                    )  # fmt: skip
+                    output = self.engine(**loss_inputs(batch, counts, keep_all))
                 # The loss is this micro-batch's share of the mean over all; DeepSpeed averages over ranks and
                 # micro-batches, which would divide it once more.
                 self.accelerator.backward(spoil_gradient(output.loss) * self.world_size * len(batches))
@@ -249,7 +243,8 @@ class Trainer:
         norm = self.engine.get_global_grad_norm()  # None with experts shared under ZeRO-0
         self._write({
             "kind": "train", "step": self.step, "epoch": round(epoch, 3), "lr": lr,
-            **({"grad_norm": float(norm)} if norm is not None and math.isfinite(norm) else {}), **means,
+            **({"grad_norm": float(norm)} if norm is not None and math.isfinite(norm) else {}),
+            **self.hessian.read(), **means,
         })  # fmt: skip
         if self.rank == 0:
             loss = f"loss {means['loss']:.4f}" if "loss" in means else "no step taken"

@@ -111,6 +111,13 @@ def test_experts_that_cannot_be_placed_are_refused_as_training_refuses_them(tmp_
     assert sentence in str(error.value)
 
 
+def test_products_with_the_hessian_are_refused_at_stage_3_and_drawn_labels_are_not(tmp_path):
+    files = pair(tmp_path, {}, {"zero_optimization": {"stage": 3}})
+    with pytest.raises(UserError, match=r"sophia_h needs ZeRO stage 0, 1 or 2: .* sophia_g"):
+        resolve(Config(optim=OptimConfig(name="sophia_h")), files, None, None, "fp32")
+    assert resolve(Config(optim=OptimConfig(name="sophia_g")), files, None, None, "fp32").sharding.stage == 3
+
+
 def test_files_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read the accelerate configuration .*none\.yaml"):
         resolve(Config(), tmp_path / "none.yaml", None, None, "bf16")

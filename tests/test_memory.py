@@ -7,6 +7,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from pipeline.config import Config
 from pipeline.memory import Parameters, Sharding, buffer_bytes, count, need, saved_by_the_head, state_bytes
 from pipeline.model.config import ModelConfig
+from pipeline.optim import OptimConfig
 from pipeline.pretrain import scenes_tiny_config
 from tests.small_run import small_config
 
@@ -79,7 +80,7 @@ def test_what_the_head_keeps_grows_by_the_photo():
     torch.manual_seed(0)
     fixed, per_photo = saved_by_the_head(HEAD, scenes_tiny_config())
     assert per_photo > 0
-    three = _saved(build_head(HEAD, scenes_tiny_config()).train(), noise(HEAD, scenes_tiny_config(), 3))
+    three = _saved(build_head(HEAD, scenes_tiny_config()).train(), noise(HEAD, scenes_tiny_config(), 3), False)
     assert three == pytest.approx(fixed + 3 * per_photo, rel=0.05)
 
 
@@ -91,3 +92,14 @@ def test_a_cache_spares_the_backbones_activations_and_a_larger_micro_batch_costs
     cached.data.features = "cache"
     assert need(cached, backbone, "fp32", sharding, 4).activations < online.activations
     assert online.device == online.states + online.buffers + online.backbone + online.activations
+
+
+def test_only_products_with_the_hessian_need_more_activations():
+    backbone = scenes_tiny_config()
+    usual, products, drawn = (
+        need(Config(model=HEAD.model, optim=OptimConfig(name=name)), backbone, "fp32", Sharding(1), 4)
+        for name in ("adamw", "sophia_h", "sophia_g")
+    )
+    assert drawn == usual
+    assert (products.states, products.host) == (usual.states, usual.host)
+    assert 1.5 * usual.activations < products.activations < 10 * usual.activations

@@ -38,12 +38,13 @@ from pipeline.distributed.checkpoint_files import (
     step_of,
     write_checkpoint,
 )
-from pipeline.distributed.engine_tensors import MOMENTS, gather_tensors, set_tensors
+from pipeline.distributed.engine_tensors import gather_tensors, set_tensors
 from pipeline.distributed.retention import Retention
 from pipeline.distributed.startup import on_all_ranks, on_rank_zero
 from pipeline.distributed.sync import Remote, Uploader
 from pipeline.errors import UserError, explain
 from pipeline.files import write_json
+from pipeline.optim import MOMENTS
 from pipeline.optim.ema import WeightAverage
 from pipeline.progress import say
 from pipeline.run_folder import FREE_KEYS, differences
@@ -64,7 +65,7 @@ class Checkpoints:
         """Keep the checkpoints of a run in `folder`, and in step with a URL where the configuration names one."""
         settings = config.checkpoint
         self.folder, self.rank, self.settings = folder, rank, settings
-        self.run = _comparable(config)
+        self.run, self.optimizer = _comparable(config), config.optim.name
         self.retention = Retention(settings.keep, settings.keep_every)
         self.unsaved: int | None = None
         self.fetched = False
@@ -108,7 +109,7 @@ class Checkpoints:
         if path is None:
             return None
         shapes = {name: tuple(tensor.shape) for name, tensor in average.gathered().items()}
-        on_all_ranks(lambda: check_tensors(path, shapes))
+        on_all_ranks(lambda: check_tensors(path, shapes, self.optimizer))
         state = read_state(path)
         set_tensors(engine, read_tensors(path / WEIGHTS), read_tensors(path / OPTIMIZER), state["step"])
         average.load(read_tensors(path / AVERAGE))
@@ -223,14 +224,17 @@ def _comparable(config: Config) -> dict[str, Any]:
     }
 
 
-def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Compare a checkpoint's names, shapes and types with those of the model in training.
+def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], optimizer: str) -> None:
+    """Compare a checkpoint's names, shapes and types with those of the model and optimizer in training.
 
     Raises:
-        UserError: It is of another model.
+        UserError: It is of another model or optimizer.
     """
-    moments = {f"{name}/{kind}": shape for name, shape in shapes.items() for kind in MOMENTS}
-    for file, expected in {WEIGHTS: shapes, AVERAGE: shapes, OPTIMIZER: moments}.items():
+    moments = {f"{name}/{kind}": shape for name, shape in shapes.items() for kind in MOMENTS[optimizer]}
+    # The weights first: where only the optimizer's tensors differ, the model is the same.
+    for file, expected, what in (
+        (WEIGHTS, shapes, "model"), (AVERAGE, shapes, "model"), (OPTIMIZER, moments, "optimizer"),
+    ):  # fmt: skip
         problem = difference(path / file, expected)
         if problem is not None:
-            raise UserError(f"{path / file} is of another model ({problem}); choose another --train.run")
+            raise UserError(f"{path / file} is of another {what} ({problem}); choose another --train.run")

@@ -4,7 +4,7 @@ A checkpoint is a folder `step-00001234`. Its files are safetensors and JSON, so
 and they say nothing of the processes that wrote them:
 
     weights.safetensors      fp32 master weights by parameter name
-    optimizer.safetensors    `<parameter>/exp_avg` and `<parameter>/exp_avg_sq`
+    optimizer.safetensors    `<parameter>/exp_avg` and `<parameter>/exp_avg_sq`, of Sophia `<parameter>/hessian`
     average.safetensors      the average of the weights, by the same names
     state.json               where the trainer stands
     manifest.json            bytes and SHA-256 of each of the four

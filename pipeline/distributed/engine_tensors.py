@@ -20,18 +20,17 @@ from deepspeed.utils import (
 from torch import nn
 
 from pipeline.distributed.experts import merge_experts, split_experts
+from pipeline.optim import MOMENTS, Sophia
 from pipeline.optim.ema import WeightAverage
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Tensors = dict[str, torch.Tensor]
 
 
 def gather_tensors(engine: Any) -> tuple[Tensors, Tensors]:
     """fp32 weights by name, and optimizer moments by `name/kind`, whole, on the CPU. Collective."""
-    weights = _gather(engine, None)
-    moments = {kind: _gather(engine, kind) for kind in MOMENTS}
-    return weights, {f"{name}/{kind}": moments[kind][name] for name in weights for kind in MOMENTS}
+    weights, kinds = _gather(engine, None), _moments(engine)
+    moments = {kind: _gather(engine, kind) for kind in kinds}
+    return weights, {f"{name}/{kind}": moments[kind][name] for name in weights for kind in kinds}
 
 
 def set_tensors(engine: Any, weights: Tensors, moments: Tensors, step: int) -> None:
@@ -40,7 +39,7 @@ def set_tensors(engine: Any, weights: Tensors, moments: Tensors, step: int) -> N
     module = engine.module
     mine = split_experts(module, weights)
     values: dict[str | None, Tensors] = {None: mine}
-    for kind in MOMENTS:
+    for kind in _moments(engine):
         values[kind] = split_experts(module, {name: moments[f"{name}/{kind}"] for name in weights})
     for name, parameter in _trained(module):
         for what, tensors in values.items():
@@ -54,14 +53,14 @@ def create_optimizer_state(engine: Any, step: int = 0) -> None:
     DeepSpeed links the moments to the parameters inside the first step, before those of the second and later
     parameter groups exist; and before the first step there is nothing to set. So every engine starts here.
     """
-    optimizer = _base_optimizer(engine)
+    optimizer = base_optimizer(engine)
     pieces = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3, which has groups of its own
     if pieces is None:
         pieces = [piece for group in optimizer.param_groups for piece in group["params"]]
     for piece in pieces:
         optimizer.state[piece] = {
             "step": torch.tensor(float(step), device=piece.device),
-            **{kind: torch.zeros_like(piece, requires_grad=False) for kind in MOMENTS},
+            **{kind: torch.zeros_like(piece, requires_grad=False) for kind in _moments(engine)},
         }
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._hp_optimizer_states_linked = False
@@ -109,10 +108,14 @@ def _trained(module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
-def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The optimizer under DeepSpeed's own, which ZeRO-0 in fp32 does without."""
     base: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return base
+
+
+def _moments(engine: Any) -> tuple[str, ...]:
+    return MOMENTS["sophia_h" if isinstance(base_optimizer(engine), Sophia) else "adamw"]
 
 
 def _gather(engine: Any, kind: str | None) -> Tensors:
@@ -123,7 +126,7 @@ def _gather(engine: Any, kind: str | None) -> Tensors:
 def _get(engine: Any, parameter: Any, kind: str | None) -> torch.Tensor:
     """The fp32 weight, or a moment, of this process's experts or of any other parameter."""
     if not (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO-0
-        return parameter.detach() if kind is None else _base_optimizer(engine).state[parameter][kind]
+        return parameter.detach() if kind is None else base_optimizer(engine).state[parameter][kind]
     whole = safe_get_full_fp32_param(parameter) if kind is None else safe_get_full_optimizer_state(parameter, kind)
     return torch.as_tensor(whole)
 
@@ -137,7 +140,7 @@ def _set(engine: Any, parameter: Any, kind: str | None, value: torch.Tensor) -> 
         else:
             safe_set_full_optimizer_state(parameter, value, kind)
     elif kind is not None:
-        _base_optimizer(engine).state[parameter][kind].copy_(value)
+        base_optimizer(engine).state[parameter][kind].copy_(value)
 
 
 def _set_piece(parameter: Any, kind: str | None, value: torch.Tensor) -> None:

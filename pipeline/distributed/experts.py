@@ -8,6 +8,7 @@ does so is guarded by `check_version`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.errors import UserError
 from pipeline.model.moe import SparseExperts
 
 KNOWN_DEEPSPEED = "0.19.8"
+GROUPED_KERNELS = ("use_grouped_mm", "use_triton_grouped_mm")
 EXPERT_WEIGHTS = ("w1", "w2", "w3")  # gate, down and up projection, each [E / N, out, in]
 
 
@@ -155,6 +157,53 @@ def split_experts(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[
             split[f"{name}.experts.{weight}"] = whole[first : first + block.num_local_experts].contiguous()
         split[f"{name}.router.gate.weight"] = split.pop(f"{name}.gate.weight")
     return split
+
+
+def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shapes of all trained parameters by the names of the unsharded model, whatever holds the pieces."""
+    shapes = {name: _whole_shape(p) for name, p in model.named_parameters() if p.requires_grad}
+    for name, block in sharded_blocks(model):
+        (_, width, dim), _, _ = (shapes.pop(f"{name}.experts.{weight}") for weight in EXPERT_WEIGHTS)
+        experts = block.ep_size * block.num_local_experts
+        shapes[f"{name}.experts.gate_up_proj"] = (experts, 2 * width, dim)
+        shapes[f"{name}.experts.down_proj"] = (experts, dim, width)
+        shapes[f"{name}.gate.weight"] = shapes.pop(f"{name}.router.gate.weight")
+    return shapes
+
+
+def _whole_shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 the parameter itself is empty
+
+
+@contextmanager
+def second_derivatives(model: nn.Module) -> Iterator[None]:
+    """Let gradients of gradients pass through the layers that replaced the blocks.
+
+    AutoEP's exchange of tokens sends its gradient by a collective that autograd does not see, so a second derivative
+    ends there, silently. Here the gradient is sent by the same exchange with the splits swapped, whose derivative
+    autograd knows. And the grouped product, which has no second derivative, gives way to the loop over experts.
+    """
+    blocks = [block.experts for _, block in sharded_blocks(model)]
+    if not blocks:
+        yield
+        return
+    check_version()
+    from deepspeed.module_inject.auto_ep_layer import _AllToAllV
+
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
+        return None, _AllToAllV.apply(ctx.group, gradient, ctx.output_splits, ctx.input_splits), None, None
+
+    kernels = [(experts, key, getattr(experts, key)) for experts in blocks for key in GROUPED_KERNELS]
+    usual = _AllToAllV.backward
+    _AllToAllV.backward = staticmethod(backward)
+    for experts, key, _ in kernels:
+        setattr(experts, key, False)
+    try:
+        yield
+    finally:
+        _AllToAllV.backward = staticmethod(usual)
+        for experts, key, value in kernels:
+            setattr(experts, key, value)
 
 
 def _all_experts(block: Any, mine: torch.Tensor) -> torch.Tensor:

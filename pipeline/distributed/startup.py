@@ -34,6 +34,7 @@ def start(
     hang_minutes: float,
     expert_parallel: int = 1,
     experts: int | None = None,
+    optimizer: str = "adamw",
 ) -> Accelerator:
     """Join the process group and return an `Accelerator` with DeepSpeed under it.
 
@@ -50,6 +51,7 @@ def start(
             where the others stand.
         expert_parallel: Over how many processes a layer's experts are to be spread.
         experts: Experts per layer; None where the model has none.
+        optimizer: `optim.name`.
 
     Raises:
         UserError: A combination that DeepSpeed cannot do.
@@ -63,7 +65,7 @@ def start(
         "bf16": {"enabled": precision == "bf16"},
     }
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    check_stage(stage, precision)
+    check_stage(stage, precision, optimizer)
     size = resolve_expert_parallel(expert_parallel, experts, int(os.environ["WORLD_SIZE"]), stage, grad_clip)
     settings |= expert_settings(size, precision)
     if not torch.cuda.is_available():
@@ -87,12 +89,17 @@ def start(
     return accelerator
 
 
-def check_stage(stage: int, precision: str) -> None:
-    """Refuse a ZeRO stage that does not go with a precision."""
+def check_stage(stage: int, precision: str, optimizer: str = "adamw") -> None:
+    """Refuse a ZeRO stage that does not go with a precision or an optimizer."""
     if stage == 0 and precision == "bf16":
         raise UserError(
             "the DeepSpeed configuration has ZeRO stage 0, where bf16 weights have no fp32 masters that a checkpoint "
             "could hold by name; use stage 1, which computes the same, or train.precision fp32"
+        )
+    if stage == 3 and optimizer == "sophia_h":
+        raise UserError(
+            "optim.name sophia_h needs ZeRO stage 0, 1 or 2: at stage 3 no process has whole weights to take second "
+            "derivatives by; use such a stage, or sophia_g, which needs first derivatives only"
         )
 
 

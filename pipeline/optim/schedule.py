@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from pipeline.optim.adamw import OptimConfig
+from pipeline.optim.config import OptimConfig
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:

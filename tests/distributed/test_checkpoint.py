@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import resource
+from functools import partial
 
 import pytest
 
+from pipeline.config import Config
 from pipeline.distributed import checkpoint, checkpoint_files
+from pipeline.distributed.checkpoint import check_tensors
 from pipeline.distributed.checkpoint_files import OPTIMIZER, STATE, WEIGHTS
 from pipeline.errors import UserError
-from tests.distributed.checkpoints import Run, names, process_group
+from pipeline.optim import OptimConfig
+from tests.distributed.checkpoints import Run, names, process_group, tensors_of, write
 
 
 @pytest.fixture
@@ -100,6 +104,23 @@ def test_another_models_checkpoint_is_one_sentence_and_sets_nothing(start):
     start().save(1)
     with pytest.raises(UserError, match=r"weights\.safetensors is of another model \(a\.weight is \[4, 3\] in it and"):
         start(width=6)
+
+
+def test_another_optimizers_checkpoint_is_one_sentence(folder):
+    path = write(folder, 1)[0]
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors_of(1)[WEIGHTS].items()}
+    check_tensors(path, shapes, "adamw")
+    with pytest.raises(
+        UserError, match=r"optimizer\.safetensors is of another optimizer \(a\.weight/exp_avg_sq is only"
+    ):
+        check_tensors(path, shapes, "sophia_h")
+
+
+def test_a_run_with_another_optimizer_is_not_gone_on_with(start, monkeypatch):
+    start().save(1)
+    monkeypatch.setattr("tests.distributed.checkpoints.Config", partial(Config, optim=OptimConfig(name="sophia_g")))
+    with pytest.raises(UserError, match=r"state\.json is of a run with optim\.name=adamw \(now sophia_g\)"):
+        start()
 
 
 def test_another_runs_checkpoint_is_one_sentence(start):

@@ -31,6 +31,12 @@ CELLS = (
     Cell(2, 2, 4, 2),
     Cell(3, 4, 4, 1),
     Cell(2, 4, 4, 1, idle=True),
+    Cell(1, 1, 1, 2, optimizer="sophia_h"),
+    Cell(0, 1, 2, 2, optimizer="sophia_h"),
+    Cell(1, 2, 2, 2, optimizer="sophia_h", idle=True),
+    Cell(2, 1, 2, 1, optimizer="sophia_g", offload=True),
+    Cell(3, 2, 2, 2, optimizer="sophia_g"),
+    Cell(2, 2, 4, 1, optimizer="sophia_h"),
 )
 
 
@@ -49,13 +55,22 @@ def test_losses_terms_and_gradient_norms_are_those_of_a_bare_loop(curves, cell):
     expected = bare_loop(cell)
     assert curves[cell].losses[:, 0] == pytest.approx(expected.losses[:, 0], rel=1e-5)
     assert curves[cell].difference(expected) < 1e-5
+    assert bool(expected.hessian) == (cell.optimizer != "adamw")
+    assert curves[cell].hessian_difference(expected, single=False) < 1e-5
+    assert curves[cell].hessian_difference(expected, single=True) < 1e-4
 
 
 def test_the_cells_can_tell_forms_apart():
     """Otherwise nothing above means anything: clipping, and who gets the tokens, show in the curves."""
-    usual, free, idle = (bare_loop(Cell(1, 1, 1, **changes)) for changes in ({}, {"clip": False}, {"idle": True}))
+    usual, free, idle, *sophia = (
+        bare_loop(Cell(1, 1, 1, **changes))
+        for changes in ({}, {"clip": False}, {"idle": True}, {"optimizer": "sophia_h"}, {"optimizer": "sophia_g"})
+    )
     assert usual.difference(free) > 1e-3
     assert usual.difference(idle) > 1e-3
+    assert all(usual.difference(other) > 1e-3 for other in sophia)
+    assert sophia[0].difference(sophia[1]) > 1e-3
+    assert sophia[0].hessian_difference(sophia[1], single=False) > 1e-1
 
 
 @torch.inference_mode()
@@ -78,6 +93,16 @@ def test_the_idle_experts_are_idle():
 def test_what_cannot_be_done_is_refused_with_the_reason(wanted, experts, world_size, stage, grad_clip, why):
     with pytest.raises(UserError, match=why):
         resolve_expert_parallel(wanted, experts, world_size, stage, grad_clip)
+
+
+def test_products_with_the_hessian_are_refused_where_no_process_has_whole_weights(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero3.json")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(UserError, match=r"sophia_h needs ZeRO stage 0, 1 or 2: .* or sophia_g"):
+        start(
+            batch_size=1, accumulation=1, grad_clip=1.0, precision="fp32", log_with=[], hang_minutes=1,
+            optimizer="sophia_h",
+        )  # fmt: skip
 
 
 def test_zero_0_in_bf16_is_refused(monkeypatch):

@@ -1,0 +1,51 @@
+"""An optimizer over the trainable parameters, with weight decay only where it helps."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.model.moe import SparseExperts
+from pipeline.optim.config import OptimConfig
+from pipeline.optim.sophia import Sophia
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, expert_parallel: int = 1) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) or Sophia over the parameters of `model` that require a gradient.
+
+    Args:
+        model: As it was built, before an engine shards it.
+        config: Which one, its rates and decay.
+        expert_parallel: Processes that share a layer's experts. Where there are several, the experts have a group of
+            their own, marked as DeepSpeed asks for; it is named after the process group that holds the same experts.
+            Every group has a name, as DeepSpeed wants as soon as one has.
+    """
+    experts = set()
+    if expert_parallel > 1:
+        blocks = [m for m in model.modules() if isinstance(m, SparseExperts)]
+        experts = {id(p) for block in blocks for p in block.block.experts.parameters()}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    decay = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings | experts]
+    rest = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
+    groups = [
+        {"name": "decay", "params": decay, "weight_decay": config.weight_decay},
+        {"name": "no_decay", "params": rest, "weight_decay": 0.0},
+        {
+            "name": f"ep_size_{expert_parallel}",
+            "params": [p for p in trainable if id(p) in experts],
+            "weight_decay": config.weight_decay,
+            "moe": True,
+        },
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.epsilon, fused=True)
+    return Sophia(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        gamma=config.gamma,
+        eps=config.epsilon,
+        squared=config.name == "sophia_g",
+    )

@@ -1,0 +1,78 @@
+"""Which optimizer, and its rates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.errors import require
+
+OPTIMIZERS = ("adamw", "sophia_h", "sophia_g")
+# What beta1, beta2 and eps are where the recipe leaves them open. Sophia's are those of its paper.
+_ADAMW = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+_SOPHIA = {"beta1": 0.96, "beta2": 0.99, "eps": 1e-12}
+# What an optimizer keeps of each parameter, in its state and in checkpoints.
+MOMENTS = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "sophia_h": ("exp_avg", "hessian"),
+    "sophia_g": ("exp_avg", "hessian"),
+}
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and learning-rate schedule."""
+
+    name: str = "adamw"
+    """`adamw`, or an optimizer that scales its steps by the loss's curvature: `sophia_h`, from products with the
+    Hessian, or `sophia_g`, from gradients of labels that the model draws itself."""
+    lr: float = 3e-4
+    """Peak learning rate, reached at the end of the warm-up."""
+    final_lr_ratio: float = 0.02
+    """The learning rate at the last step, as a share of `lr`."""
+    warmup_share: float = 0.05
+    """Share of all steps that the learning rate rises linearly from zero."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; biases, norms and embeddings have none."""
+    beta1: float | None = None
+    """Decay of the mean of the gradient; if not given, 0.9 for AdamW and 0.96 for Sophia."""
+    beta2: float | None = None
+    """Decay of the mean of the squared gradient, for Sophia of that of the Hessian's diagonal; if not given, 0.99."""
+    eps: float | None = None
+    """Added to the root of the second moment, for Sophia the least curvature that a step is divided by; if not given,
+    1e-8 for AdamW and 1e-12 for Sophia."""
+    gamma: float = 0.01
+    """Sophia's scale of the curvature: the larger, the fewer coordinates are clipped."""
+    hessian_every: int = 10
+    """Steps from one of Sophia's estimates of the Hessian's diagonal to the next."""
+    grad_clip: float = 1.0
+    """Largest norm of the global gradient; 0 turns clipping off."""
+
+    def __post_init__(self) -> None:
+        require(self.name in OPTIMIZERS, "optim.name", self.name, f"one of {', '.join(OPTIMIZERS)}")
+        # Settled here, so that a run's configuration and its checkpoints say what was used.
+        for key, value in (_ADAMW if self.name == "adamw" else _SOPHIA).items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        require(self.lr > 0, "optim.lr", self.lr, "above 0")
+        require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "in [0, 1]")
+        require(0 <= self.warmup_share < 1, "optim.warmup_share", self.warmup_share, "in [0, 1)")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        for key, beta in zip(("beta1", "beta2"), self.betas, strict=True):
+            require(0 <= beta < 1, f"optim.{key}", beta, "in [0, 1)")
+        require(self.epsilon > 0, "optim.eps", self.epsilon, "above 0")
+        require(self.gamma > 0, "optim.gamma", self.gamma, "above 0")
+        require(self.hessian_every >= 1, "optim.hessian_every", self.hessian_every, "1 or more")
+        require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "0 or more")
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """`beta1` and `beta2`, once settled."""
+        assert self.beta1 is not None
+        assert self.beta2 is not None
+        return self.beta1, self.beta2
+
+    @property
+    def epsilon(self) -> float:
+        """`eps`, once settled."""
+        assert self.eps is not None
+        return self.eps

@@ -1,0 +1,61 @@
+"""Hutchinson's estimate of a Hessian's diagonal, from a product of the Hessian with random signs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+Tensors = dict[str, torch.Tensor]
+
+
+def rademacher(shapes: Mapping[str, tuple[int, ...]], seed: int, step: int) -> Tensors:
+    """Signs, +1 or -1 with even chance, for every coordinate of every parameter.
+
+    They follow from the seed, the step and the parameter's name alone, so that processes which share a parameter, or
+    hold parts of it, need not send them to one another.
+
+    Args:
+        shapes: Of the whole parameters, by name.
+        seed: Of the run.
+        step: Optimizer step.
+
+    Returns:
+        float32 on the CPU, by name.
+    """
+    return {name: _signs(shape, (seed, step, zlib.crc32(name.encode()))) for name, shape in shapes.items()}
+
+
+def _signs(shape: tuple[int, ...], entropy: tuple[int, ...]) -> torch.Tensor:
+    count = int(np.prod(shape, dtype=np.int64))
+    drawn = np.random.default_rng(np.random.SeedSequence(entropy)).integers(256, size=-(-count // 8), dtype=np.uint8)
+    bits = np.unpackbits(drawn, count=count)
+    return (torch.from_numpy(bits).float() * 2 - 1).view(shape)
+
+
+def hutchinson(
+    loss: torch.Tensor, parameters: Mapping[str, torch.Tensor], probes: Mapping[str, torch.Tensor]
+) -> Tensors:
+    """u * (H u), whose mean over random signs u is the diagonal of the Hessian H (Hutchinson 1989).
+
+    The product is exact: it is the gradient of <gradient of the loss, u>. Nothing is accumulated in `.grad`.
+
+    Args:
+        loss: Scalar; its graph is used up.
+        parameters: That the loss was computed from, by name.
+        probes: u, in the parameters' shapes.
+
+    Returns:
+        By name, in the parameters' shapes; zero where the loss does not depend on a parameter.
+    """
+    leaves = list(parameters.values())
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    pairs = zip(gradients, parameters, strict=True)
+    slopes = [(gradient * probes[name]).sum() for gradient, name in pairs if gradient is not None]
+    products = torch.autograd.grad(torch.stack(slopes).sum(), leaves, allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if product is None else probes[name] * product
+        for (name, leaf), product in zip(parameters.items(), products, strict=True)
+    }
