@@ -6,9 +6,14 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.feed import targets_of
+from pipeline.losses import count_targets
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import OptimConfig, build_optimizer, lr_at
+from pipeline.optim import OptimConfig, Sophia, build_optimizer, lr_at
+from pipeline.optim.hessian import hutchinson, rademacher
+from pipeline.optim.sampled_loss import draws_needed, sampled_loss
 
 Batch = dict[str, torch.Tensor]
 
@@ -51,5 +56,46 @@ class AdamWStepper:
         return float(loss.detach())
 
 
-OPTIMIZERS: dict[str, Callable[[RoadworkModel, OptimConfig, int], Stepper]] = {"adamw": AdamWStepper}
-"""Each but AdamW becomes an arm of the group `optimizers`, and a claim about the steps that it takes."""
+class SophiaStepper(AdamWStepper):
+    """Sophia-H and Sophia-G in one process, with the estimates that `pipeline.distributed.hessian_step` makes.
+
+    As there, nothing in an estimate is random but the probes or the drawn labels: no dropout, no exploration.
+    """
+
+    def step(self, number: int, batch: Batch, keep_all: bool) -> float:
+        """See `Stepper.step`."""
+        if number % self.config.hessian_every == 0:
+            self.estimate(number, batch, keep_all)
+        return super().step(number, batch, keep_all)
+
+    def estimate(self, number: int, batch: Batch, keep_all: bool) -> None:
+        """Take an estimate of the Hessian's diagonal into its mean; one that isn't finite is left out."""
+        assert isinstance(self.optimizer, Sophia)
+        self.optimizer.zero_grad()
+        self.model.eval()
+        weights = dict(self.model.named_parameters())
+        if self.config.name == "sophia_h":
+            shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+            probes = rademacher(shapes, torch.initial_seed(), number)
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no second derivative
+                loss = self.model(**batch, keep_all=keep_all).loss
+                assert loss is not None
+                for name, product in hutchinson(loss, weights, probes).items():
+                    weights[name].grad = product
+        else:
+            output, targets = self.model(**batch, keep_all=keep_all), targets_of(batch)
+            generator = torch.Generator().manual_seed(torch.initial_seed() + number)
+            draws = torch.rand(len(targets.labels), draws_needed(output), generator=generator)
+            sampled_loss(output, targets, count_targets(targets), self.model.loss_config, draws).backward()
+        self.model.train()
+        if all(weight.grad is None or weight.grad.isfinite().all() for weight in weights.values()):
+            with self.optimizer.estimating():
+                self.optimizer.step()
+
+
+OPTIMIZERS: dict[str, Callable[[RoadworkModel, OptimConfig, int], Stepper]] = {
+    "adamw": AdamWStepper,
+    "sophia_h": SophiaStepper,
+    "sophia_g": SophiaStepper,
+}
+"""Each but AdamW becomes an arm of the group `optimizers`, and two claims: about its MCC, and about its steps."""

@@ -15,6 +15,7 @@ from benchmarks.study.config import StudyConfig
 from benchmarks.study.training import Training, run_training
 from data_prep.parallel import Workers
 from pipeline.errors import UserError
+from pipeline.optim import OptimConfig
 from pipeline.progress import format_seconds, say
 
 PRELOAD = ("benchmarks.study.training",)
@@ -69,8 +70,9 @@ def _trainings(config: StudyConfig, arm: Arm, fingerprint: str) -> list[list[lis
             photos=fingerprint, parts=plan.parts, fold=fold, seen_places=arm.seen_places, train_share=arm.train_share,
             sampling=arm.sampling, temper=plan.temper, epoch_share=plan.epoch_share,
             model=model, loss=arm.loss_of(config.loss),
-            optimizer=arm.optimizer, optim=replace(config.optim, lr=lr), steps=plan.steps, batch_size=plan.batch_size,
-            distil_every=plan.distil_every, validations=plan.validations, seed=seed,
+            optimizer=arm.optimizer, optim=optim_of(config.optim, arm.optimizer, lr),
+            steps=plan.steps, batch_size=plan.batch_size, distil_every=plan.distil_every,
+            validations=plan.validations, seed=seed,
         )  # fmt: skip
 
     def tried(fold: int, seed: int) -> list[Training]:
@@ -103,6 +105,13 @@ def choose(candidates: Sequence[tuple[Training, dict[str, Any]]], arm: str) -> T
             f"the loss of the arm {arm!r} became infinite with every learning rate; try smaller ones in plan.lrs"
         )
     return max(finite, key=lambda one: (one[1]["null"]["val_mcc"], -one[1]["null"]["val_loss"]))[0]
+
+
+def optim_of(base: OptimConfig, name: str, lr: float) -> OptimConfig:
+    """The recipe's settings with an optimizer's own betas and eps, which are its paper's unless it is the recipe's."""
+    if name == base.name:
+        return replace(base, lr=lr)
+    return replace(base, name=name, lr=lr, beta1=None, beta2=None, eps=None)
 
 
 def run_work(work: Work, tokens: Path, results: Path, processes: int) -> int:

@@ -12,16 +12,19 @@ from benchmarks.study.arms import ARMS, COMPLETE, select_arms
 from benchmarks.study.claims import CLAIMS, judge, steps_ratio, steps_to, verdict
 from benchmarks.study.config import RECIPES, PlanConfig, read_recipe
 from benchmarks.study.folds import NOWHERE, divide, make_fold, split_groups
-from benchmarks.study.optimizers import AdamWStepper
+from benchmarks.study.optimizers import OPTIMIZERS, AdamWStepper
 from benchmarks.study.photos import Photos, check_pretraining
 from benchmarks.study.sampling import cluster_factors, derange, permuted_weights, shuffle_clusters, training_weights
 from benchmarks.study.training import Training, batch_rows
 from benchmarks.study.work import choose, plan_work, settle
 from data_prep.gps import sample_weights
+from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.memory import noise
 from pipeline.metrics import confusion_counts
 from pipeline.model.output import RoadworkOutput
 from pipeline.optim import OptimConfig
+from tests.small_run import make_backbone, make_model
 
 CITIES = [
     (59.9, 10.7),
@@ -409,3 +412,18 @@ def test_a_field_that_gives_the_label_away_is_in_no_model():
     assert config.model.metadata == ("gps", "daytime", "scene")
     work = plan_work(config, select_arms(["all"]), "f")
     assert not any("weather" in training.model.metadata for training in work.trainings)
+
+
+@pytest.mark.parametrize("name", ["sophia_h", "sophia_g"])
+def test_sophias_estimate_changes_curvature_alone_and_its_steps_learn(name, tmp_path):
+    model = make_model(make_backbone(tmp_path)).train()
+    batch = noise(Config(model=model.config.sizes), model.backbone.config, 4)
+    batch |= {"weather": torch.eye(8)[:4], "labels": torch.tensor([0, 1, 0, 1])}
+    stepper = OPTIMIZERS[name](model, OptimConfig(name=name, lr=1e-3, hessian_every=5), steps=40)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    stepper.estimate(0, batch, keep_all=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert sum(float(state["hessian"].abs().sum()) for state in stepper.optimizer.state.values()) > 0
+    assert model.training
+    losses = [stepper.step(number, batch, keep_all=True) for number in range(40)]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
