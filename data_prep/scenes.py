@@ -76,8 +76,8 @@ def scenes(
             columns and types of natix-network-org/roadwork, split into train and test.
         cities: How many of the twelve cities appear.
         preset: "study" has the objects of `python -m benchmarks.study`, whose number and size `difficulty` does not
-            change, and cities with cameras of their own.
-        city_shift: 0 to 2: how far the cities' cameras differ in colour and contrast; the preset's, 0 or 1, if not
+            change, only the weather, and cities with cameras of their own.
+        city_shift: 0 to 2: how far the cities' cameras differ in colour and contrast; the preset's, 0 or 0.5, if not
             given.
         label_noise: Share of the photos whose label is turned round. Masks stay true; in the layout "folder" the
             column clean_label keeps the true label.

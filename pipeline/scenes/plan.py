@@ -90,7 +90,7 @@ class SceneConfig:
 
 
 # The scenes of `python -m benchmarks.study`.
-STUDY: dict[str, Any] = {"objects_px": (96, 150), "slots": (3, 6), "most_roadwork": 1, "city_shift": 1.0}
+STUDY: dict[str, Any] = {"objects_px": (104, 160), "slots": (4, 7), "most_roadwork": 1, "city_shift": 0.5}
 
 
 @dataclass(frozen=True)

@@ -375,7 +375,7 @@ def test_an_arm_that_takes_nothing_away_is_refused():
 
 
 def test_mistakes_are_one_sentence():
-    with pytest.raises(UserError, match=r"no study recipe 'big'; there are study, study_small, or name a YAML file"):
+    with pytest.raises(UserError, match=r"no study recipe 'big'; there are study, study_optimizers, study_small"):
         read_recipe("big")
     with pytest.raises(UserError, match=r"plan\.arms names 'piramid', but must be among "):
         select_arms(["piramid"])

@@ -178,10 +178,10 @@ def test_noise_turns_labels_round_and_keeps_the_true_ones(tmp_path):
 
 
 def test_the_studys_scenes_are_a_preset_of_which_the_shift_can_be_changed(tmp_path):
-    scenes(tmp_path / "study", images=3, preset="study", city_shift=0.5, workers=1)
+    scenes(tmp_path / "study", images=3, preset="study", city_shift=1.0, workers=1)
     stated = json.loads((tmp_path / "study/summary.json").read_text())["arguments"]
-    assert (stated["preset"], stated["city_shift"]) == ("study", 0.5)
-    scene = render(SceneConfig(**{**STUDY, "city_shift": 0.5}, cities=CITIES), 0)
+    assert (stated["preset"], stated["city_shift"]) == ("study", 1.0)
+    scene = render(SceneConfig(**{**STUDY, "city_shift": 1.0}, cities=CITIES), 0)
     photo = np.asarray(Image.open(tmp_path / "study/images/000000.jpg")).astype(int)
     assert np.abs(photo - scene.image).mean() < 8
 
