@@ -56,6 +56,8 @@ class Training:
     distil_every: int
     validations: int
     seed: int
+    asks_metadata: bool
+    """Whether it is tested with metadata as well."""
 
     @property
     def name(self) -> str:
@@ -70,9 +72,7 @@ class Training:
         if model.head != "roadwork":
             return self.steps * self.batch_size * 0.5
         views = model.num_views if model.pruning == "off" else model.keep_views
-        return (
-            self.steps * self.batch_size * (10.0 + views)
-        )  # an optimizer step costs as much as ten views of the batch
+        return self.steps * self.batch_size * (10.0 + views)  # a step costs as much as ten views of the batch, besides
 
 
 def run_training(tokens: Path, results: Path, training: Training) -> str:
@@ -96,8 +96,8 @@ def train(photos: Photos, training: Training) -> dict[str, Any]:
     """Train one head and test it.
 
     Returns:
-        `diverged`, `parameters`; `curve`, pairs of step and validation loss; `null` and, where the head reads metadata,
-        `metadata`: what the answers without and with it are. See `answers_of`.
+        `diverged`, `parameters`; `curve`, pairs of step and validation loss; `null` and, where the training asks for it,
+        `metadata`: the answers without and with it. See `answers_of`.
     """
     fold, weights = fold_and_weights(photos, training)
     torch.manual_seed(training.seed)
@@ -113,7 +113,6 @@ def train(photos: Photos, training: Training) -> dict[str, Any]:
     for step, rows in enumerate(batch_rows(training, fold.train, weights)):
         batch = take(photos, rows, training.model.num_views)
         keep_all = training.distil_every > 0 and step % training.distil_every == 0
-
         if not np.isfinite(stepper.step(step, batch, keep_all)):
             return {**outcome, "diverged": True}
         average.update(step)
@@ -122,7 +121,7 @@ def train(photos: Photos, training: Training) -> dict[str, Any]:
                 curve.append((step + 1, predict(model, photos, watched, null_metadata=True)[1]))
     with Averaged(model, average):
         outcome |= {"curve": curve, "null": answers_of(model, photos, fold, null_metadata=True)}
-        if training.model.head == "roadwork" and training.model.metadata:
+        if training.asks_metadata:
             outcome["metadata"] = answers_of(model, photos, fold, null_metadata=False)
     return outcome
 

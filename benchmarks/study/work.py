@@ -50,9 +50,9 @@ def plan_work(config: StudyConfig, arms: Sequence[Arm], fingerprint: str) -> Wor
         UserError: An arm does not differ from `complete`.
     """
     work = Work({arm.name: _trainings(config, arm, fingerprint) for arm in arms})
-    complete = work.flat(COMPLETE)
+    complete = [replace(training, asks_metadata=False) for training in work.flat(COMPLETE)]
     for arm in arms:
-        if arm.name != COMPLETE and not arm.with_metadata and work.flat(arm.name) == complete:
+        if arm.name != COMPLETE and work.flat(arm.name) == complete:
             raise UserError(
                 f"the arm {arm.name!r} ({arm.about}) is the same as {COMPLETE!r} by this recipe; change the recipe's "
                 "model or loss, or leave the arm out of plan.arms"
@@ -73,6 +73,7 @@ def _trainings(config: StudyConfig, arm: Arm, fingerprint: str) -> list[list[lis
             optimizer=arm.optimizer, optim=optim_of(config.optim, arm.optimizer, lr),
             steps=plan.steps, batch_size=plan.batch_size, distil_every=plan.distil_every,
             validations=plan.validations, seed=seed,
+            asks_metadata=bool(model.metadata) and (arm.name == COMPLETE or arm.with_metadata),
         )  # fmt: skip
 
     def tried(fold: int, seed: int) -> list[Training]:
