@@ -96,8 +96,8 @@ def train(photos: Photos, training: Training) -> dict[str, Any]:
     """Train one head and test it.
 
     Returns:
-        `diverged`, `parameters`; `curve`, pairs of step and validation loss; `null` and, where the training asks for it,
-        `metadata`: the answers without and with it. See `answers_of`.
+        `diverged`, `parameters`; `curve`, pairs of step and validation loss; `null` and, if it is asked for, `metadata`: the
+        answers without and with it. See `answers_of`.
     """
     fold, weights = fold_and_weights(photos, training)
     torch.manual_seed(training.seed)
