@@ -69,7 +69,7 @@ def read_answers(work: Work, arm: Arm, photos: Photos, results: Path) -> ArmAnsw
             if outcome["diverged"]:
                 raise UserError(
                     f"the loss of the arm {arm.name!r} became infinite with the learning rate {training.optim.lr:g} "
-                    f"and the seed {training.seed}; try smaller rates in plan.lrs"
+                    f"and the seed {training.seed}; try smaller rates in the recipe"
                 )
             rows = make_fold(photos, training.parts, training.fold, training.seen_places).test
             labels, answers = photos.labels[rows], outcome[key]
@@ -109,7 +109,7 @@ class Bootstrap:
     Photos of one city resemble each other, so a new city is the unit that a result has to hold for. With G places the
     percentile interval of the bootstrap is too narrow by about sqrt((G - 1) / G), and a normal tail where Student's t
     belongs; the percentiles are moved out accordingly (Hesterberg 2015, "What Teachers Should Know About the
-    Bootstrap", section 3.3, "expanded percentile").
+    Bootstrap", section 3.3, "expanded percentile"); what seeds contribute is widened in the same way.
     """
 
     def __init__(self, units: np.ndarray, seeds: int, seed: int = 0):
@@ -144,9 +144,13 @@ class Bootstrap:
         np.add.at(counts, unit.ravel(), outcomes[:, rows].transpose(1, 0, 2))
         drawn = self._draws(tuple(present.tolist())) @ counts.reshape(len(present), -1).astype(np.float64)
         drawn = drawn.reshape(ROUNDS, *counts.shape[1:])
-        by_seed = np.take_along_axis(mcc_of(*np.moveaxis(drawn, -1, 0)), self.seed_draws, axis=1)
+        of_seeds = mcc_of(*np.moveaxis(drawn, -1, 0))
+        middle, by_seed = of_seeds.mean(axis=1), np.take_along_axis(of_seeds, self.seed_draws, axis=1)
+        # Drawing S of S seeds varies less than S new ones would, by (S - 1) / S in variance.
+        seeds = of_seeds.shape[1]
+        spread = np.sqrt(seeds / max(seeds - 1, 1)) * (by_seed.mean(axis=1) - middle)
         observed = mcc_of(*counts.sum(axis=0).T)
-        return float(observed.mean()), by_seed.mean(axis=1), len(present)
+        return float(observed.mean()), middle + spread, len(present)
 
     def mcc(self, arm: ArmAnswers) -> Estimate:
         """An arm's, over all that it was tested on."""

@@ -86,19 +86,25 @@ ARMS = (
     Arm("no_pyramid", "components", "no pyramid", "cells are not fused with coarser levels", fixed(pyramid=False)),
     Arm("no_gate", "components", "no attention gate", "plain attention", fixed(attention_gate=False)),
     Arm("dense", "components", "dense FFN", "one SwiGLU of the same active width in the place of the experts", dense),
-    Arm("mean_fusion", "components", "mean fusion", "the mean of the kept views' vectors", fixed(fusion="mean")),
+    Arm("mean_fusion", "components", "mean fusion",
+        "the mean of the kept views' vectors, whose even weights teach the pruner nothing", fixed(fusion="mean"),
+    ),
     Arm(
         "no_consistency", "losses", "no consistency loss",
-        "disagreement among views costs nothing", loss=(("consistency", 0.0),),
+        "disagreement among views costs nothing; `complete` has it at the recipe's weight",
+        loss=(("consistency", 0.0),),
     ),
     Arm(
         "no_segmentation", "losses", "no segmentation loss",
         "no masks are learnt from", loss=(("segmentation", 0.0),),
     ),
-    Arm("no_weather", "losses", "no weather loss", "no weather is learnt from", loss=(("weather", 0.0),)),
+    Arm(
+        "no_weather", "losses", "no weather loss",
+        "no weather is learnt from; `complete` does at the recipe's weight", loss=(("weather", 0.0),),
+    ),
     Arm(
         "cross_entropy", "losses", "cross-entropy",
-        "gamma 0 and alpha 1/2, which turn the focal loss into half of a cross-entropy",
+        "gamma 0 and alpha 1/2, which turn the focal loss into half of a cross-entropy, larger beside the other terms",
         loss=(("focal_gamma", 0.0), ("focal_alpha", 0.5)),
     ),
     Arm("uniform", "sampling", "uniform sampling", "all training photos are equally likely", sampling="uniform"),
@@ -122,7 +128,7 @@ ARMS = (
     Arm(
         "seen_places", "data", "random split",
         "as with a split at random, training has other photos of the tested places: as many in all, half of the tested "
-        "places' photos among them; the other half is tested", seen_places=True,
+        "places' photos among them; the other half is tested, near-duplicates still apart", seen_places=True,
     ),
     Arm("half_data", "data", "half of the photos", "trained on half of the photos, as many steps", train_share=0.5),
     *(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_prep.scenes import scenes
 from pipeline.cli import Parser
 from pipeline.errors import UserError, require
 from pipeline.losses import LossConfig
@@ -20,7 +21,7 @@ QUICK_ARMS = ("heads", "uniform", "gps_permuted")
 
 @dataclass
 class PlanConfig:
-    """What is trained. Every arm gets the same of all of it."""
+    """What is trained. Every arm gets the same of all of it, but for `head_lrs`."""
 
     arms: list[str] = field(default_factory=lambda: ["all"])
     """Names of arms, of their groups, or `all`; `complete`, which the others stand against, is always among them."""
@@ -108,11 +109,16 @@ def read_recipe(name: str) -> StudyConfig:
         raise UserError(f"no study recipe {name!r}; there are {known}, or name a YAML file that exists")
     parser = Parser(prog="study")
     parser.add_argument("--config", action="config")
-    parser.add_argument("--scenes", type=dict[str, Any], default={})
+    parser.add_function_arguments(scenes, "scenes", skip={"out", "format", "workers"}, as_positional=False)
     rooms = {"plan": PlanConfig, "model": ModelConfig, "loss": LossConfig, "optim": OptimConfig}
     for room, kind in rooms.items():
         parser.add_class_arguments(kind, room)
     values: Any = parser.instantiate(parser.parse_args(["--config", str(path)]))
     require("text" not in values.model.metadata, "model.metadata", values.model.metadata, "without text in a study")
+    require(
+        values.optim.name == "adamw" and values.optim.lr == OptimConfig().lr,
+        "optim", f"{values.optim.name} with lr {values.optim.lr:g}",
+        "without name and lr: optimizers are arms, and plan.lrs has the rates",
+    )  # fmt: skip
     require(values.model.head == "roadwork", "model.head", values.model.head, "roadwork: other heads are arms")
     return StudyConfig(path.stem, dict(values.scenes), **{room: values[room] for room in rooms})

@@ -75,26 +75,24 @@ def find_blocks(photos: Photos, needed: int) -> tuple[np.ndarray, str]:
     """
     names = np.array([(city or "").casefold() for city in photos.cities], dtype=object)
     named = np.flatnonzero(names != "")
-    placed = ~np.isnan(photos.points[:, 0])
-    placed[named] = True
+    on_map = ~np.isnan(photos.points[:, 0])
+    placed = on_map | (names != "")
     together = chain(photos.groups)
     groups = components(len(names), [together])
     if not placed.any():
         return _enough(groups, needed), "a group of near-duplicates (no photo says where it was taken)"
-    is_known = np.isin(groups, groups[placed])
-    radii = ((f"an area {r / 1000:g} km from any other", near_pairs(photos.points, r)) for r in BLOCK_RADII_M)
-    candidates: list[tuple[str, Iterable[np.ndarray]]] = [
-        ("a city", [named[chain(names[named])], *near_pairs(photos.points, BLOCK_RADII_M[0])]),
-        *radii,
-        ("a group of near-duplicates", ()),
+    # A city's name says nothing about which of its areas a photo lies in.
+    candidates: list[tuple[str, Iterable[np.ndarray], np.ndarray]] = [
+        ("a city", [named[chain(names[named])], *near_pairs(photos.points, BLOCK_RADII_M[0])], placed),
+        *((f"an area {r / 1000:g} km from any other", near_pairs(photos.points, r), on_map) for r in BLOCK_RADII_M),
+        ("a group of near-duplicates", (), placed),
     ]
-    blocks, chosen = groups, ""
-    for rule, links in candidates:
-        blocks, chosen = components(len(names), [together, *links]), rule
+    blocks, is_known, chosen = groups, placed, ""
+    for rule, links, says in candidates:
+        blocks, is_known, chosen = components(len(names), [together, *links]), np.isin(groups, groups[says]), rule
         if len(np.unique(blocks[is_known])) >= needed:
             break
-    blocks = np.where(is_known, blocks, NOWHERE)
-    return _enough(blocks, needed), chosen
+    return _enough(np.where(is_known, blocks, NOWHERE), needed), chosen
 
 
 def _enough(blocks: np.ndarray, needed: int) -> np.ndarray:

@@ -41,7 +41,7 @@ def write_page(
         answers: By arm.
         findings: The claims, judged.
         bootstrap: Of the study.
-        about: `quick`, `units` and `versions`.
+        about: `quick`, `units`, `versions`, and `lost`, the arms that have no answers.
     """
     rows = [describe(arm, bootstrap, places) for arm in answers.values()]
     complete = answers[COMPLETE]
@@ -67,6 +67,7 @@ def write_page(
             places=int(places.blocks.max()) + 1,
             rule=places.rule,
             leaks=photos.leaks,
+            lost=about["lost"],
             quick=about["quick"],
             units=about["units"],
             versions=json.dumps(about["versions"], indent=2),

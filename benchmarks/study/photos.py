@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -98,9 +97,6 @@ def find_photos(config: StudyConfig, shards: str | None, cache: str | None, work
 
 def draw(config: StudyConfig, work: Path) -> str:
     """Draw and shard the recipe's scenes, unless that is done already; returns the folder of shards."""
-    known = set(inspect.signature(scenes).parameters) - {"out", "format", "workers"}
-    unknown = sorted(set(config.scenes) - known)
-    require(not unknown, "scenes", unknown, f"among {', '.join(sorted(known))}")
     check_pretraining(config)
     scenes(work / "scenes", **config.scenes)
     shard(work / "scenes", work / "shards")
@@ -124,7 +120,7 @@ def gather(config: StudyConfig, shards: str, index: Index, place: str, folder: P
     cache = open_cache(place, index)
     assert cache is not None
     cache.check(key)
-    content = json.dumps([FORMAT, index.source_sha256, asdict(key)], sort_keys=True)
+    content = json.dumps([FORMAT, index.source_sha256, index.arguments, asdict(key)], sort_keys=True)
     fingerprint = hashlib.sha256(content.encode()).hexdigest()
     written = folder / ABOUT
     if written.is_file() and json.loads(written.read_text())["fingerprint"] == fingerprint:
@@ -135,6 +131,7 @@ def gather(config: StudyConfig, shards: str, index: Index, place: str, folder: P
     leaks = leaking_inputs(index, replace(config.model, metadata=METADATA))
     about = {"fingerprint": fingerprint, "data": data, "leaks": leaks}
     replace_folder(folder, lambda fresh: _write(fresh, splits, about))
+    load_photos.cache_clear()
     return folder
 
 

@@ -83,10 +83,12 @@ def run_training(tokens: Path, results: Path, training: Training) -> str:
         results: Folder of outcomes.
         training: What to do.
     """
+    start, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(1)
-    start = time.monotonic()
-    photos = load_photos(tokens)
-    outcome = train(photos, training)
+    try:
+        outcome = train(load_photos(tokens), training)
+    finally:
+        torch.set_num_threads(threads)
     outcome["wall_s"] = round(time.monotonic() - start, 3)
     write_json(results / f"{training.name}.json", outcome)
     return training.name
@@ -96,7 +98,7 @@ def train(photos: Photos, training: Training) -> dict[str, Any]:
     """Train one head and test it.
 
     Returns:
-        `diverged`, `parameters`; `curve`, pairs of step and validation loss; `null` and, if it is asked for, `metadata`: the
+        `diverged`, `parameters`; `curve`, pairs of step and validation loss; `null` and, if asked for, `metadata`, the
         answers without and with it. See `answers_of`.
     """
     fold, weights = fold_and_weights(photos, training)
@@ -119,6 +121,8 @@ def train(photos: Photos, training: Training) -> dict[str, Any]:
         if step + 1 in every:
             with Averaged(model, average):
                 curve.append((step + 1, predict(model, photos, watched, null_metadata=True)[1]))
+    if not all(weight.isfinite().all() for weight in average.tensors.values()):
+        return {**outcome, "diverged": True}
     with Averaged(model, average):
         outcome |= {"curve": curve, "null": answers_of(model, photos, fold, null_metadata=True)}
         if training.asks_metadata:

@@ -85,27 +85,28 @@ def _trainings(config: StudyConfig, arm: Arm, fingerprint: str) -> list[list[lis
 def settle(work: Work, results: Path) -> Work:
     """Choose every arm's learning rate in every fold, from the first seed's trainings, for all of its seeds.
 
-    Raises:
-        UserError: No learning rate led to a finite loss.
+    Where no rate led to a finite loss nothing more is trained: all seeds have that of the first.
     """
 
-    def settled(arm: str, fold: list[list[Training]]) -> list[list[Training]]:
+    def settled(fold: list[list[Training]]) -> list[list[Training]]:
         if len(fold[0]) == 1:
             return fold
-        best = choose([(training, read_outcome(results, training)) for training in fold[0]], arm)
-        return [[replace(best, seed=seed)] for seed in range(len(fold))]
+        best, outcome = choose([(training, read_outcome(results, training)) for training in fold[0]])
+        return [[best if outcome["diverged"] else replace(best, seed=seed)] for seed in range(len(fold))]
 
-    return Work({arm: [settled(arm, fold) for fold in folds] for arm, folds in work.of_arm.items()})
+    return Work({arm: [settled(fold) for fold in folds] for arm, folds in work.of_arm.items()})
 
 
-def choose(candidates: Sequence[tuple[Training, dict[str, Any]]], arm: str) -> Training:
-    """The training with the best MCC on validation, metadata NULL; of equal ones, that with the smaller loss there."""
-    finite = [(training, outcome) for training, outcome in candidates if not outcome["diverged"]]
+def choose(candidates: Sequence[tuple[Training, dict[str, Any]]]) -> tuple[Training, dict[str, Any]]:
+    """The training with the best MCC on validation, metadata NULL; of equal ones, that with the smaller loss there.
+
+    Returns:
+        It and its outcome; the first one where all of them diverged.
+    """
+    finite = [candidate for candidate in candidates if not candidate[1]["diverged"]]
     if not finite:
-        raise UserError(
-            f"the loss of the arm {arm!r} became infinite with every learning rate; try smaller ones in plan.lrs"
-        )
-    return max(finite, key=lambda one: (one[1]["null"]["val_mcc"], -one[1]["null"]["val_loss"]))[0]
+        return candidates[0]
+    return max(finite, key=lambda one: (one[1]["null"]["val_mcc"], -one[1]["null"]["val_loss"]))
 
 
 def optim_of(base: OptimConfig, name: str, lr: float) -> OptimConfig:
