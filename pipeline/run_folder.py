@@ -111,7 +111,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _complete(rooms: dict[str, Any]) -> dict[str, Any]:
-    """Every key, as JSON gives it, with the defaults of those that are absent and the rates that the optimizer gives."""
+    """Every key, as JSON gives it, absent ones with their defaults, and the rates that the optimizer settles."""
     rooms, defaults = (json.loads(json.dumps(values)) for values in (rooms, asdict(Config())))
     found = {
         room: {key: rooms.get(room, {}).get(key, default) for key, default in keys.items()}
