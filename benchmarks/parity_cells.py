@@ -180,6 +180,7 @@ def photo(row: int, dim: int, sizes: ModelConfig) -> dict[str, torch.Tensor]:
         "labels": torch.tensor(row % 2 if row % 5 else -1),
         "mask_targets": cover if row % 3 == 1 else mask_targets(None, sizes.mask_side),
         "row": torch.tensor(row),
+        "null_metadata": torch.tensor(False),
     }
 
 
