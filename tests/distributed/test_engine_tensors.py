@@ -77,9 +77,9 @@ def test_the_curvature_matters_for_what_comes_after(world):
     """Otherwise it could be lost on the way, and nobody would see it."""
     moments = load_file(world[2] / "sophia" / "moments.safetensors")
     assert {key.rpartition("/")[2] for key in moments} == {"exp_avg", "hessian"}
-    mean, curvature = (moments[f"head.view_vector.weight/{kind}"] for kind in ("exp_avg", "hessian"))
+    mean, curvature = (moments[f"head.join.0.weight/{kind}"] for kind in ("exp_avg", "hessian"))
     held_back = mean.abs() < OptimConfig().gamma * curvature  # the others' step is a sign, whatever their curvature
-    assert held_back.float().mean() > 0.01
+    assert held_back.float().mean() > 0.05
 
 
 @pytest.mark.parametrize("name", BACK)
