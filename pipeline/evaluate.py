@@ -95,6 +95,8 @@ def evaluate(
     summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     results = summary if profile == "native" else summary.setdefault(profile, {})
     earlier = None if "val" in splits else known_threshold(run, results)
+    if profile != "native" and results.get("evaluation", {}).get("source_sha256") != index.source_sha256:
+        results.clear()  # scores on other shards, which the page would show beside these
     copy = 0 if profile == "native" else STREETVISION.first
     predictions = pd.concat(
         [predict_split(model, name, dataset, batch_size, workers, copy) for name, dataset in datasets.items()],

@@ -12,7 +12,7 @@ from pipeline.data.index import Split
 from pipeline.errors import UserError
 from pipeline.memory import Parameters, Sharding, expert_blocks, state_bytes
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import lr_at
+from pipeline.optim import OptimConfig, lr_at
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,11 @@ def describe_schedule(config: Config, batching: Batching, schedule: Schedule, wo
     )
     first, last = (lr_at(step, schedule.steps, config.optim) for step in (0, schedule.steps - 1))
     yield f"lr         {first:.2e} at the first step, {config.optim.lr:.2e} at its peak, {last:.2e} at the last"
+    if config.optim.name == "adamw":
+        for key in ("gamma", "hessian_every"):
+            value = getattr(config.optim, key)
+            if value != getattr(OptimConfig(), key):
+                yield f"note       optim.{key} {value} is for Sophia and changes nothing: optim.name is adamw"
 
 
 def describe_model(config: Config, model: RoadworkModel, precision: str, sharding: Sharding) -> Iterator[str]:

@@ -19,6 +19,7 @@ from pipeline.config import Config, read_config, to_yaml
 from pipeline.data.index import Index
 from pipeline.errors import UserError
 from pipeline.files import write_json, write_text
+from pipeline.optim import OptimConfig
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "scikit-learn", "webdataset")
 # What may differ between the parts of one run: none of these changes what is computed.
@@ -93,7 +94,13 @@ def _step_of(line: str) -> float:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Keys that matter and differ, as `train.epochs=3 (now 5)`."""
+    """Keys that matter and differ, as `train.epochs=3 (now 5)`.
+
+    Args:
+        before: Rooms of a configuration, maybe written before some keys were known: those had their defaults.
+        now: Rooms of a configuration.
+    """
+    before, now = _complete(before), _complete(now)
     changed = []
     for room, values in now.items():
         for key, value in values.items():
@@ -101,6 +108,18 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if not free and before[room][key] != value:
                 changed.append(f"{room}.{key}={before[room][key]} (now {value})")
     return changed
+
+
+def _complete(rooms: dict[str, Any]) -> dict[str, Any]:
+    """Every key, as JSON gives it, absent ones with their defaults, and the rates that the optimizer settles."""
+    rooms, defaults = (json.loads(json.dumps(values)) for values in (rooms, asdict(Config())))
+    found = {
+        room: {key: rooms.get(room, {}).get(key, default) for key, default in keys.items()}
+        for room, keys in defaults.items()
+    }
+    optim = OptimConfig(**found["optim"])
+    found["optim"] |= {"beta1": optim.betas[0], "beta2": optim.betas[1], "eps": optim.epsilon}
+    return found
 
 
 def provenance(config: Config, index: Index, world_size: int) -> dict[str, Any]:

@@ -236,7 +236,7 @@ class Trainer:
         self._save_once()
 
     def _log(self) -> None:
-        means = self.meter.read()
+        means, curvature = self.meter.read(), self.hessian.read()
         left_s = (self.schedule.steps - self.step) * means["step_s"]
         epoch = self.samples_seen / self.schedule.samples_per_epoch
         lr = lr_at(self.step - 1, self.schedule.steps, self.config.optim)
@@ -244,7 +244,7 @@ class Trainer:
         self._write({
             "kind": "train", "step": self.step, "epoch": round(epoch, 3), "lr": lr,
             **({"grad_norm": float(norm)} if norm is not None and math.isfinite(norm) else {}),
-            **self.hessian.read(), **means,
+            **curvature, **means,
         })  # fmt: skip
         if self.rank == 0:
             loss = f"loss {means['loss']:.4f}" if "loss" in means else "no step taken"
@@ -252,6 +252,11 @@ class Trainer:
                 f"step {self.step}/{self.schedule.steps}  epoch {epoch:.2f}  {loss}  lr {lr:.2e}  "
                 f"{means['images_per_s']:.1f} images/s  {format_seconds(left_s)} left"
             )
+            if curvature.get("hessian_skips"):
+                say(
+                    f"{curvature['hessian_skips']} of the estimates of the curvature since the last line were not "
+                    "finite and were left out"
+                )
             warning = self.meter.warn_of_straggler(means["rank_s"])
             if warning:
                 say(warning)

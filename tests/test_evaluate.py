@@ -16,6 +16,7 @@ from pipeline.evaluate import evaluate, score_clusters, score_split
 from pipeline.inference import kept_views, pick_device
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.roadwork import RoadworkModel
+from pipeline.report.headline import headline
 from tests.feature_cache import make_cache
 from tests.small_run import make_backbone, make_model, make_run, make_shards, random_labels
 
@@ -292,6 +293,24 @@ def test_the_report_shows_both_profiles_whichever_was_evaluated_last(sent, evalu
     run = shutil.copytree(sent[0], tmp_path / "run")
     evaluate(run, splits=["test"], workers=0)
     assert (run / "report.html").read_text().count("test, streetvision") == 1
+
+
+def test_scores_on_other_shards_are_not_shown_beside_these(sent, tmp_path, capsys):
+    run = shutil.copytree(sent[0], tmp_path / "run")
+    headline(run)
+    assert "client    MCC" in capsys.readouterr().err
+    summary = json.loads((run / "summary.json").read_text())
+    summary["streetvision"]["evaluation"]["source_sha256"] = "b" * 64
+    (run / "summary.json").write_text(json.dumps(summary))
+    headline(run)
+    assert "client    MCC" not in capsys.readouterr().err
+    evaluate(run, profile="streetvision", splits=["test"], baseline=sent[0], workers=0)
+    client = json.loads((run / "summary.json").read_text())["streetvision"]
+    assert client.keys() == {"test", "evaluation", "baseline"}
+    assert client["evaluation"]["threshold"] == summary["streetvision"]["evaluation"]["threshold"]
+    page = (run / "report.html").read_text()
+    assert "val, streetvision" not in page
+    assert f"on the same: MCC {client['baseline']['mcc']:.3f}" in page
 
 
 def test_the_clients_profile_alone_has_no_report_and_takes_no_cache(trained, cached, tmp_path, capsys):

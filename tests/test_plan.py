@@ -2,7 +2,8 @@ import pytest
 
 from pipeline.config import Config, DataConfig, TrainConfig
 from pipeline.errors import UserError
-from pipeline.plan import check_mixup, plan_batches, plan_schedule
+from pipeline.optim import OptimConfig
+from pipeline.plan import check_mixup, describe_schedule, plan_batches, plan_schedule
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 64])
@@ -44,3 +45,12 @@ def test_mixup_needs_two_photos_beside_each_other():
     check_mixup(0.0, plan_batches(TrainConfig(batch_size=4, micro_batch_size=1), 1))
     with pytest.raises(UserError, match=r"loss\.mixup_alpha is 0\.2, but each forward pass has one photo"):
         check_mixup(0.2, plan_batches(TrainConfig(batch_size=4, micro_batch_size=8), 4))
+
+
+@pytest.mark.parametrize(("name", "notes"), [("adamw", ["optim.gamma 0.02 is for Sophia"]), ("sophia_g", [])])
+def test_a_setting_of_sophias_without_sophia_is_told(name, notes):
+    config = Config(optim=OptimConfig(name=name, gamma=0.02))
+    batching = plan_batches(config.train, 1)
+    told = [line for line in describe_schedule(config, batching, plan_schedule(config, 1000), 1) if "Sophia" in line]
+    assert len(told) == len(notes)
+    assert all(note in line for note, line in zip(notes, told, strict=True))

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from pipeline.config import Config, DataConfig, TrainConfig
+from pipeline.config import Config, DataConfig, TrainConfig, read_config
 from pipeline.data.index import Index
 from pipeline.errors import UserError
+from pipeline.optim import OptimConfig
 from pipeline.run_folder import RunFolder
 
 INDEX = Index({}, (), {}, {}, "1.0", "a" * 64, {}, {})
@@ -25,6 +27,17 @@ def test_a_run_goes_on_with_settings_that_change_nothing(tmp_path):
     assert not folder.check(config(log_every=5, micro_batch_size=4), INDEX)
     moved = Config(data=DataConfig(shards="elsewhere", workers=0))
     assert not folder.check(moved, INDEX)
+
+
+def test_the_rates_that_an_optimizer_gives_are_those_that_are_left_open(tmp_path):
+    """A run's own configuration leaves them open too, so that they follow when it is used for another optimizer."""
+    folder = RunFolder(tmp_path)
+    folder.create(config(), INDEX, 1)
+    known = read_config(tmp_path / "config.yaml").optim
+    assert replace(known, name="sophia_h").betas == (0.96, 0.99)
+    assert not folder.check(Config(optim=OptimConfig(beta1=0.9, beta2=0.99, eps=1e-8)), INDEX)
+    with pytest.raises(UserError, match=r"optim\.eps=1e-08 \(now 1e-06\)"):
+        folder.check(Config(optim=OptimConfig(eps=1e-6)), INDEX)
 
 
 def test_another_setting_or_other_data_is_refused_by_name(tmp_path):

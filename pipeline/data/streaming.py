@@ -116,7 +116,7 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
 
     def visits(self, lane: int, lanes: int) -> Iterator[Visit]:
         """The tars that one of `lanes` readers takes, pass after pass; all readers together take each tar once."""
-        passed = int(self.start / self.probabilities.sum())  # the copies go on in turn
+        passed = int(self.start / self.probabilities.sum() + 1e-6)  # rounding aside; the copies go on in turn
         for number in count():
             generator = np.random.default_rng([self.seed, self.start, number])
             order = generator.permutation(len(self.data.split.shards))

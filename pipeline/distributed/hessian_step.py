@@ -24,7 +24,7 @@ from pipeline.distributed.experts import expert_parallel_size, second_derivative
 from pipeline.distributed.skipping import spoil_gradient
 from pipeline.feed import Batch, loss_inputs, targets_of
 from pipeline.optim import Sophia
-from pipeline.optim.hessian import hutchinson, rademacher
+from pipeline.optim.hessian import Tensors, hutchinson, rademacher
 from pipeline.optim.sampled_loss import draws_needed, sampled_loss, uniform
 
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
@@ -50,7 +50,8 @@ class HessianStep:
     def take(self, step: int, batches: Sequence[Batch], counts: torch.Tensor, keep_all: bool) -> None:
         """Estimate the diagonal at the present weights, if it is due. Collective.
 
-        Nothing in it is random but the probes and the drawn labels: no dropout, no exploration.
+        Nothing in it is random but the probes, the drawn labels and the views of the pruning mode `random`: no dropout,
+        no exploration. The generator is left as it was, so that the step draws what it would draw without an estimate.
 
         Args:
             step: Optimizer step about to be taken.
@@ -60,25 +61,30 @@ class HessianStep:
         """
         if not self.due(step):
             return
+        probes = self._probes(step) if self.config.optim.name == "sophia_h" else None
         with self._apart():
             for batch in batches:
                 with self.accelerator.accumulate(self.engine):
-                    if self.config.optim.name == "sophia_h":
-                        loss = self._products(step, batch, counts, keep_all)
-                    else:
+                    if probes is None:
                         loss = self._drawn(step, batch, counts, keep_all)
+                    else:
+                        loss = self._products(probes, batch, counts, keep_all)
                     # As for the loss itself: DeepSpeed averages over ranks and micro-batches.
                     self.accelerator.backward(spoil_gradient(loss) * self.accelerator.num_processes * len(batches))
             self.skips += not self.engine.was_step_applied()
 
-    def _products(self, step: int, batch: Batch, counts: torch.Tensor, keep_all: bool) -> torch.Tensor:
+    def _probes(self, step: int) -> Tensors:
+        """u, by the names and in the shapes of what this process has; the same for all micro-batches of a step."""
+        module = self.engine.module
+        signs = split_experts(module, rademacher(self.shapes, self.config.train.seed, step))
+        return {name: signs[name].to(p.device) for name, p in module.named_parameters() if p.requires_grad}
+
+    def _products(self, probes: Tensors, batch: Batch, counts: torch.Tensor, keep_all: bool) -> torch.Tensor:
         """A loss whose gradient is u * (H u), H that of this micro-batch's share of the loss."""
         module = self.engine.module
         weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         # Copies of the weights in fp32, which the engine's hooks do not know.
         leaves = {name: weight.detach().float().requires_grad_() for name, weight in weights.items()}
-        signs = split_experts(module, rademacher(self.shapes, self.config.train.seed, step))
-        probes = {name: signs[name].to(leaf.device) for name, leaf in leaves.items()}
         # The fused kernels of attention have no second derivative.
         with second_derivatives(module), sdpa_kernel(SDPBackend.MATH):
             output = functional_call(module, leaves, kwargs=loss_inputs(batch, counts, keep_all))
@@ -94,7 +100,7 @@ class HessianStep:
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
-        """Let the engine take a step that is none: not clipped, not counted, and in evaluation mode."""
+        """Let the engine take a step that is none: not clipped, not counted, in evaluation mode, its draws undone."""
         engine, optimizer = self.engine, base_optimizer(self.engine)
         assert isinstance(optimizer, Sophia)
         counters = {name: getattr(engine, name) for name in COUNTERS}
@@ -103,8 +109,9 @@ class HessianStep:
         if clip is not None:
             engine.optimizer.clip_grad = 0.0
         engine.module.eval()
+        device = self.accelerator.device
         try:
-            with optimizer.estimating():
+            with optimizer.estimating(), torch.random.fork_rng([device] if device.type == "cuda" else []):
                 yield
         finally:
             engine.module.train()

@@ -49,10 +49,6 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require(self.name in OPTIMIZERS, "optim.name", self.name, f"one of {', '.join(OPTIMIZERS)}")
-        # Settled here, so that a run's configuration and its checkpoints say what was used.
-        for key, value in (_ADAMW if self.name == "adamw" else _SOPHIA).items():
-            if getattr(self, key) is None:
-                setattr(self, key, value)
         require(self.lr > 0, "optim.lr", self.lr, "above 0")
         require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "in [0, 1]")
         require(0 <= self.warmup_share < 1, "optim.warmup_share", self.warmup_share, "in [0, 1)")
@@ -66,13 +62,14 @@ class OptimConfig:
 
     @property
     def betas(self) -> tuple[float, float]:
-        """`beta1` and `beta2`, once settled."""
-        assert self.beta1 is not None
-        assert self.beta2 is not None
-        return self.beta1, self.beta2
+        """`beta1` and `beta2`, or what stands for them where they are not given."""
+        return self._settled("beta1"), self._settled("beta2")
 
     @property
     def epsilon(self) -> float:
-        """`eps`, once settled."""
-        assert self.eps is not None
-        return self.eps
+        """`eps`, or what stands for it where it is not given."""
+        return self._settled("eps")
+
+    def _settled(self, key: str) -> float:
+        given: float | None = getattr(self, key)
+        return (_ADAMW if self.name == "adamw" else _SOPHIA)[key] if given is None else given

@@ -8,6 +8,7 @@ from pathlib import Path
 from pipeline.cli import command
 from pipeline.errors import UserError
 from pipeline.progress import say
+from pipeline.report.page import sent_by_the_client
 
 
 def headline(run: Path) -> Path:
@@ -25,8 +26,9 @@ def headline(run: Path) -> Path:
     say(f"result    MCC {test['mcc_null_metadata']:.3f} (95 % {low:.3f} to {high:.3f}) on {test['n']} test photos")
     say(f"          {summary['evaluation']['data']}, in places absent from training, all metadata NULL")
     say(f"          accuracy {test['accuracy']:.3f}, AUROC {test['auroc']:.3f}; MCC with metadata {test['mcc']:.3f}")
-    if "test" in summary.get("streetvision", {}):
-        sent = summary["streetvision"]["test"]
+    client = sent_by_the_client(summary)
+    if "test" in client:
+        sent = client["test"]
         say(f"client    MCC {sent['mcc_null_metadata']:.3f} on what the live client would send of them")
     if "baseline" in summary:
         other = summary["baseline"]

@@ -54,13 +54,15 @@ def write_report(run: Path, predictions: pd.DataFrame, photo: Photo) -> Path:
     names = [str(name) for name in predictions["split"].unique() if name in summary]
     headline = "test" if "test" in names else names[-1]
     rows = predictions[predictions["split"] == headline].reset_index(drop=True)
-    environment = templates()
+    client, environment = sent_by_the_client(summary), templates()
     page = environment.get_template("report.html").render(
         run=run.resolve().name,
         data=summary["evaluation"]["data"],
         headline=headline,
         scores=summary[headline],
-        splits={name: summary[name] for name in names} | _sent_by_the_client(summary),
+        splits={name: summary[name] for name in names}
+        | {f"{name}, streetvision": client[name] for name in SPLITS if name in client},
+        client=client,
         columns=COLUMNS,
         summary=summary,
         curves=_curves(run),
@@ -137,12 +139,11 @@ def view_shares(rows: pd.DataFrame) -> dict[str, float]:
     return shares if pruned else {}
 
 
-def _sent_by_the_client(summary: dict[str, Any]) -> dict[str, Any]:
-    """Rows of the table for an evaluation of the profile `streetvision` on the same shards."""
-    found = summary.get("streetvision", {})
-    if not found or found["evaluation"]["source_sha256"] != summary["evaluation"]["source_sha256"]:
-        return {}
-    return {f"{name}, streetvision": found[name] for name in SPLITS if name in found}
+def sent_by_the_client(summary: dict[str, Any]) -> dict[str, Any]:
+    """The part of `summary.json` for the profile `streetvision`; empty where it is not of the native one's shards."""
+    found: dict[str, Any] = summary.get("streetvision", {})
+    same = found and found["evaluation"]["source_sha256"] == summary["evaluation"]["source_sha256"]
+    return found if same else {}
 
 
 def _drawings(rows: pd.DataFrame, threshold: float) -> list[str]:

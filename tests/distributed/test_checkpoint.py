@@ -123,6 +123,25 @@ def test_a_run_with_another_optimizer_is_not_gone_on_with(start, monkeypatch):
         start()
 
 
+def test_a_checkpoint_older_than_some_keys_had_their_defaults(start):
+    """And the rates of its optimizer as numbers, where they are now left open."""
+    run = start()
+    written = run.checkpoints.run
+    written["optim"] = {
+        **{key: value for key, value in written["optim"].items() if key not in {"name", "gamma", "hessian_every"}},
+        "beta1": 0.9, "beta2": 0.99, "eps": 1e-8,
+    }  # fmt: skip
+    del written["loss"]["mixup_alpha"], written["data"]["augment_share"]
+    run.save(1)
+    assert start().state["step"] == 1
+    with pytest.raises(UserError, match=r"is of a run with train\.seed=0 \(now 1\)"):
+        start(seed=1)
+    written["optim"]["beta1"] = 0.8
+    run.save(2)
+    with pytest.raises(UserError, match=r"is of a run with optim\.beta1=0\.8 \(now 0\.9\)"):
+        start()
+
+
 def test_another_runs_checkpoint_is_one_sentence(start):
     start().save(1)
     with pytest.raises(UserError, match=r"state\.json is of a run with train\.seed=0 \(now 1\)"):

@@ -1,7 +1,9 @@
 """What an estimate of the Hessian leaves behind: the curvature alone, and not even that where it is not finite."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,8 +22,9 @@ from benchmarks.parity_cells import (
     make_trainer,
     micro_batches,
 )
-from pipeline.distributed.engine_tensors import gather_tensors
+from pipeline.distributed.engine_tensors import base_optimizer, gather_tensors
 from pipeline.distributed.hessian_step import COUNTERS
+from pipeline.model.metadata import MetadataEncoder
 
 pytestmark = pytest.mark.dist
 FP32 = (
@@ -84,15 +87,57 @@ def look(cell, settings_file):
     after = everything(trainer)
     found["same"] = all(torch.equal(before[name], after[name]) for name in before)
     found["counted_after"] = [getattr(engine, name) for name in COUNTERS]
-    found["skips"] = [trainer.hessian.read()["hessian_skips"] for _ in range(2)]
     found["training"] = engine.module.training
     found["clipping"] = [engine.gradient_clipping(), getattr(engine.optimizer, "clip_grad", engine.gradient_clipping())]
     take_step(cell, trainer, 1)
     found["went_on"] = engine.was_step_applied() and not torch.equal(
         everything(trainer)["head.view_vector.weight"], after["head.view_vector.weight"]
     )
+    said = []
+    with patch("pipeline.trainer.say", said.append):
+        trainer._log()
+    found["skips"] = [lines[1]["hessian_skips"], trainer.hessian.read()["hessian_skips"]]
+    found["said"] = [line for line in said if "curvature" in line]
+    parts = micro_batches(cell, trainer, 1)
+    if cell == FP32[0]:
+        found |= under_other_seeds(trainer, parts, counts)
+    if cell.sharding > 1 and cell.optimizer == "sophia_h":
+        whole = estimate(trainer, parts, counts)
+        with patch("pipeline.distributed.hessian_step.second_derivatives", nullcontext):
+            cut = estimate(trainer, parts, counts)
+        found["cut"] = max(
+            float(np.abs(cut[name] - value).max() / np.abs(value).max()) for name, value in whole.items() if value.any()
+        )
     engine.destroy()
     return found
+
+
+def estimate(trainer, parts, counts, seed=0):
+    """One at the present weights, as if it were the first."""
+    for state in base_optimizer(trainer.engine).state.values():
+        state["hessian"].zero_()
+    torch.manual_seed(seed)
+    trainer.hessian.take(2, parts, counts, False)
+    return held_hessian(trainer)
+
+
+def under_other_seeds(trainer, parts, counts):
+    """What dropout and then views at random do to an estimate, and an estimate to the step after it."""
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+        elif isinstance(module, MetadataEncoder):
+            module.field_dropout = module.all_dropout = 0.5
+    dropped = [estimate(trainer, parts, counts, seed) for seed in (1, 2)]
+    trainer.model.config.pruning = "random"
+    pruned = [estimate(trainer, parts, counts, seed) for seed in (1, 2)]
+    after = torch.rand(3)
+    torch.manual_seed(2)
+    return {
+        "same_without_dropout": all(np.array_equal(dropped[0][name], dropped[1][name]) for name in dropped[0]),
+        "other_views": any(not np.array_equal(pruned[0][name], pruned[1][name]) for name in pruned[0]),
+        "generator_left": torch.equal(after, torch.rand(3)),
+    }
 
 
 def worker(rank, port, folder):
@@ -121,6 +166,7 @@ def test_an_estimate_that_is_not_finite_is_left_out_and_counted_on_all_ranks(fou
     for rank in found[cell]:
         assert rank["same"]
         assert rank["skips"] == [1, 0]
+        assert len(rank["said"]) == (1 if rank is found[cell][0] else 0)
         assert rank["went_on"]
 
 
@@ -139,6 +185,19 @@ def test_what_is_logged_is_counted_once_whatever_holds_it(found, cell):
         assert rank["logged"] == pytest.approx(rank["expected"], rel=1e-5, abs=1e-5)
         assert 0 < rank["logged"]["clipped_share"] < 1
         assert rank["logged"]["hessian_norm"] > 0
+
+
+def test_an_estimate_is_without_dropout_and_takes_no_random_numbers_of_the_step(found):
+    """Not even where views are kept at random, the one thing in it that draws any."""
+    for rank in found[FP32[0]]:
+        assert rank["same_without_dropout"]
+        assert rank["other_views"]
+        assert rank["generator_left"]
+
+
+def test_the_exchange_of_tokens_has_to_have_a_second_derivative(found):
+    for rank in found[HALF_PRECISION]:
+        assert rank["cut"] > 0.1
 
 
 def test_an_estimate_on_16_bit_weights_is_that_of_32_bits_but_for_the_rounding_of_the_weights(found):
