@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from pipeline.distributed import start
 from pipeline.distributed.engine_tensors import gather_tensors, set_tensors
 from pipeline.distributed.startup import ROOT
 from pipeline.feed import Batch, loss_inputs, targets_of
+from pipeline.launcher import free_port
 from pipeline.losses import TERMS, count_targets
 from pipeline.model.config import ModelConfig
 from pipeline.model.moe import SparseExperts
@@ -264,14 +264,6 @@ def run(cells: Sequence[Cell]) -> list[Curve]:
             Curve(values["losses"], values["norms"], {name: values[name] for name in values.files if "." in name})
             for values in found
         ]  # a parameter's name has a point in it
-
-
-def free_port() -> int:
-    """A port that nobody uses at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import yaml
 
 from pipeline.errors import (
     EXIT_FAILED,
@@ -116,7 +118,27 @@ def launch_words(config_file: Path | None, num_processes: int | None) -> list[st
     """`accelerate launch` for the GPUs of this machine, or else for two processes on its CPU."""
     config_file, num_processes = choose_launch(config_file, num_processes)
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config_file)]
-    return words + (["--num_processes", str(num_processes)] if num_processes else [])
+    words += ["--num_processes", str(num_processes)] if num_processes else []
+    # Of two launches on one machine the second would find accelerate's usual port taken. A configuration of several
+    # machines names one that they all know.
+    return words if names_a_port(config_file) else [*words, f"--main_process_port={free_port()}"]
+
+
+def names_a_port(config_file: Path) -> bool:
+    """Whether an accelerate configuration says which port its processes meet at."""
+    try:
+        settings = yaml.safe_load(config_file.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # accelerate says what is wrong with it
+    return isinstance(settings, dict) and settings.get("main_process_port") is not None
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
 
 
 def choose_launch(config_file: Path | None, num_processes: int | None) -> tuple[Path, int | None]:

@@ -1,4 +1,5 @@
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,14 +26,22 @@ def test_a_recipe_is_found_by_name_or_path(tmp_path):
 def test_the_hardware_decides_unless_the_user_does(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert launch_words(None, None)[-3:] == [str(ROOT / "accelerate_configs" / "gpu.yaml"), "--num_processes", "4"]
+    assert launch_words(None, None)[-4:-1] == [str(ROOT / "accelerate_configs" / "gpu.yaml"), "--num_processes", "4"]
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
-    assert launch_words(None, None)[-1].endswith("cpu_1.yaml")
+    assert launch_words(None, None)[-2].endswith("cpu_1.yaml")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    assert launch_words(None, None)[-1].endswith("cpu_2.yaml")
+    assert launch_words(None, None)[-2].endswith("cpu_2.yaml")
     with pytest.raises(UserError, match=r"absent\.yaml"):
         launch_words(Path("absent.yaml"), None)
+
+
+def test_two_launches_on_one_machine_meet_at_different_ports(tmp_path):
+    ports = [launch_words(None, None)[-1] for _ in range(2)]
+    assert ports[0] != ports[1]
+    assert all(re.fullmatch(r"--main_process_port=\d{4,5}", port) for port in ports)
+    named = ROOT / "accelerate_configs" / "multi_node.yaml"
+    assert launch_words(named, None)[-1] == str(named)
 
 
 @pytest.mark.parametrize("words", [[], ["absent"], ["demo", "--config_file", "absent.yaml"]])
