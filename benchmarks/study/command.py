@@ -35,7 +35,7 @@ def study(
     moment, the same command goes on: trainings that are finished are not done again.
 
     Args:
-        recipe: study_small (under 40 minutes on two cores), study_optimizers (an hour), study (a day), or a YAML file.
+        recipe: study_small (three quarters of an hour on two cores), study_optimizers, study (a day), or a YAML file.
         shards: Folder of your own shards, or its URL; without it the recipe's procedural scenes are drawn.
         features: Feature cache of these shards; made in the study's folder if not given, and where it is missing.
         out: Folder of the study: study.html, study.json, and all that it is made from; runs/RECIPE if not given.
