@@ -13,7 +13,7 @@ from pipeline.losses import count_targets
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.optim import OptimConfig, Sophia, build_optimizer, lr_at
 from pipeline.optim.hessian import hutchinson, rademacher
-from pipeline.optim.sampled_loss import draws_needed, sampled_loss
+from pipeline.optim.sampled_loss import draws_needed, sampled_loss, uniform
 
 Batch = dict[str, torch.Tensor]
 
@@ -84,8 +84,7 @@ class SophiaStepper(AdamWStepper):
                     weights[name].grad = product
         else:
             output, targets = self.model(**batch, keep_all=keep_all), targets_of(batch)
-            generator = torch.Generator().manual_seed(torch.initial_seed() + number)
-            draws = torch.rand(len(targets.labels), draws_needed(output), generator=generator)
+            draws = uniform(range(len(targets.labels)), draws_needed(output), torch.initial_seed(), number)
             sampled_loss(output, targets, count_targets(targets), self.model.loss_config, draws).backward()
         self.model.train()
         if all(weight.grad is None or weight.grad.isfinite().all() for weight in weights.values()):
