@@ -22,7 +22,7 @@ from data_prep.parallel import Workers
 from pipeline.errors import UserError, require
 from pipeline.files import write_summary
 from pipeline.progress import track
-from pipeline.scenes import CITIES, STUDY, SceneConfig, render
+from pipeline.scenes import CITIES, STUDY, USUAL_CITIES, SceneConfig, render
 
 KIND = "procedural scenes"  # follows the photos into the shards and every report on them
 JPEG_QUALITY = 90
@@ -55,7 +55,7 @@ def scenes(
     difficulty: float = 0.5,
     seed: int = 0,
     format: Literal["folder", "natix-parquet"] = "folder",
-    cities: int = len(CITIES),
+    cities: int = USUAL_CITIES,
     preset: Literal["plain", "study"] = "plain",
     city_shift: float | None = None,
     label_noise: float = 0.0,
@@ -74,7 +74,7 @@ def scenes(
         seed: Scenes of different seeds have nothing in common but their cities.
         format: "folder" is images/, masks/ and metadata.csv; "natix-parquet" is data/*.parquet with exactly the
             columns and types of natix-network-org/roadwork, split into train and test.
-        cities: How many of the twelve cities appear.
+        cities: How many of the 24 cities appear.
         preset: "study" has the objects of `python -m benchmarks.study`, whose number and size `difficulty` does not
             change, only the weather, and cities with cameras of their own.
         city_shift: 0 to 2: how far the cities' cameras differ in colour and contrast; the preset's, 0 or 0.5, if not

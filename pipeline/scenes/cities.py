@@ -36,12 +36,25 @@ COORDINATES: dict[str, tuple[float, float]] = {
     "salt_lake_city": (40.76, -111.89),
     "seattle": (47.61, -122.33),
     "tampa": (27.95, -82.46),
+    "albuquerque": (35.08, -106.65),
+    "baltimore": (39.29, -76.61),
+    "birmingham": (33.52, -86.80),
+    "buffalo": (42.89, -78.88),
+    "el_paso": (31.76, -106.49),
+    "jacksonville": (30.33, -81.66),
+    "las_vegas": (36.17, -115.14),
+    "memphis": (35.15, -90.05),
+    "new_orleans": (29.95, -90.07),
+    "omaha": (41.26, -95.93),
+    "richmond": (37.54, -77.44),
+    "san_antonio": (29.42, -98.49),
 }
 _NAMES = tuple(COORDINATES)
 
-CITIES = _NAMES[:12]
-"""The cities of data sets: demos, tests and studies."""
-PRETRAIN_CITIES = _NAMES[12:]
+CITIES = _NAMES[:12] + _NAMES[24:]
+"""The cities of data sets: demos and tests take the first twelve, studies may take all."""
+USUAL_CITIES = 12
+PRETRAIN_CITIES = _NAMES[12:24]
 """The cities that `scenes-tiny` was pretrained on; no data set has one of them."""
 
 WALLS: tuple[Colour, ...] = (

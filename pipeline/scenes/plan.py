@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import require
-from pipeline.scenes.cities import CITIES, COORDINATES, CityStyle, style_of
+from pipeline.scenes.cities import CITIES, COORDINATES, USUAL_CITIES, CityStyle, style_of
 from pipeline.scenes.kinds import Kind, draw_kind
 
 BASE_SIZE = (1024, 768)  # the size at which object sizes are stated
@@ -36,7 +36,7 @@ class SceneConfig:
     with the photo."""
     seed: int = 0
     """Scenes of different seeds have nothing in common but their cities."""
-    cities: tuple[str, ...] = CITIES
+    cities: tuple[str, ...] = CITIES[:USUAL_CITIES]
     """Names from `cities.COORDINATES`."""
     video_lengths: tuple[int, ...] = (1, 1, 1, 2)
     """Frames of the videos that one run of photos is made of, in random order; the runs repeat."""
