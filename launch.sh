@@ -119,8 +119,8 @@ run_tests() {
   "$venv/bin/ruff" check .
   "$venv/bin/ruff" format --check .
   "$venv/bin/mypy"
-  # Two files of tests at a time; threads of theirs would only wait for each other.
-  OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4 --dist loadgroup "$@"
+  # Two files of tests at a time, see tests/conftest.py; threads of theirs would only wait for each other.
+  OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4 "$@"
 }
 
 dispatch() {

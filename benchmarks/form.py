@@ -87,6 +87,8 @@ class Report:
     versions: dict[str, str]
     seed: int
     rows: tuple[Row, ...]
+    module: str = ""
+    """What gives it, after `python -m benchmarks.`; its name if empty."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Report:

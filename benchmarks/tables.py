@@ -73,8 +73,9 @@ def _caption(report: Report, up: str) -> str:
     tools = [
         f"{name} {number}" for name, number in report.versions.items() if name not in ("python", "revision", "roadwork")
     ]
+    given_by = f"python -m benchmarks.{report.module or report.name}"
     return (
-        f"`python -m benchmarks.{report.name}` on `{report.machine['name']}` ({report.machine['cpu']}, "
+        f"`{given_by}` on `{report.machine['name']}` ({report.machine['cpu']}, "
         f"{report.machine['memory_gb']:.0f} GB), with {', '.join(tools)}. "
         f"Notes on each row: [JSON]({up}benchmarks/results/{report.machine['name']}-{report.name}.json)."
     )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 # Tests that start several processes fill the cores by themselves: one after the other, beside all the rest.
-SEVERAL_PROCESSES = ("dist", "slurm")
+SEVERAL_PROCESSES = ("tests/distributed/", "tests/slurm/")
 STREET_PHOTOS = Path(__file__).parents[1].parent / "shared" / "data" / "street_photos"
 
 
@@ -19,9 +21,16 @@ def street_photos() -> Path:
     return STREET_PHOTOS
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file on one worker of pytest-xdist, since they share fixtures."""
-    for item in items:
-        together = any(item.get_closest_marker(name) for name in SEVERAL_PROCESSES)
-        item.add_marker(pytest.mark.xdist_group("several processes" if together else item.path.stem))
+class ByFile(LoadScopeScheduling):
+    """Keeps the tests of a file on one worker of pytest-xdist, since they share fixtures."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        """Name of the tests that stay together with this one."""
+        file = nodeid.partition("::")[0]
+        return "several processes" if file.startswith(SEVERAL_PROCESSES) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Schedule by names: groups by marks get lost between pytest-xdist 3.8 and pytest 9.2."""
+    return ByFile(config, log)

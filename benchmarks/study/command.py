@@ -35,10 +35,10 @@ def study(
     moment, the same command goes on: trainings that are finished are not done again.
 
     Args:
-        recipe: study_small (three quarters of an hour on two cores), study_optimizers, study (a day), or a YAML file.
+        recipe: study_small (forty minutes on two cores), study_heads, study_optimizers, study (a day), or a YAML file.
         shards: Folder of your own shards, or its URL; without it the recipe's procedural scenes are drawn.
         features: Feature cache of these shards; made in the study's folder if not given, and where it is missing.
-        out: Folder of the study: study.html, study.json, and all that it is made from; runs/RECIPE if not given.
+        out: Folder of the study: study.html, RECIPE.json, and all that it is made from; runs/RECIPE if not given.
         quick: So few steps, and scenes where it draws them, that it ends in 90 seconds and says nothing.
         workers: Processes that train, each in one thread; 0 takes every core.
         seed: Of the bootstrap.
@@ -78,7 +78,7 @@ def study(
     write_page(work / "study.html", config, photos, places, answers, findings, bootstrap, told)
     say(f"page: {work / 'study.html'}")
     rows = tuple(finding.row for finding in findings)
-    return publish(Report("study", machine(), packages, seed, rows), work, quick)
+    return publish(Report(config.name, machine(), packages, seed, rows, f"study --recipe {recipe}"), work, quick)
 
 
 def read_all(

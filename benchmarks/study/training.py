@@ -29,7 +29,7 @@ from pipeline.optim import OptimConfig, WeightAverage
 from pipeline.optim.ema import copy_into
 
 FORMAT = 1  # raise it when a training gives other answers than before
-PHOTOS_PER_ANSWER = 128
+PHOTOS_PER_ANSWER = 32
 PHOTOS_OF_CURVE = 256  # of the validation part, for the loss on the way
 DIGITS = 6  # of a probability
 
@@ -72,7 +72,7 @@ class Training:
         if model.head != "roadwork":
             return self.steps * self.batch_size * 0.5
         views = model.num_views if model.pruning == "off" else model.keep_views
-        return self.steps * self.batch_size * (10.0 + views)  # a step costs as much as ten views of the batch, besides
+        return self.steps * self.batch_size * (2.0 + views)  # a step costs as much as two views of the batch, besides
 
 
 def run_training(tokens: Path, results: Path, training: Training) -> str:

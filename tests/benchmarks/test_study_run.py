@@ -109,8 +109,9 @@ def test_the_page_says_verdicts_and_that_scenes_are_procedural_and_asks_for_noth
 
 
 def test_the_json_has_the_form_of_the_benchmarks(place):
-    report = read_report(place / "out" / "study.json")
-    assert report.name == "study"
+    report = read_report(place / "out" / "tiny.json")
+    assert report.name == "tiny"
+    assert report.module.startswith("study --recipe ")
     assert len(report.rows) == 6
     assert all(np.isfinite([row.ours, row.theirs, row.ratio, *row.interval]).all() for row in report.rows)
     assert all("tested procedural scenes in 2 folds, 2 seeds" in row.note for row in report.rows)
@@ -144,7 +145,7 @@ def test_a_cache_of_another_backbones_sizes_is_refused(place, tmp_path):
 def test_the_commands_of_the_docs_are_those_that_there_are():
     page = (Path(__file__).parents[2] / "docs" / "study.md").read_text()
     commands = re.findall(r"^python -m benchmarks\.study(.*?)(?:#.*)?$", page, flags=re.MULTILINE)
-    assert len(commands) == 3
+    assert len(commands) == 4
     parser = Parser(prog="study")
     parser.add_function_arguments(study, as_positional=False)
     for words in commands:
