@@ -39,7 +39,7 @@ def study(
         shards: Folder of your own shards, or its URL; without it the recipe's procedural scenes are drawn.
         features: Feature cache of these shards; made in the study's folder if not given, and where it is missing.
         out: Folder of the study: study.html, RECIPE.json, and all that it is made from; runs/RECIPE if not given.
-        quick: So few steps, and scenes where it draws them, that it ends in 90 seconds and says nothing.
+        quick: So few steps, and scenes where it draws them, that it ends in two minutes and says nothing.
         workers: Processes that train, each in one thread; 0 takes every core.
         seed: Of the bootstrap.
     """

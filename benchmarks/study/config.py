@@ -83,7 +83,7 @@ class StudyConfig:
         return replace(self, model=replace(self.model, metadata=left))
 
     def quick(self) -> StudyConfig:
-        """The same, so small that it ends in 90 seconds on two cores and says nothing."""
+        """The same, so small that it ends in two minutes on two cores and says nothing."""
         plan = replace(
             self.plan,
             arms=list(QUICK_ARMS),
