@@ -118,7 +118,7 @@ def test_the_json_has_the_common_form_and_comes_back_as_it_was(tmp_path):
     path = publish(report(), tmp_path, quick=False)
     assert path == tmp_path / "loader.json"
     values = json.loads(path.read_text())
-    assert list(values) == ["name", "machine", "versions", "seed", "rows"]
+    assert list(values) == ["name", "machine", "versions", "seed", "rows", "module"]
     assert [list(row) for row in values["rows"]] == [ROW_KEYS] * 3
     assert form.read_report(path) == report()
 

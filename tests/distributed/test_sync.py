@@ -83,7 +83,7 @@ def lose(folder: Path) -> None:
 
 
 def test_what_is_synced_is_restored_on_a_machine_that_has_nothing(start, url, tmp_path):
-    run = start(sync=url, sync_wait_s=10)
+    run = start(sync=url, sync_wait_s=60)
     run.save(1, best=1)
     run.save(2, best=1)
     run.checkpoints.close()
@@ -97,7 +97,7 @@ def test_what_is_synced_is_restored_on_a_machine_that_has_nothing(start, url, tm
 
 
 def test_resume_takes_the_newer_of_what_is_here_and_there(start, url):
-    source = start("a", sync=url, sync_wait_s=10)
+    source = start("a", sync=url, sync_wait_s=60)
     source.save(5)
     source.checkpoints.close()
     run = start("b")
@@ -110,10 +110,10 @@ def test_resume_takes_the_newer_of_what_is_here_and_there(start, url):
 
 
 def test_retention_there_is_retention_here(start, url):
-    run = start(sync=url, sync_wait_s=10, keep=1, keep_every=3)
+    run = start(sync=url, sync_wait_s=60, keep=1, keep_every=3)
     for step in range(1, 8):
         run.save(step, best=min(step, 2))
-        assert run.checkpoints.uploader.wait(30)
+        assert run.checkpoints.uploader.wait(120)
     run.checkpoints.close()
     assert files(url) == whole(2, 3, 6, 7)
     assert fsspec.open(f"{url}/names.json").open().read().split() == (
@@ -127,11 +127,11 @@ def test_a_save_never_waits_for_the_upload_and_the_newest_goes_first(start, tmp_
 
     def slow(remote, path):
         order.append(path.name)
-        assert gate.wait(30)
+        assert gate.wait(120)
         real(remote, path)
 
     monkeypatch.setattr(Remote, "upload", slow)
-    run = start(sync=f"file://{tmp_path}/remote", sync_wait_s=10, keep=2)
+    run = start(sync=f"file://{tmp_path}/remote", sync_wait_s=60, keep=2)
     run.save(1)
     wait_until(lambda: order)
     for step in (2, 3, 4):
@@ -144,7 +144,7 @@ def test_a_save_never_waits_for_the_upload_and_the_newest_goes_first(start, tmp_
 
 @pytest.mark.parametrize("at", [OPTIMIZER, STATE, MARKER])
 def test_an_upload_that_is_cut_off_is_not_taken_and_is_completed_later(start, url, tmp_path, monkeypatch, capsys, at):
-    first = start(sync=url, sync_wait_s=10)
+    first = start(sync=url, sync_wait_s=60)
     first.save(1)
     first.checkpoints.close()
     real = sync._put
@@ -157,7 +157,7 @@ def test_an_upload_that_is_cut_off_is_not_taken_and_is_completed_later(start, ur
     with monkeypatch.context() as patch:
         patch.setattr(sync, "_put", fail)
         patch.setattr(sync, "ATTEMPTS", 2)
-        run = start(sync=url, sync_wait_s=10)
+        run = start(sync=url, sync_wait_s=60)
         run.save(2)
         run.checkpoints.close()
     told = capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_an_upload_that_is_cut_off_is_not_taken_and_is_completed_later(start, ur
     assert not {"step-00000002/complete.json"} & files(url)
     assert start("elsewhere", resume=url).state["step"] == 1
     assert "step-00000002 is damaged (complete.json is missing)" in capsys.readouterr().err
-    later = start(sync=url, sync_wait_s=10)
+    later = start(sync=url, sync_wait_s=60)
     assert later.state["step"] == 2
     later.checkpoints.close()
     assert files(url) == whole(1, 2)
@@ -176,7 +176,7 @@ def test_an_upload_that_is_cut_off_is_not_taken_and_is_completed_later(start, ur
 def test_a_server_that_goes_away_and_comes_back_is_waited_for(start, s3, s3_url, monkeypatch, tmp_path):  # noqa: F811
     monkeypatch.setattr(sync, "ATTEMPTS", 30)
     monkeypatch.setattr(sync, "LONGEST_WAIT_S", 0.2)
-    run = start(sync=s3_url, sync_wait_s=10)
+    run = start(sync=s3_url, sync_wait_s=60)
     real, away = sync._put, threading.Event()
 
     def cut(there, path, entry):
@@ -187,7 +187,7 @@ def test_a_server_that_goes_away_and_comes_back_is_waited_for(start, s3, s3_url,
 
     monkeypatch.setattr(sync, "_put", cut)
     run.save(1)
-    assert away.wait(30)
+    assert away.wait(120)
     run.save(2)  # while nothing answers
     s3.start()
     run.checkpoints.close()
@@ -263,7 +263,7 @@ def test_what_arrives_changed_is_sent_again(tmp_path, monkeypatch):
 
 def test_a_damaged_one_there_is_named_and_the_one_before_it_taken(start, tmp_path, capsys):
     url = f"file://{tmp_path}/remote"
-    run = start(sync=url, sync_wait_s=10)
+    run = start(sync=url, sync_wait_s=60)
     run.save(1)
     run.save(2)
     run.checkpoints.close()
@@ -289,10 +289,10 @@ def test_what_is_ahead_of_the_run_and_what_is_not_a_checkpoint_stays(start, tmp_
     write(there, 90)
     (there / "step-00000001").mkdir()
     (there / "step-00000001" / "notes.txt").write_text("mine")
-    run = start(sync=url, sync_wait_s=10, keep=1, resume=f"file://{tmp_path}/empty")
+    run = start(sync=url, sync_wait_s=60, keep=1, resume=f"file://{tmp_path}/empty")
     for step in (1, 2):
         run.save(step)
-        assert run.checkpoints.uploader.wait(30)
+        assert run.checkpoints.uploader.wait(120)
     run.checkpoints.close()
     assert "step-00000001/notes.txt" in files(url)
     assert {name for name in files(url) if name.endswith(MARKER)} >= {f"step-{step:08d}/{MARKER}" for step in (2, 90)}
@@ -309,7 +309,7 @@ def test_secrets_are_refused_where_they_would_be_written_down():
 
 
 def test_the_secret_key_is_in_no_file_and_no_line(start, s3_url, tmp_path, capsys):
-    run = start(sync=s3_url, sync_wait_s=10)
+    run = start(sync=s3_url, sync_wait_s=60)
     run.save(1)
     run.checkpoints.close()
     assert not any(b"a-secret-key" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
