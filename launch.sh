@@ -111,7 +111,7 @@ demo() {
   step "export" export --run "$run"
   step "prediction" predict --model "$run/model" --input "$run/scenes/images/*0.jpg" --output "$run/answers.csv"
   say ""
-  module pipeline.report.headline --run "$run"
+  module pipeline.evaluation.report.headline --run "$run"
 }
 
 run_tests() {
@@ -132,17 +132,17 @@ dispatch() {
     test) run_tests "$@" ;;
     prep)
       if [[ ${1:-} == features ]]; then
-        module pipeline.launcher prep "$@" # on every GPU, as training is
+        module pipeline.launch.launcher prep "$@" # on every GPU, as training is
       else
         module data_prep "$@"
       fi
       ;;
-    train) module pipeline.launcher "$@" ;;
+    train) module pipeline.launch.launcher "$@" ;;
     slurm)
       if [[ ${1:-} == prep ]]; then
-        module data_prep.slurm "${@:2}"
+        module data_prep.shards.slurm "${@:2}"
       else
-        module pipeline.slurm_train "$@"
+        module pipeline.launch.slurm_train "$@"
       fi
       ;;
     bench) module benchmarks "$@" ;;

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.form import Goal, Row, compare
-from data_prep.features import ModelChoice, features
-from data_prep.scenes import KIND, scenes
-from data_prep.shards import shard
+from data_prep.features.command import features
+from data_prep.features.options import ModelChoice
+from data_prep.scenes.data_set import KIND, scenes
+from data_prep.shards.command import shard
 from pipeline.progress import say
 
 RECIPE = "demo"
@@ -53,7 +54,7 @@ def train(run: Path, place: Path, cache: str, seed: int) -> dict[str, Any]:
     say(f"training {run.name}")
     own = ["--run", str(run), "--shards", str(place / "shards"), "--data.features", cache, "--train.seed", str(seed)]
     for command in (
-        ["pipeline.launcher", RECIPE, *own],
+        ["pipeline.launch.launcher", RECIPE, *own],
         ["pipeline.evaluate", "--run", str(run), "--splits", "val"],
     ):
         subprocess.run([sys.executable, "-m", *command], check=True, stdout=subprocess.DEVNULL)

@@ -21,16 +21,17 @@ import torch.distributed as dist
 
 from benchmarks.form import Goal, Report, Row, compare, interleave, machine, publish, timed, versions
 from benchmarks.parity_cells import photo
+from pipeline.checkpoints.checkpoints import Checkpoints
+from pipeline.checkpoints.files import FILES, name_of
+from pipeline.checkpoints.retention import Retention
+from pipeline.checkpoints.sync import Remote, Uploader
 from pipeline.cli import command
 from pipeline.config import CheckpointConfig, Config
-from pipeline.data.dataset import collate, model_inputs
-from pipeline.distributed import Checkpoints, EngineAverage, create_optimizer_state, start
-from pipeline.distributed.checkpoint_files import FILES, name_of
-from pipeline.distributed.retention import Retention
-from pipeline.distributed.sync import Remote, Uploader
+from pipeline.data.batch import collate, model_inputs
+from pipeline.distributed import EngineAverage, create_optimizer_state, start
 from pipeline.model.config import ModelConfig
 from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
-from pipeline.optim import build_optimizer
+from pipeline.optim.build import build_optimizer
 from pipeline.progress import silence_libraries
 
 PACKAGES = ("torch", "deepspeed", "safetensors", "fsspec")

@@ -18,25 +18,25 @@ from torch.utils.data import DataLoader, RandomSampler
 from benchmarks.cached_training import trained
 from benchmarks.features_gpu import gpu_rows
 from benchmarks.form import Goal, Report, Row, compare, interleave, machine, publish, timed, versions
-from data_prep.extraction import Extractor
-from data_prep.feature_job import row_bytes, spare_cores
-from data_prep.feature_writer import FeatureWriter, plan_shards
-from data_prep.features import ModelChoice, Options
-from data_prep.features import features as make_cache
-from data_prep.scenes import KIND, scenes
-from data_prep.shards import shard
+from data_prep.features.command import features as make_cache
+from data_prep.features.extraction import Extractor
+from data_prep.features.job import row_bytes, spare_cores
+from data_prep.features.options import ModelChoice, Options
+from data_prep.features.writer import FeatureWriter, plan_shards
+from data_prep.scenes.data_set import KIND, scenes
+from data_prep.shards.command import shard
 from pipeline.cli import command
-from pipeline.config import Config, read_config
-from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.config import Config, find_recipe, read_config
+from pipeline.data.batch import collate, model_inputs
+from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key
 from pipeline.data.features import open_cache
 from pipeline.data.index import Index, read_index
-from pipeline.launcher import find_recipe
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.encoder import all_tokens
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import build_optimizer
+from pipeline.optim.build import build_optimizer
 
 PACKAGES = ("torch", "transformers", "safetensors", "simplejpeg")
 RECIPE = "demo"

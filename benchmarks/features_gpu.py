@@ -18,21 +18,22 @@ from torch.utils.data import DataLoader
 from transformers import AutoModel, DINOv3ViTConfig
 
 from benchmarks.form import Goal, Row, compare, interleave
-from data_prep.extraction import KERNELS, Extractor, Item
-from data_prep.feature_job import spare_cores
-from data_prep.features import MOST_VIEWS, Attention, ModelChoice, Options
-from data_prep.features import features as make_cache
-from data_prep.scenes import KIND, scenes
-from data_prep.shards import shard
+from data_prep.features.command import features as make_cache
+from data_prep.features.extraction import KERNELS, Extractor, Item
+from data_prep.features.job import spare_cores
+from data_prep.features.options import MOST_VIEWS, Attention, ModelChoice, Options
+from data_prep.scenes.data_set import KIND, scenes
+from data_prep.shards.command import shard
 from pipeline.config import Config, DataConfig, TrainConfig, to_yaml
-from pipeline.data.dataset import ShardDataset, collate, mask_targets, model_inputs
+from pipeline.data.batch import collate, model_inputs
+from pipeline.data.dataset import ShardDataset, mask_targets
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.features import open_cache
 from pipeline.data.index import Index, read_index
 from pipeline.model.backbone import FrozenBackbone, vith16plus_config
 from pipeline.model.config import ModelConfig
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.throughput import flops_per_view, matmul_rate
+from pipeline.training.throughput import flops_per_view, matmul_rate
 
 MISSION_IMAGES, MISSION_EPOCHS = 8549, 30
 SEED_HOURS, GOAL_MINUTES = 12.0, 10.0

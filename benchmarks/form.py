@@ -28,7 +28,7 @@ from threadpoolctl import threadpool_limits
 
 from pipeline.files import write_json
 from pipeline.progress import track
-from pipeline.run_folder import git_revision, hardware
+from pipeline.training.run_folder import git_revision, hardware
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

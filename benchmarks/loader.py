@@ -24,12 +24,13 @@ from torch.utils.data import DataLoader
 
 from benchmarks import view_peers as peers
 from benchmarks.form import Goal, Report, Row, Timing, compare, interleave, machine, publish, versions
-from data_prep.scenes import KIND, scenes
-from data_prep.shards import shard
+from data_prep.scenes.data_set import KIND, scenes
+from data_prep.shards.command import shard
 from pipeline.cli import command
-from pipeline.data.dataset import ShardDataset, collate, prepare
+from pipeline.data.allocator import keep_freed_memory
+from pipeline.data.batch import collate
+from pipeline.data.dataset import ShardDataset, prepare
 from pipeline.data.index import Index, read_index
-from pipeline.data.memory import keep_freed_memory
 from pipeline.data.views import NUM_VIEWS
 
 PACKAGES = ("torch", "webdataset", "datasets", "pillow", "simplejpeg")

@@ -23,25 +23,28 @@ from torch import multiprocessing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import Config, OptimConfig, TrainConfig
-from pipeline.data.dataset import collate, mask_targets, metadata_tensors
+from pipeline.data.batch import Batch, collate, loss_inputs, targets_of
+from pipeline.data.dataset import mask_targets, metadata_tensors
 from pipeline.data.record import Metadata
 from pipeline.data.views import view_boxes
 from pipeline.distributed import start
 from pipeline.distributed.engine_tensors import gather_tensors, set_tensors
+from pipeline.distributed.settings import Batching
 from pipeline.distributed.startup import ROOT
-from pipeline.feed import Batch, loss_inputs, targets_of
-from pipeline.launcher import free_port
-from pipeline.losses import TERMS, count_targets
-from pipeline.model.config import ModelConfig
+from pipeline.launch.launcher import free_port
+from pipeline.model.config import TERMS, ModelConfig
+from pipeline.model.losses import count_targets
 from pipeline.model.moe import SparseExperts
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import Sophia, WeightAverage, build_optimizer, lr_at
-from pipeline.optim.ema import copy_into
+from pipeline.optim.build import build_optimizer
+from pipeline.optim.ema import WeightAverage, copy_into
 from pipeline.optim.hessian import hutchinson, rademacher
 from pipeline.optim.sampled_loss import draws_needed, sampled_loss, uniform
-from pipeline.plan import Batching, Schedule
+from pipeline.optim.schedule import lr_at
+from pipeline.optim.sophia import Sophia
 from pipeline.progress import silence_libraries
 from pipeline.trainer import Trainer
+from pipeline.training.plan import Schedule
 
 STEPS = 5
 BATCH = 8  # photos per optimizer step, whatever the processes

@@ -22,8 +22,8 @@ import pyarrow
 
 from benchmarks import prep_peers as peers
 from benchmarks.form import Goal, Report, Row, Timing, compare, interleave, machine, one_core, publish, timed, versions
-from data_prep.scenes import KIND, scenes
-from data_prep.shards import shard
+from data_prep.scenes.data_set import KIND, scenes
+from data_prep.shards.command import shard
 from pipeline.cli import command
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index

@@ -32,7 +32,7 @@ FEATURES = Features(
     }
 )
 ROW_GROUP_BYTES = 100_000_000  # datasets.config.MAX_ROW_GROUP_SIZE
-DRAFT_PX = 256  # the sides that `data_prep.inspection` asks for, too
+DRAFT_PX = 256  # the sides that `data_prep.photos.inspection` asks for, too
 
 Check = Callable[[bytes], tuple[int, int]]
 Route = Literal["imagefolder", "paths", "bytes"]

@@ -31,11 +31,11 @@ from benchmarks.pruning_study import (
     run_study,
     scenes_of,
 )
+from data_prep.scenes import render
 from pipeline.cli import command
-from pipeline.inference import load_model
-from pipeline.metrics import confusion_counts, mcc_of
+from pipeline.evaluation.inference import load_model
+from pipeline.evaluation.metrics import confusion_counts, mcc_of
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.scenes import render
 
 PACKAGES = ("torch", "transformers")
 FULL = Plan({"train": 1500, "val": 900, "test": 2000}, steps=800, seeds=4, timed=32, rounds=7)

@@ -15,20 +15,22 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from pipeline.calibration import Photos, RoundAnswers, answer_from, answer_rounds, best_order, fit_rule
-from pipeline.data.dataset import collate, prepare_image
-from pipeline.data.vocabulary import MASK_CLASSES
-from pipeline.losses import LossConfig
-from pipeline.metrics import best_threshold
+from data_prep.scenes import Scene, SceneConfig, render
+from pipeline.data.batch import collate
+from pipeline.data.dataset import prepare_image
+from pipeline.evaluation.early_exit import Photos, RoundAnswers, answer_from, answer_rounds, best_order, fit_rule
+from pipeline.evaluation.metrics import best_threshold
 from pipeline.model.backbone import FrozenBackbone
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import LossConfig, ModelConfig
 from pipeline.model.encoder import CachedTokens, Tokens, all_tokens
 from pipeline.model.pruning import rank_views
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import OptimConfig, WeightAverage, build_optimizer, lr_at
-from pipeline.optim.ema import copy_into
+from pipeline.optim.build import build_optimizer
+from pipeline.optim.config import OptimConfig
+from pipeline.optim.ema import WeightAverage, copy_into
+from pipeline.optim.schedule import lr_at
 from pipeline.progress import track
-from pipeline.scenes import Scene, SceneConfig, render
+from pipeline.vocabulary import MASK_CLASSES
 
 KEPT = (1, 2, 3, 4, 6, 8, 12)
 MAX_LOSSES = (0.0005, 0.002, 0.005, 0.01, 0.02, 0.05)

@@ -27,13 +27,13 @@ from transformers import AutoModel
 
 from benchmarks.form import Report, Row, compare, interleave, machine, publish, versions
 from benchmarks.scaling_worker import Measured
+from data_prep.scenes.backbone import scenes_tiny_config
 from pipeline.cli import command
-from pipeline.config import Config, read_config, to_yaml
-from pipeline.launcher import find_recipe
-from pipeline.memory import Parameters, Sharding, build_head, count, need, noise, state_bytes
+from pipeline.config import Config, find_recipe, read_config, to_yaml
+from pipeline.distributed.settings import Sharding
 from pipeline.model.backbone import vith16plus_config
-from pipeline.pretrain import scenes_tiny_config
 from pipeline.progress import say
+from pipeline.training.memory import Parameters, build_head, count, need, noise, state_bytes
 
 PACKAGES = ("torch", "deepspeed", "accelerate")
 PHOTOS = 8549  # of an epoch

@@ -16,13 +16,12 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from deepspeed.comm import comm
 
-from pipeline.config import read_config
+from data_prep.scenes.backbone import scenes_tiny_config
+from pipeline.config import ACCELERATE_CONFIGS, read_config
 from pipeline.distributed import EngineAverage, create_optimizer_state
-from pipeline.launch_plan import resolve
-from pipeline.launcher import ACCELERATE_CONFIGS
-from pipeline.memory import build_head, noise
-from pipeline.optim import build_optimizer
-from pipeline.pretrain import scenes_tiny_config
+from pipeline.launch.plan import resolve
+from pipeline.optim.build import build_optimizer
+from pipeline.training.memory import build_head, noise
 
 WARM_UP, STEPS, REDUCTIONS = 2, 6, 5
 SMALL, LARGE = 1, 4_000_000  # elements of the reductions that latency and bandwidth are found with

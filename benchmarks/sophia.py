@@ -15,15 +15,15 @@ from benchmarks.form import Report, Row, compare, interleave, machine, publish, 
 from benchmarks.parity import PACKAGES, matrix, measure
 from benchmarks.parity_cells import SEED, Cell, photo
 from pipeline.cli import command
-from pipeline.config import Config, read_config
-from pipeline.data.dataset import collate
+from pipeline.config import Config, find_recipe, read_config
+from pipeline.data.batch import collate
 from pipeline.distributed import start
-from pipeline.launcher import find_recipe
+from pipeline.distributed.settings import Batching
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import OptimConfig
-from pipeline.plan import Batching, Schedule
+from pipeline.optim.config import OptimConfig
 from pipeline.progress import silence_libraries
 from pipeline.trainer import Trainer
+from pipeline.training.plan import Schedule
 
 OPTIMIZERS = ("sophia_h", "sophia_g")
 PROCESSES = (1, 2)

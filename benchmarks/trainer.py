@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.form import ROOT, Goal, Report, Row, compare, interleave, machine, publish, versions
-from data_prep.features import ModelChoice
-from data_prep.features import features as make_cache
-from data_prep.scenes import KIND, scenes
-from data_prep.shards import shard
+from data_prep.features.command import features as make_cache
+from data_prep.features.options import ModelChoice
+from data_prep.scenes.data_set import KIND, scenes
+from data_prep.shards.command import shard
 from pipeline.cli import command
-from pipeline.config import read_config, to_yaml
-from pipeline.launch_plan import read_accelerate
-from pipeline.launcher import ACCELERATE_CONFIGS, find_recipe
+from pipeline.config import ACCELERATE_CONFIGS, find_recipe, read_config, to_yaml
+from pipeline.launch.plan import read_accelerate
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers")
 RECIPE = "demo"

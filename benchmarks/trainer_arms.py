@@ -20,17 +20,18 @@ import torch.distributed as dist
 
 from benchmarks.form import timed
 from pipeline.config import Config, read_config
-from pipeline.data.dataset import collate, model_inputs
+from pipeline.data.batch import collate, model_inputs
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.features import open_cache
 from pipeline.data.index import read_index
 from pipeline.distributed import start
-from pipeline.feed import open_feed
+from pipeline.distributed.settings import plan_batches
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import build_optimizer
-from pipeline.plan import plan_batches, plan_schedule
-from pipeline.run_folder import RunFolder
+from pipeline.optim.build import build_optimizer
 from pipeline.trainer import Trainer
+from pipeline.training.loader import open_loader
+from pipeline.training.plan import plan_schedule
+from pipeline.training.run_folder import RunFolder
 
 WARM_UP_STEPS = 4
 
@@ -45,13 +46,13 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         batch_size=batching.micro_batch_size, accumulation=batching.accumulation, grad_clip=config.optim.grad_clip,
         precision="fp32", log_with=[], hang_minutes=config.train.hang_minutes,
     )  # fmt: skip
-    feed = open_feed(config, index, batching.micro_batch_size, rank, world_size, cache)
+    loader = open_loader(config, index, batching.micro_batch_size, rank, world_size, cache)
     torch.manual_seed(config.train.seed)
     model = RoadworkModel.build(config.model, accelerator.device)
     model.loss_config = config.loss
     run = RunFolder(folder)
     run.path.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, accelerator, model, feed, None, batching, plan_schedule(config, feed.samples), run)
+    trainer = Trainer(config, accelerator, model, loader, None, batching, plan_schedule(config, loader.samples), run)
     trainer.checkpoints = None
     trainer.best = {"step": 0}  # or else the weights would be exported at the end of each round
     return trainer
@@ -68,7 +69,7 @@ def bare_seconds(trainer: Trainer, steps: int) -> float:
     engine, accelerator = trainer.engine, trainer.accelerator
 
     def loop() -> None:
-        batches = trainer.feed.batches(trainer.samples_seen)
+        batches = trainer.loader.batches(trainer.samples_seen)
         for _ in range(steps * trainer.batching.accumulation):
             batch = next(batches)
             with accelerator.accumulate(engine):
@@ -139,14 +140,14 @@ def plain(config: Config, folder: Path) -> Callable[[int], list[float]]:
         dist.init_process_group("gloo")
     index = read_index(config.data.shards)
     batching = plan_batches(config.train, 1)
-    feed = open_feed(config, index, batching.micro_batch_size, 0, 1, open_cache(config.data.features, index))
+    loader = open_loader(config, index, batching.micro_batch_size, 0, 1, open_cache(config.data.features, index))
     torch.manual_seed(config.train.seed)
     model = RoadworkModel.build(config.model).train()
     model.loss_config = config.loss
     optimizer = build_optimizer(model, config.optim)
 
     def loop(steps: int) -> None:
-        batches = feed.batches(0)
+        batches = loader.batches(0)
         for _ in range(steps):
             for _ in range(batching.accumulation):
                 batch = next(batches)

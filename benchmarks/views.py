@@ -18,7 +18,7 @@ import torch
 
 from benchmarks import view_peers as peers
 from benchmarks.form import Goal, Report, Row, compare, interleave, machine, one_core, publish, timed, versions
-from data_prep.scenes import KIND, scenes
+from data_prep.scenes.data_set import KIND, scenes
 from pipeline.cli import command
 from pipeline.data.dataset import prepare
 from pipeline.data.photo import probe

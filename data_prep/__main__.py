@@ -5,13 +5,13 @@ from __future__ import annotations
 from pipeline.cli import commands
 
 COMMANDS = {
-    "scenes": "data_prep.scenes:scenes",
-    "masks": "data_prep.masks:masks",
-    "shard": "data_prep.shards:shard",
-    "merge": "data_prep.merging:merge",
-    "features": "data_prep.features:features",
+    "scenes": "data_prep.scenes.data_set:scenes",
+    "masks": "data_prep.masks.command:masks",
+    "shard": "data_prep.shards.command:shard",
+    "merge": "data_prep.shards.merge:merge",
+    "features": "data_prep.features.command:features",
     "audit": "data_prep.audit:audit",
-    "verify": "data_prep.verification:verify",
+    "verify": "data_prep.shards.verify:verify",
 }
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Training, evaluating and serving a roadwork classifier; photos become shards in `data_prep`."""
+"""Training, evaluating and exporting a roadwork classifier; photos become shards in `data_prep`."""
 
 import os
 
-import torch
+from pipeline.devices import expects_gpu
 
-if not torch.cuda.is_available():
+if os.environ.get("DS_ACCELERATOR") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # or else accelerate and DeepSpeed would choose different devices
+elif not expects_gpu():
     # DeepSpeed, which accelerate and transformers import, would warn on stdout, where only a summary's path belongs.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ["DS_ACCELERATOR"] = "cpu"

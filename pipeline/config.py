@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,13 +13,22 @@ import yaml
 
 from pipeline.cli import Parser
 from pipeline.errors import UserError, require
-from pipeline.losses import LossConfig
-from pipeline.model.config import ModelConfig
-from pipeline.optim import OptimConfig
+from pipeline.model.config import DECODE_SCALES, InputSpec, LossConfig, ModelConfig
+from pipeline.optim.config import OptimConfig
 
-DECODE_SCALES = ("full", "half")
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ROOT / "pipeline" / "recipes"
+ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 SAMPLING = ("weighted", "uniform")
 PRECISIONS = ("auto", "bf16", "fp32")
+# What may differ between the parts of one run: none of these changes what is computed.
+FREE_KEYS = {
+    "train": {
+        "run", "log_every", "wandb", "micro_batch_size", "expert_parallel", "max_minutes", "max_skips", "max_rollbacks",
+        "hang_minutes", "profile",
+    },
+    "data": {"shards", "workers"},
+}  # fmt: skip
 # Short forms of the command line; where they stand does not matter.
 ALIASES = {
     "--epochs": "--train.epochs",
@@ -201,6 +211,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    @property
+    def input_spec(self) -> InputSpec:
+        """How photos become the model's input."""
+        return self.model.input_spec(self.data.decode_scale)
+
 
 def parse_config(arguments: list[str], prog: str) -> tuple[Config, bool]:
     """Read a command line: `--config FILE` first, whatever its place, then the overrides in their order.
@@ -211,16 +226,25 @@ def parse_config(arguments: list[str], prog: str) -> tuple[Config, bool]:
     Raises:
         UserError: An unknown key, a value outside its range, or a file that cannot be read.
     """
-    usage = f"{prog} [--config RECIPE.yaml] [--epochs N] [--dry-run] [--room.key VALUE ...]"
+    parser = _parser(f"{prog} [--config RECIPE.yaml] [--epochs N] [--dry-run] [--room.key VALUE ...]")
+    values: Any = parser.parse_args(config_first(arguments))
+    values = parser.instantiate(values)
+    return Config(**{room.name: values[room.name] for room in fields(Config)}), bool(values.dry_run)
+
+
+def print_help(prog: str) -> None:
+    """Print every configuration key with its meaning and default."""
+    print(_parser(f"{prog} [--epochs N] [--dry-run] [--room.key VALUE ...]").format_help())
+
+
+def _parser(usage: str) -> Parser:
     parser = Parser(usage=usage, description="Train a roadwork classifier.")
     parser.add_argument("--config", action="config", help="A recipe: YAML that states what differs from the defaults.")
     parser.add_argument("--dry-run", action="store_true", help="Print the plan, take two steps, write nothing.")
     parser.epilog = "Short forms: " + ", ".join(f"{short} for {long}" for short, long in ALIASES.items())
     for room in fields(Config):
         parser.add_class_arguments(room.default_factory, room.name)
-    values: Any = parser.parse_args(config_first(arguments))
-    values = parser.instantiate(values)
-    return Config(**{room.name: values[room.name] for room in fields(Config)}), bool(values.dry_run)
+    return parser
 
 
 def config_first(arguments: list[str]) -> list[str]:
@@ -258,3 +282,43 @@ def to_yaml(config: Config) -> str:
     values = asdict(config)
     values["model"]["metadata"] = list(values["model"]["metadata"])
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def find_recipe(name: str | None) -> Path:
+    """A recipe by name or path."""
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    if name is None:
+        raise UserError(f"train needs a recipe: one of {', '.join(known)}, or a YAML file")
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise UserError(f"there is no recipe {name!r}; there are {', '.join(known)}, or name a YAML file")
+    return path
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys that matter and differ, as `train.epochs=3 (now 5)`.
+
+    Args:
+        before: Rooms of a configuration, maybe written before some keys were known: those had their defaults.
+        now: Rooms of a configuration.
+    """
+    before, now = _complete(before), _complete(now)
+    changed = []
+    for room, values in now.items():
+        for key, value in values.items():
+            free = room == "checkpoint" or key in FREE_KEYS.get(room, set())
+            if not free and before[room][key] != value:
+                changed.append(f"{room}.{key}={before[room][key]} (now {value})")
+    return changed
+
+
+def _complete(rooms: dict[str, Any]) -> dict[str, Any]:
+    """Every key, as JSON gives it, absent ones with their defaults, and the rates that the optimizer settles."""
+    rooms, defaults = (json.loads(json.dumps(values)) for values in (rooms, asdict(Config())))
+    found = {
+        room: {key: rooms.get(room, {}).get(key, default) for key, default in keys.items()}
+        for room, keys in defaults.items()
+    }
+    optim = OptimConfig(**found["optim"])
+    found["optim"] |= {"beta1": optim.betas[0], "beta2": optim.betas[1], "eps": optim.epsilon}
+    return found

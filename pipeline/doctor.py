@@ -3,60 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
-
-import psutil
-import torch
-import yaml
-from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
-from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from huggingface_hub import try_to_load_from_cache
-from packaging.requirements import Requirement
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoConfig, DINOv3ViTConfig
 
 from pipeline.cli import command
-from pipeline.config import Config, read_config
-from pipeline.data.dataset import ShardDataset
-from pipeline.data.index import Index, read_index
-from pipeline.data.inputs import check_inputs, fields_read, leaking_inputs
-from pipeline.data.photo import simplejpeg
-from pipeline.data.storage import is_url
-from pipeline.distributed.startup import read_ds_config, resolve_precision
-from pipeline.errors import AuditFailed, UserError
-from pipeline.files import write_summary
-from pipeline.launch_plan import LaunchPlan, describe, resolve
-from pipeline.launcher import ACCELERATE_CONFIGS, RECIPES, ROOT, choose_launch, find_recipe
-from pipeline.memory import count, need
-from pipeline.model.backbone import SCENES_TINY, VITH16PLUS, vith16plus_config
-from pipeline.plan import describe_schedule, plan_schedule
-from pipeline.progress import say
-
-GOOD, NOTE, BAD = "good", "note", "bad"
-COLOURS = {GOOD: "green", NOTE: "yellow", BAD: "red"}
-SMALL_DISK_GB = 5
-GIB = 2**30
-ROOM = 0.9  # of a GPU's memory; the context, the allocator's gaps and cuBLAS take the rest
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the table."""
-
-    verdict: str
-    """good, note (works, but look) or bad (will fail)."""
-    about: str
-    text: str
+from pipeline.errors import AuditFailed
 
 
 def doctor(
@@ -83,235 +35,24 @@ def doctor(
     Raises:
         AuditFailed: Something would fail; the table says what.
     """
+    from pipeline.config import find_recipe, read_config
+    from pipeline.files import write_summary
+    from pipeline.launch.checks import BAD, check, print_findings
+    from pipeline.progress import say
+
     config = read_config(find_recipe(recipe))
     if shards is not None:
         config.data.shards = str(shards)
-    findings = [*machine(), *installation(), *configurations(), *backbone(config), *data(config)]
-    chosen, processes = choose_launch(config_file, num_processes)
-    gpu_gib = gpu_gib or own_gpu_gib()
-    settings: dict[str, Any] = {}
-    try:
-        launch = resolve(config, chosen, num_machines, processes, precision_on(config, gpu_gib))
-        settings = launch.settings
-        findings += [*plan(config, launch), *memory(config, launch, gpu_gib)]
-    except UserError as error:
-        findings.append(Finding(BAD, "launch", str(error)))
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for finding in findings:
-        colour = COLOURS[finding.verdict]
-        table.add_row(f"[{colour}]{finding.verdict}[/]", finding.about, finding.text)
-    Console(stderr=True, width=None if os.isatty(2) else 160).print(table)
+    findings, engine = check(config, config_file, num_machines, num_processes, gpu_gib)
+    print_findings(findings)
+    say(f"the engine gets: {json.dumps(engine)}" if engine else "no engine can be made of this")
     folder = out or Path(tempfile.mkdtemp(prefix="roadwork-doctor-"))
-    say(f"the engine gets: {json.dumps(settings)}" if settings else "no engine can be made of this")
-    values = {"recipe": recipe, "findings": [vars(finding) for finding in findings], "deepspeed": settings}
+    values = {"recipe": recipe, "findings": [vars(finding) for finding in findings], "deepspeed": engine}
     summary = write_summary(folder, values)
     wrong = [finding.about for finding in findings if finding.verdict == BAD]
     if wrong:
         raise AuditFailed(f"{len(wrong)} of {len(findings)} checks failed: {', '.join(wrong)}", summary)
     return summary
-
-
-def machine() -> Iterator[Finding]:
-    """Cores, memory, GPUs, disk."""
-    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
-    yield Finding(
-        GOOD, "machine", f"{cores} cores, {memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free"
-    )
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(number)
-            yield Finding(GOOD, "gpu", f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
-    else:
-        yield Finding(
-            NOTE, "gpu", "none: training runs on the CPU over gloo; enough for scenes-tiny, not for ViT-H/16+"
-        )
-    free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
-    yield Finding(GOOD if free_gb > SMALL_DISK_GB else NOTE, "disk", f"{free_gb:.0f} GB free in {Path.cwd()}")
-
-
-def installation() -> Iterator[Finding]:
-    """Python, and every dependency against what pyproject.toml asks for."""
-    yield Finding(GOOD, "python", platform.python_version())
-    wrong = []
-    for line in requires("roadwork") or []:
-        requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            found = version(requirement.name)
-        except PackageNotFoundError:
-            wrong.append(f"{requirement.name} is missing")
-            continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            wrong.append(f"{requirement.name} is {found}, not {requirement.specifier}")
-    text = "; ".join(wrong) or f"complete (torch {torch.__version__}, deepspeed {version('deepspeed')})"
-    yield Finding(BAD if wrong else GOOD, "packages", text + ("; ./launch.sh setup installs them" if wrong else ""))
-    if simplejpeg is None:
-        yield Finding(NOTE, "jpeg", "simplejpeg is missing: Pillow decodes, at about half the speed")
-
-
-def configurations() -> Iterator[Finding]:
-    """Every file in accelerate_configs, ds_configs and recipes."""
-    problems = []
-    for path in sorted(ACCELERATE_CONFIGS.glob("*.yaml")):
-        settings = yaml.safe_load(path.read_text())
-        try:
-            read_ds_config(ROOT / settings["deepspeed_config"]["deepspeed_config_file"])
-        except (UserError, KeyError) as error:
-            problems.append(f"{path.name}: {error}")
-    recipes = sorted(RECIPES.glob("*.yaml"))
-    for path in recipes:
-        try:
-            read_config(path)
-        except UserError as error:
-            problems.append(f"{path.name}: {error}")
-    yield Finding(
-        BAD if problems else GOOD,
-        "configs",
-        "; ".join(problems) or f"all load; recipes: {', '.join(p.stem for p in recipes)}",
-    )
-
-
-def backbone(config: Config) -> Iterator[Finding]:
-    """Whether the recipe's weights are at hand, without loading or fetching them."""
-    name = config.model.backbone
-    folder = SCENES_TINY if name == "scenes-tiny" else Path(name)
-    if (folder / "config.json").is_file():
-        yield Finding(GOOD, "backbone", f"{name}: weights in {folder}")
-    elif isinstance(try_to_load_from_cache(name, "config.json"), str):
-        yield Finding(GOOD, "backbone", f"{name}: weights in the hub cache")
-    else:
-        yield Finding(
-            NOTE, "backbone",
-            f"{name}: not on this machine; it is fetched at the start, which for gated weights needs their licence "
-            "accepted and `hf auth login`",
-        )  # fmt: skip
-
-
-def data(config: Config) -> Iterator[Finding]:
-    """The index, and one sample of each split through decoding and views."""
-    folder = config.data.shards
-    if not is_url(folder) and not Path(folder).exists():
-        yield Finding(NOTE, "data", f"no shards at {folder} yet; `./launch.sh prep shard` makes them from photos")
-        return
-    try:
-        index = read_index(folder)
-        for name, split in index.splits.items():
-            if split.samples:
-                sizes = config.model.view_side, config.model.num_views, config.model.mask_side
-                _ = ShardDataset(folder, index, name, *sizes)[0]
-    except UserError as error:
-        yield Finding(BAD, "data", str(error))
-        return
-    counts = ", ".join(f"{name} {len(split.samples)}" for name, split in index.splits.items())
-    yield Finding(GOOD, "data", f"{folder}: {counts}; a sample of each split decodes")
-    yield inputs(config, index)
-
-
-def inputs(config: Config, index: Index) -> Finding:
-    """Whether the shards have the metadata that the model reads, and whether it leaks the label."""
-    try:
-        check_inputs(index, config.model, config.data.allow_leaks)
-    except UserError as error:
-        return Finding(BAD, "metadata", str(error))
-    leaks = leaking_inputs(index, config.model)
-    named = [f"{name} (leaks the label)" if name in leaks else name for name in fields_read(config.model)]
-    return Finding(NOTE if leaks else GOOD, "metadata", f"the model reads {', '.join(named) or 'none'}")
-
-
-def own_gpu_gib() -> float | None:
-    """Memory of this machine's smallest GPU; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return float(min(card.total_memory for card in cards)) / GIB
-
-
-def precision_on(config: Config, gpu_gib: float | None) -> str:
-    """What `train.precision` comes to on a GPU of today, or on a CPU.
-
-    Raises:
-        UserError: There is no GPU for bf16.
-    """
-    wanted = config.train.precision
-    if gpu_gib is None or torch.cuda.is_available():
-        return resolve_precision(wanted)
-    return "bf16" if wanted == "auto" else wanted
-
-
-def plan(config: Config, launch: LaunchPlan) -> Iterator[Finding]:
-    """What `./launch.sh train` would do with the recipe and the configurations."""
-    for about, text in describe(launch, config):
-        yield Finding(GOOD, about, text)
-    for note in launch.notes:
-        yield Finding(NOTE, "launch", note)
-    try:
-        samples = len(read_index(config.data.shards).split("train").samples)
-    except UserError:
-        samples = 0  # said above
-    schedule = plan_schedule(config, samples)
-    for line in describe_schedule(config, launch.batching, schedule, launch.world_size):
-        about, text = line.split(maxsplit=1)
-        if about == "batch" or samples:
-            yield Finding(GOOD, about, text)
-
-
-def memory(config: Config, launch: LaunchPlan, gpu_gib: float | None) -> Iterator[Finding]:
-    """Of one process, and whether a GPU has it."""
-    backbone = backbone_config(config.model.backbone)
-    if backbone is None:
-        yield Finding(NOTE, "memory", f"not known before {config.model.backbone} is on this machine")
-        return
-    wanted = need(config, backbone, launch.precision, launch.sharding, launch.batching.micro_batch_size)
-    parts = {
-        "trained weights, gradients, optimizer and average": wanted.states,
-        "buffers": wanted.buffers,
-        "frozen backbone": wanted.backbone,
-        f"activations of {launch.batching.micro_batch_size} photos": wanted.activations,
-    }
-    text = f"{wanted.device / GIB:.2f} GiB per process: " + ", ".join(
-        f"{part / GIB:.2f} {name}" for name, part in parts.items()
-    )
-    if wanted.host:
-        text += f"; and {wanted.host / GIB:.2f} of the host's"
-    if gpu_gib is None:
-        yield Finding(GOOD, "memory", text)
-    elif wanted.device < ROOM * gpu_gib * GIB:
-        yield Finding(GOOD, "memory", f"{text}; the GPU has {gpu_gib:.0f}")
-    else:
-        fits = wanted.device < gpu_gib * GIB
-        way_out = "a smaller train.micro_batch_size needs less, at the same batch"
-        yield Finding(NOTE if fits else BAD, "memory", f"{text}; the GPU has only {gpu_gib:.0f}: {way_out}")
-    theirs = deepspeed_estimate(count(config, backbone).trained, launch)
-    if theirs is not None:
-        yield Finding(
-            GOOD, "memory", f"DeepSpeed's own estimate of the trained part, without the average: {theirs:.2f} GiB"
-        )
-
-
-def deepspeed_estimate(trained: int, launch: LaunchPlan) -> float | None:
-    """GiB of one GPU by DeepSpeed's estimator, which knows stages 2 and 3, 16-bit weights and no sharded experts."""
-    sharding, per_machine = launch.sharding, launch.world_size // launch.machines
-    if launch.precision != "bf16" or sharding.stage < 2 or sharding.expert_parallel > 1:
-        return None
-    places = {"num_gpus_per_node": per_machine, "num_nodes": launch.machines, "cpu_offload": sharding.offload}
-    if sharding.stage == 2:
-        _, device = estimate_zero2_model_states_mem_needs(trained, **places)
-    else:
-        _, device, _ = estimate_zero3_model_states_mem_needs(trained, trained, cpu_offload_params=False, **places)
-    return float(device) / GIB
-
-
-def backbone_config(name: str) -> DINOv3ViTConfig | None:
-    """The backbone's configuration if it is at hand, or known; None otherwise."""
-    if name == VITH16PLUS:
-        return vith16plus_config()
-    folder = str(SCENES_TINY) if name == "scenes-tiny" else name
-    try:
-        found = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, DINOv3ViTConfig) else None
 
 
 if __name__ == "__main__":

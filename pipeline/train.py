@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 if __name__ == "__main__":  # started as a file: the project's root takes the place of this folder on the path
@@ -20,19 +20,21 @@ from pipeline.data.features import FeatureCache, open_cache
 from pipeline.data.index import INDEX_NAME, read_index
 from pipeline.data.inputs import check_inputs
 from pipeline.data.storage import open_folder
-from pipeline.distributed import describe_experts, expert_parallel_size, on_rank_zero, resolve_precision, start
+from pipeline.devices import has_bf16
+from pipeline.distributed.agreement import on_rank_zero
+from pipeline.distributed.settings import describe_engine, engine_settings, launched_file, resolve_precision
+from pipeline.distributed.startup import start, world_size
 from pipeline.errors import run
-from pipeline.feed import open_feed
 from pipeline.files import write_summary
-from pipeline.memory import Sharding
+from pipeline.launch.rank_logs import divert_output
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.plan import check_mixup, describe_model, describe_schedule, plan_batches, plan_schedule
 from pipeline.progress import say, silence_libraries
-from pipeline.rank_logs import divert_output
-from pipeline.run_folder import RunFolder
-from pipeline.tracking import start_tracking
 from pipeline.trainer import Trainer
-from pipeline.validation import Validation
+from pipeline.training.loader import open_loader
+from pipeline.training.plan import describe_model, describe_schedule, plan_schedule
+from pipeline.training.run_folder import RunFolder
+from pipeline.training.tracking import start_tracking
+from pipeline.training.validation import Validation
 
 DRY_RUN_STEPS = 2
 
@@ -57,21 +59,10 @@ def train(config: Config, dry_run: bool) -> Path | None:
     if index is not None:
         check_inputs(index, config.model, config.data.allow_leaks)
     cache = None if index is None else open_cache(config.data.features, index)
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    batching = plan_batches(config.train, world_size)
-    check_mixup(config.loss.mixup_alpha, batching)
-    precision = resolve_precision(config.train.precision)
-    accelerator = start(
-        batch_size=batching.micro_batch_size,
-        accumulation=batching.accumulation,
-        grad_clip=config.optim.grad_clip,
-        precision=precision,
-        expert_parallel=config.train.expert_parallel,
-        experts=config.model.experts if config.model.head == "roadwork" else None,
-        log_with=["wandb"] if config.train.wandb and not dry_run else [],
-        hang_minutes=config.train.hang_minutes,
-        optimizer=config.optim.name,
-    )
+    precision = resolve_precision(config.train.precision, has_bf16())
+    engine = engine_settings(config, launched_file(), world_size(), precision)
+    log_with = ["wandb"] if config.train.wandb and not dry_run else []
+    accelerator = start(engine, log_with, config.train.hang_minutes)
     lead = accelerator.is_main_process
     folder = None
     if index is not None and not dry_run:
@@ -81,27 +72,22 @@ def train(config: Config, dry_run: bool) -> Path | None:
                 say(f"{folder.path} is finished already; for another run choose another --train.run")
             return folder.summary.resolve()
 
-    feed = open_feed(config, index, batching.micro_batch_size, accelerator.process_index, world_size, cache)
-    schedule = plan_schedule(config, feed.samples)
+    ranks = accelerator.process_index, accelerator.num_processes
+    loader = open_loader(config, index, engine.batching.micro_batch_size, *ranks, cache)
+    schedule = plan_schedule(config, loader.samples)
     if lead:
-        for line in describe_schedule(config, batching, schedule, world_size):
-            say(line)
+        say_plan(describe_engine(engine, config))
+        say_plan(describe_schedule(config, schedule))
     torch.manual_seed(config.train.seed)
-    model = RoadworkModel.build(config.model, accelerator.device)
-    model.loss_config = config.loss
+    model = RoadworkModel.build(config.model, config.loss, config.data.decode_scale, accelerator.device)
     check_cache(cache, model, config)
     if lead:
-        size = expert_parallel_size(accelerator)
-        sharding = Sharding.of(accelerator.deepspeed_plugin.deepspeed_config, world_size, size)
-        for line in (*describe_model(config, model, precision, sharding), *describe_experts(config, size)):
-            say(line)
+        say_plan(describe_model(config, model, engine))
     validation = None
     if index is not None and not dry_run and (index.splits["val"].labels >= 0).any():
-        held_out = open_split(shards, index, "val", config.model, config.data.decode_scale, cache)
-        validation = Validation(
-            held_out, batching.micro_batch_size, config.data.workers, accelerator.process_index, world_size
-        )
-    trainer = Trainer(config, accelerator, model, feed, validation, batching, schedule, folder)
+        held_out = open_split(shards, index, "val", config.input_spec, cache)
+        validation = Validation(held_out, engine.batching.micro_batch_size, config.data.workers, *ranks)
+    trainer = Trainer(config, accelerator, model, loader, validation, engine.batching, schedule, folder)
     if folder is None:
         summary = trainer.run(DRY_RUN_STEPS)
         if lead:
@@ -109,7 +95,7 @@ def train(config: Config, dry_run: bool) -> Path | None:
         return None
     assert index is not None
     if lead:
-        folder.create(config, index, world_size)
+        folder.create(config, index, accelerator.num_processes)
     start_tracking(accelerator, config)
     with contextlib.closing(trainer):
         summary = trainer.run()
@@ -117,10 +103,16 @@ def train(config: Config, dry_run: bool) -> Path | None:
     return write_summary(folder.path, summary) if lead else None
 
 
+def say_plan(lines: Iterable[tuple[str, str]]) -> None:
+    """Print a part of the plan."""
+    for about, text in lines:
+        say(f"{about:<10} {text}")
+
+
 def check_cache(cache: FeatureCache | None, model: RoadworkModel, config: Config) -> None:
     """Refuse a cache of other tokens than the model would compute itself. Collective."""
     if cache is not None:
-        on_rank_zero(lambda: cache.check(feature_key(model.backbone, config.model, config.data.decode_scale)))
+        on_rank_zero(lambda: cache.check(feature_key(model.backbone, config.input_spec, config.model.pool_grid)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.features import features
+from data_prep.features.command import features
 from pipeline.config import Config, DataConfig, to_yaml
 from tests.small_run import small_config
 

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from pipeline.config import Config, DataConfig, to_yaml
-from pipeline.data.dataset import collate, prepare
+from pipeline.data.batch import collate
+from pipeline.data.dataset import prepare
 from pipeline.data.index import SPLITS, Cluster, Field, Index, Sample, Shard, Split
 from pipeline.data.record import Metadata, Record
 from pipeline.files import write_json, write_text

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from pipeline.config import ALIASES, Config, parse_config, read_config, to_yaml
-from pipeline.distributed.startup import read_ds_config
+from pipeline.distributed.settings import read_ds_config
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]

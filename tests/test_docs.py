@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.scenes import scenes
-from data_prep.shards import shard
+from data_prep.scenes.data_set import scenes
+from data_prep.shards.command import shard
 from tests.data_prep.photos import content
 
 ROOT = Path(__file__).parents[1]

@@ -7,16 +7,18 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
+from pipeline.data.batch import collate, model_inputs
 from pipeline.data.copies import make_copy
-from pipeline.data.dataset import ShardDataset, collate, model_inputs, prepare_image
+from pipeline.data.dataset import ShardDataset, prepare_image
 from pipeline.data.index import read_index
 from pipeline.data.photo import decode
+from pipeline.devices import pick_device
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate, score_clusters, score_split
-from pipeline.inference import kept_views, pick_device
+from pipeline.evaluation.inference import kept_views
+from pipeline.evaluation.report.headline import headline
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.report.headline import headline
 from tests.feature_cache import make_cache
 from tests.small_run import make_backbone, make_model, make_run, make_shards, random_labels
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import pipeline.export
-from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.batch import collate, model_inputs
+from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate

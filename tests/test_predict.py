@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from pipeline.cli import command
-from pipeline.data.dataset import collate, prepare
+from pipeline.data.batch import collate
+from pipeline.data.dataset import prepare
 from pipeline.data.views import VIEW_NAMES
 from pipeline.errors import UserError
 from pipeline.model.roadwork import RoadworkModel

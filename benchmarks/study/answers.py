@@ -15,7 +15,7 @@ from benchmarks.study.folds import NOWHERE, make_fold
 from benchmarks.study.photos import Photos
 from benchmarks.study.work import Work, read_outcome
 from pipeline.errors import UserError
-from pipeline.metrics import calibration_error, confusion_counts, mcc_of
+from pipeline.evaluation.metrics import calibration_error, confusion_counts, mcc_of
 
 ROUNDS = 4000
 LEVEL = 0.95

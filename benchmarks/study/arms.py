@@ -8,8 +8,7 @@ from typing import Any
 
 from benchmarks.study.optimizers import OPTIMIZERS
 from pipeline.errors import UserError
-from pipeline.losses import LossConfig
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import LossConfig, ModelConfig
 
 COMPLETE = "complete"
 Changes = Callable[[ModelConfig], dict[str, Any]]

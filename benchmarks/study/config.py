@@ -7,12 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.scenes import scenes
+from data_prep.scenes.data_set import scenes
 from pipeline.cli import Parser
 from pipeline.errors import UserError, require
-from pipeline.losses import LossConfig
-from pipeline.model.config import ModelConfig
-from pipeline.optim import OptimConfig
+from pipeline.model.config import LossConfig, ModelConfig
+from pipeline.optim.config import OptimConfig
 
 RECIPES = Path(__file__).parent / "recipes"
 QUICK_IMAGES, QUICK_STEPS = 240, 10

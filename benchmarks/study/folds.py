@@ -9,9 +9,9 @@ from functools import cache
 import numpy as np
 
 from benchmarks.study.photos import Photos
-from data_prep.links import chain, components
-from data_prep.places import near_pairs
-from data_prep.splits import BLOCK_RADII_M, fill_splits
+from data_prep.decisions.links import chain, components
+from data_prep.decisions.places import near_pairs
+from data_prep.decisions.splits import BLOCK_RADII_M, fill_splits
 from pipeline.errors import UserError
 
 NOWHERE = -1

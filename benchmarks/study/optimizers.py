@@ -8,12 +8,15 @@ from typing import Protocol
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.feed import targets_of
-from pipeline.losses import count_targets
+from pipeline.data.batch import targets_of
+from pipeline.model.losses import count_targets
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import OptimConfig, Sophia, build_optimizer, lr_at
+from pipeline.optim.build import build_optimizer
+from pipeline.optim.config import OptimConfig
 from pipeline.optim.hessian import hutchinson, rademacher
 from pipeline.optim.sampled_loss import draws_needed, sampled_loss, uniform
+from pipeline.optim.schedule import lr_at
+from pipeline.optim.sophia import Sophia
 
 Batch = dict[str, torch.Tensor]
 
@@ -57,7 +60,7 @@ class AdamWStepper:
 
 
 class SophiaStepper(AdamWStepper):
-    """Sophia-H and Sophia-G in one process, with the estimates that `pipeline.distributed.hessian_step` makes.
+    """Sophia-H and Sophia-G in one process, with the estimates that `pipeline.training.hessian_step` makes.
 
     As there, nothing in an estimate is random but the probes or the drawn labels: no dropout, no exploration.
     """

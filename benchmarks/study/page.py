@@ -17,8 +17,8 @@ from benchmarks.study.config import StudyConfig
 from benchmarks.study.folds import NOWHERE, Places
 from benchmarks.study.photos import Photos
 from benchmarks.study.plots import forest, loss_curves
+from pipeline.evaluation.report import templates
 from pipeline.files import write_text
-from pipeline.report import templates
 
 
 def write_page(

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from benchmarks.study.config import StudyConfig
-from data_prep.features import ModelChoice, features
-from data_prep.scenes import scenes
-from data_prep.shards import shard
+from data_prep.features.command import features
+from data_prep.features.options import ModelChoice
+from data_prep.scenes.data_set import scenes
+from data_prep.shards.command import shard
 from pipeline.config import Config, DataConfig, to_yaml
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_dataset import open_split

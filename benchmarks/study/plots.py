@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.study.answers import ArmAnswers, Estimate
-from pipeline.report.plots import INK, NONE, ROADWORK, svg
+from pipeline.evaluation.report.plots import INK, NONE, ROADWORK, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.gps import WEIGHT_CAP, assign_clusters, fit_centres, sample_weights
+from data_prep.decisions.gps import WEIGHT_CAP, assign_clusters, fit_centres, sample_weights
 
 KINDS = ("uniform", "class_balanced", "gps", "gps_permuted", "random_clusters")
 
@@ -21,7 +21,7 @@ def training_weights(
         points: Degrees, [N, 2], NaN for NULL.
         labels: 0 or 1, [N].
         groups: Of near-duplicates, [N].
-        temper: See `data_prep.gps.sample_weights`.
+        temper: See `data_prep.decisions.gps.sample_weights`.
         seed: Of the clusters and of what is dealt out.
     """
     if kind == "uniform":

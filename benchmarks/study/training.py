@@ -18,15 +18,14 @@ from benchmarks.study.folds import Fold, make_fold
 from benchmarks.study.optimizers import OPTIMIZERS, Batch
 from benchmarks.study.photos import Photos, load_photos
 from benchmarks.study.sampling import training_weights
-from pipeline.data.dataset import METADATA_KEYS
+from pipeline.data.batch import METADATA_KEYS
 from pipeline.data.sampler import order
+from pipeline.evaluation.metrics import best_threshold, binary_metrics
 from pipeline.files import write_json
-from pipeline.losses import LossConfig
-from pipeline.metrics import best_threshold, binary_metrics
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import LossConfig, ModelConfig
 from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
-from pipeline.optim import OptimConfig, WeightAverage
-from pipeline.optim.ema import copy_into
+from pipeline.optim.config import OptimConfig
+from pipeline.optim.ema import WeightAverage, copy_into
 
 FORMAT = 1  # raise it when a training gives other answers than before
 PHOTOS_PER_ANSWER = 32

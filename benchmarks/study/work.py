@@ -13,9 +13,9 @@ from typing import Any
 from benchmarks.study.arms import COMPLETE, Arm
 from benchmarks.study.config import StudyConfig
 from benchmarks.study.training import Training, run_training
-from data_prep.parallel import Workers
+from data_prep.work.parallel import Workers
 from pipeline.errors import UserError
-from pipeline.optim import OptimConfig
+from pipeline.optim.config import OptimConfig
 from pipeline.progress import format_seconds, say
 
 PRELOAD = ("benchmarks.study.training",)

@@ -10,9 +10,9 @@ import numpy as np
 from sklearn.neighbors import BallTree
 
 from data_prep.audit.photos import Photos
-from data_prep.duplicates import near_duplicates
-from data_prep.gps import EARTH_RADIUS_M
-from data_prep.links import components
+from data_prep.decisions.duplicates import near_duplicates
+from data_prep.decisions.gps import EARTH_RADIUS_M
+from data_prep.decisions.links import components
 from pipeline.data.index import SPLITS
 
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.association import associate
 from data_prep.audit.checks import Distances, Finding, Section, make_sections, nearest_distances, photos_alike
 from data_prep.audit.page import write_page
 from data_prep.audit.photos import Photos, read_photos
-from data_prep.maps import draw_map
-from data_prep.reports import report_folder
+from data_prep.decisions.association import associate
+from data_prep.decisions.maps import draw_map
+from data_prep.work.reports import report_folder
 from pipeline.data.index import SPLITS, Field, Index, read_index
 from pipeline.data.record import Metadata
 from pipeline.data.storage import is_url, open_folder

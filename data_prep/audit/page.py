@@ -12,9 +12,9 @@ import numpy as np
 from data_prep.audit.checks import Distances, Finding, Section
 from data_prep.audit.photos import Photos
 from pipeline.data.index import SPLITS
+from pipeline.evaluation.report.page import number, thumbnail
+from pipeline.evaluation.report.plots import INK, svg
 from pipeline.files import write_bytes
-from pipeline.report.page import number, thumbnail
-from pipeline.report.plots import INK, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from data_prep.inspection import HASHED_SIDE, THUMBNAIL_SIDE, perceptual_hash, thumbnail
-from data_prep.parallel import Workers
+from data_prep.photos.inspection import HASHED_SIDE, THUMBNAIL_SIDE, perceptual_hash, thumbnail
+from data_prep.work.parallel import Workers
 from pipeline.data.index import SPLITS, Index, Sample
 from pipeline.data.integrity import Damage, read_record
 from pipeline.data.photo import BadPhoto, decode

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_prep.metadata import BadLabel, parse_label, select_fields
 from data_prep.sources.content import Input
 from data_prep.sources.folders import MISSING, PhotoFolder, stamp_files
+from data_prep.sources.metadata import BadLabel, parse_label, select_fields
 from data_prep.sources.outlines import BadOutline, CocoMask, area, encode_outline
-from data_prep.tables import flatten
+from data_prep.sources.tables import flatten
 from pipeline.data.photo import MAX_PIXELS
-from pipeline.data.vocabulary import MASK_CLASSES
 from pipeline.errors import UserError
 from pipeline.progress import say
+from pipeline.vocabulary import MASK_CLASSES
 
 CONE, BARRIER, SIGN, WORKER, VEHICLE, EQUIPMENT = MASK_CLASSES
 # Category to class; None is what the masks leave out. Beside the classes' own names, the categories of CMU ROADWork

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_prep.metadata import explain_unlabelled, is_null, select_fields
 from data_prep.sources.content import Input, Location
-from data_prep.tables import Row, TornRow, scan_rows
+from data_prep.sources.metadata import explain_unlabelled, is_null, select_fields
+from data_prep.sources.tables import Row, TornRow, scan_rows
 from pipeline.errors import UserError
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})

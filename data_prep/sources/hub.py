@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from data_prep.metadata import explain_unlabelled, is_null, select_fields
 from data_prep.sources.content import Input, Location
 from data_prep.sources.folders import MASK_MISSING, MISSING, list_files, stamp_files
-from data_prep.tables import flatten, iterate_parquet
+from data_prep.sources.metadata import explain_unlabelled, is_null, select_fields
+from data_prep.sources.tables import flatten, iterate_parquet
 from pipeline.errors import UserError
 
 PHOTO, MASK = "image", "mask"

@@ -9,7 +9,7 @@ from data_prep.sources.coco import CocoSource
 from data_prep.sources.content import Source
 from data_prep.sources.folders import FolderSource, TableSource
 from data_prep.sources.hub import open_hub, open_parquet, open_saved
-from data_prep.tables import READERS
+from data_prep.sources.tables import READERS
 from pipeline.errors import UserError
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")

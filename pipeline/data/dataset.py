@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from pipeline.data.copies import is_streetvision, make_copy, placement_of
 from pipeline.data.index import HEADER_BYTES, Index, Sample
@@ -27,23 +27,19 @@ from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, Scratch, decode, probe
 from pipeline.data.record import Metadata, Record
 from pipeline.data.storage import open_folder
 from pipeline.data.views import canvas_side, extract_views, useful_views, view_boxes
-from pipeline.data.vocabulary import DAYTIME, MASK_CLASSES, SCENE, WEATHER
 from pipeline.errors import UserError
+from pipeline.model.config import InputSpec
+from pipeline.vocabulary import DAYTIME, MASK_CLASSES, SCENE, WEATHER
 
-VIEW_KEYS = ("views", "boxes", "view_mask")
-TOKEN_KEYS = ("cls", "cells", "regions")
-METADATA_KEYS = ("gps", "weather", "daytime", "scene", "text")
 _SCRATCH = Scratch()
 
 
-def prepare(data: bytes, side: int, num_views: int, decode_scale: str = "full") -> dict[str, torch.Tensor]:
+def prepare(data: bytes, spec: InputSpec) -> dict[str, torch.Tensor]:
     """Decode a photo and cut its views.
 
     Args:
         data: The photo's file, of any format.
-        side: View side S in pixels.
-        num_views: V, from the first view on.
-        decode_scale: See `decode_scaled`.
+        spec: The model's, `model.config.input_spec`.
 
     Returns:
         views uint8 [V, 3, S, S], channels last in memory, boxes float32 [V, 4] and view_mask bool [V].
@@ -51,19 +47,16 @@ def prepare(data: bytes, side: int, num_views: int, decode_scale: str = "full") 
     Raises:
         BadPhoto: The bytes are no usable photo.
     """
-    image, size = decode_scaled(data, side, decode_scale, _SCRATCH)
-    return prepare_image(image, side, num_views, size)
+    image, size = decode_scaled(data, spec, _SCRATCH)
+    return prepare_image(image, spec, size)
 
 
-def decode_scaled(
-    data: bytes, side: int, decode_scale: str, scratch: Scratch | None = None
-) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode a photo as `data.decode_scale` says.
+def decode_scaled(data: bytes, spec: InputSpec, scratch: Scratch | None = None) -> tuple[np.ndarray, tuple[int, int]]:
+    """Decode a photo at the scale that `InputSpec.decode_scale` says.
 
     Args:
         data: The photo's file.
-        side: View side S in pixels.
-        decode_scale: `full`, or `half`: a JPEG is decoded at half its size where that still reaches the canvas.
+        spec: The model's.
         scratch: See `pipeline.data.photo.decode`.
 
     Returns:
@@ -72,31 +65,28 @@ def decode_scaled(
     Raises:
         BadPhoto: The bytes are no usable photo.
     """
-    if decode_scale == "half":
+    if spec.decode_scale == "half":
         size = probe(data)
         half = min(size) // 2
-        if half >= canvas_side(side):
+        if half >= canvas_side(spec.view_side):
             return decode(data, half, scratch), size
     image = decode(data, scratch=scratch)
     return image, (image.shape[1], image.shape[0])
 
 
-def prepare_image(
-    image: np.ndarray, side: int, num_views: int, size: tuple[int, int] | None = None
-) -> dict[str, torch.Tensor]:
+def prepare_image(image: np.ndarray, spec: InputSpec, size: tuple[int, int] | None = None) -> dict[str, torch.Tensor]:
     """Cut the views of a decoded photo; see `prepare` for what is returned.
 
     Args:
         image: uint8 [H, W, 3], RGB, contiguous.
-        side: View side S in pixels.
-        num_views: V, from the first view on.
+        spec: The model's.
         size: Width and height of the photo, where `image` is smaller than that.
     """
     size = size or (image.shape[1], image.shape[0])
     return {
-        "views": extract_views(image, side, num_views, size),
-        "boxes": view_boxes(*size, side)[:num_views],
-        "view_mask": useful_views(*size, side, num_views),
+        "views": extract_views(image, spec.view_side, spec.num_views, size),
+        "boxes": view_boxes(*size, spec.view_side)[: spec.num_views],
+        "view_mask": useful_views(*size, spec.view_side, spec.num_views),
     }
 
 
@@ -165,31 +155,18 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
     record against the index. Anything but what the index promises is a `UserError` that names tar and sample.
     """
 
-    def __init__(
-        self,
-        place: Path | str,
-        index: Index,
-        name: str,
-        side: int,
-        num_views: int,
-        mask_side: int,
-        decode_scale: str = "full",
-    ):
-        """See `prepare` and `mask_targets` for the sizes.
+    def __init__(self, place: Path | str, index: Index, name: str, spec: InputSpec):
+        """Open a split.
 
         Args:
             place: Folder or URL of the shards.
             index: Theirs.
-            name: Of the split.
-            side: View side S in pixels.
-            num_views: V.
-            mask_side: Cells per side of the mask targets.
-            decode_scale: See `decode_scaled`.
+            name: The split's.
+            spec: The model's.
         """
         self.place, self.folder = place, open_folder(place)
         self.name, self.split = name, index.split(name)
-        self.side, self.num_views, self.mask_side = side, num_views, mask_side
-        self.decode_scale = decode_scale
+        self.spec = spec
         self.text_dim = int(index.arguments.get("text_dim", 0))
         self.rows_of_shard: list[list[int]] = [[] for _ in self.split.shards]
         for row, sample in enumerate(self.split.samples):
@@ -205,16 +182,23 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         return len(self.split.samples)
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """Views, metadata and targets of a photo, or of an augmented copy of it.
+        """Views, metadata and targets of a photo; see `load`."""
+        return self.load(number)[1]
+
+    def load(self, number: int) -> tuple[Record, dict[str, torch.Tensor]]:
+        """Read a photo, or an augmented copy of it.
 
         Args:
             number: `copy * len(self) + row`, with copy 0 for the photo itself, and see `make_copy` for others.
+
+        Returns:
+            Its record, and views, metadata and targets.
         """
         copy, row = divmod(number, len(self))
         return self.assemble(row, self._read(row, self.split.samples[row].members), copy)
 
-    def assemble(self, row: int, members: Mapping[str, bytes], copy: int = 0) -> dict[str, torch.Tensor]:
-        """See `__getitem__`: for a sample whose members, by extension, were read already.
+    def assemble(self, row: int, members: Mapping[str, bytes], copy: int = 0) -> tuple[Record, dict[str, torch.Tensor]]:
+        """See `load`: for a sample whose members, by extension, were read already.
 
         Raises:
             UserError: They are not what the index says, or cannot be decoded.
@@ -222,9 +206,9 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         sample = self.split.samples[row]
         with self.naming(sample.shard, sample):
             record = check_sample(sample, self.name, members)
-            image, size = decode_scaled(members[sample.photo_extension], self.side, self.decode_scale, _SCRATCH)
+            image, size = decode_scaled(members[sample.photo_extension], self.spec, _SCRATCH)
             mask = decode_mask(members["mask.png"]) if "mask.png" in members else None
-            return {**self.cut(image, size, mask, record, copy), **self.about(row, record, copy)}
+            return record, {**self.cut(image, size, mask, record, copy), **self.about(row, record, copy)}
 
     def cut(
         self, image: np.ndarray, size: tuple[int, int], mask: np.ndarray | None, record: Record, copy: int
@@ -243,8 +227,8 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
             size = image.shape[1], image.shape[0]
             if mask is not None:
                 mask = placement_of(mask.shape[1], mask.shape[0], record.sha256, copy).mask(mask)
-        views = prepare_image(image, self.side, self.num_views, size)
-        return {**views, "mask_targets": mask_targets(mask, self.mask_side)}
+        views = prepare_image(image, self.spec, size)
+        return {**views, "mask_targets": mask_targets(mask, self.spec.mask_side)}
 
     def about(self, row: int, record: Record, copy: int = 0) -> dict[str, torch.Tensor]:
         """What is known of a sample beside its photo and its mask.
@@ -331,25 +315,3 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         if len(data) != end - start:
             raise Damage(f"it ends before its byte {end}")
         return data
-
-
-def collate(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack samples into a batch, key by key; in a worker, straight into memory that is shared with the trainer."""
-    return {key: _stack([sample[key] for sample in samples]) for key in samples[0]}
-
-
-def _stack(values: list[torch.Tensor]) -> torch.Tensor:
-    """Stack; views keep their channels last in memory, which a stack of permuted tensors would undo at great cost."""
-    if values[0].dim() != 4:
-        return default_collate(values)
-    return default_collate([value.movedim(1, -1) for value in values]).movedim(-1, 2)
-
-
-def photo_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model's encoder takes from a batch: views, or their tokens from the feature cache."""
-    return {key: batch[key] for key in (*VIEW_KEYS, *TOKEN_KEYS) if key in batch}
-
-
-def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model's forward takes from a batch: views or tokens, and metadata; no targets."""
-    return {**photo_inputs(batch), **{key: batch[key] for key in METADATA_KEYS}}

@@ -11,7 +11,8 @@ from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_reader import FeatureReader
 from pipeline.data.features import FeatureCache, stale
 from pipeline.data.index import Index
-from pipeline.model.config import ModelConfig
+from pipeline.data.record import Record
+from pipeline.model.config import InputSpec
 
 
 class FeatureDataset(ShardDataset):
@@ -35,39 +36,32 @@ class FeatureDataset(ShardDataset):
         """Rows of every photo: itself and its augmented copies."""
         return self.reader.copies
 
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """Tokens, metadata and targets; see `ShardDataset`, and `PhotoTokens` in the place of views."""
+    def load(self, number: int) -> tuple[Record, dict[str, torch.Tensor]]:
+        """The record, and tokens, metadata and targets; see `ShardDataset`, and `PhotoTokens` in the place of views."""
         copy, row = divmod(number, len(self))
         sample, record = self.split.samples[row], self.record(row)
         if record.sha256 != self.reader.photo(row).sha256:
             raise stale(self.reader.place, f"it holds another photo as {sample.key}")
         found = self.reader.read(row, copy)
-        return {
-            **{name: value[: self.num_views] for name, value in vars(found.tokens).items()},
+        return record, {
+            **{name: value[: self.spec.num_views] for name, value in vars(found.tokens).items()},
             **self.about(row, record, copy),
             "mask_targets": found.mask_targets.float(),
         }
 
 
 def open_split(
-    shards: Path | str,
-    index: Index,
-    name: str,
-    model: ModelConfig,
-    decode_scale: str,
-    cache: FeatureCache | None = None,
+    shards: Path | str, index: Index, name: str, spec: InputSpec, cache: FeatureCache | None = None
 ) -> ShardDataset:
     """The samples of a split as a model wants them, from the cache where there is one.
 
     Args:
         shards: Folder or URL.
         index: Theirs.
-        name: Of the split.
-        model: Its sizes.
-        decode_scale: See `data.decode_scale`.
+        name: The split's.
+        spec: The model's.
         cache: Of the photos in the shards, with the model's key.
     """
-    sizes = model.view_side, model.num_views, model.mask_side
     if cache is None:
-        return ShardDataset(shards, index, name, *sizes, decode_scale)
-    return FeatureDataset(shards, index, name, *sizes, decode_scale, cache=cache)
+        return ShardDataset(shards, index, name, spec)
+    return FeatureDataset(shards, index, name, spec, cache=cache)

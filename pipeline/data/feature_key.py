@@ -10,7 +10,7 @@ import torch
 
 from pipeline.data.views import CANVAS_RATIO, TORCH_LANCZOS, canvas_boxes, useful_views
 from pipeline.model.backbone import FrozenBackbone
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import InputSpec
 
 # Raise it when the pixels of a view change while boxes and resize kernel stay what they are.
 PIXELS_VERSION = 1
@@ -68,24 +68,24 @@ _NAMES = {
 }
 
 
-def feature_key(backbone: FrozenBackbone, model: ModelConfig, decode_scale: str) -> FeatureKey:
+def feature_key(backbone: FrozenBackbone, spec: InputSpec, pool_grid: int) -> FeatureKey:
     """The key of the tokens that a model reads on this machine.
 
     Args:
         backbone: The loaded one.
-        model: Its sizes.
-        decode_scale: See `data.decode_scale`.
+        spec: The model's.
+        pool_grid: The model's.
     """
     return FeatureKey(
-        backbone=model.backbone,
+        backbone=backbone.name,
         weights=weights_fingerprint(backbone),
-        view_side=model.view_side,
-        num_views=model.num_views,
-        pool_grid=model.pool_grid,
-        mask_side=model.mask_side,
-        geometry=geometry_fingerprint(model.view_side),
+        view_side=spec.view_side,
+        num_views=spec.num_views,
+        pool_grid=pool_grid,
+        mask_side=spec.mask_side,
+        geometry=geometry_fingerprint(spec.view_side),
         resize="torch lanczos" if TORCH_LANCZOS else "Pillow lanczos",
-        decode_scale=decode_scale,
+        decode_scale=spec.decode_scale,
         dtype=str(STORED_DTYPE).removeprefix("torch."),
     )
 

@@ -25,8 +25,8 @@ from pipeline.data.features import (
 )
 from pipeline.data.integrity import Damage
 from pipeline.data.storage import open_folder
-from pipeline.data.vocabulary import MASK_CLASSES
 from pipeline.errors import UserError
+from pipeline.vocabulary import MASK_CLASSES
 
 MOST_HEADER_BYTES = 1 << 20
 LENGTH_BYTES = 8  # of the number, little-endian, that a safetensors file begins with

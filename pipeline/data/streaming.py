@@ -161,7 +161,7 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
 
     def _assembled(self, samples: Iterator[Drawn]) -> Iterator[dict[str, torch.Tensor]]:
         for row, members, copy in samples:
-            yield self.data.assemble(row, members, copy)
+            yield self.data.assemble(row, members, copy)[1]
 
 
 def _difference(name: str | None, awaited: str | None, order: dict[str, int]) -> str:

@@ -1,11 +1,16 @@
-"""What all ranks must know before a step, shared on the CPU, so that nobody waits for a GPU."""
+"""What all ranks must know before they go on, shared on the CPU, so that nobody waits for a GPU."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+
+from pipeline.errors import UserError
+
+T = TypeVar("T")
 
 
 class Agreement:
@@ -13,6 +18,7 @@ class Agreement:
 
     def __init__(self) -> None:
         """Where tensors go over NCCL, numbers get a gloo group of their own."""
+        self.is_first = dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -25,3 +31,43 @@ class Agreement:
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """Let rank 0 act and every rank have the result. Collective.
+
+    Raises:
+        UserError: On every rank, where it was raised on rank 0; the others must not wait for one that left.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [action(), None]
+        except UserError as error:
+            outcome = [None, str(error)]
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    result: T = outcome[0]
+    return result
+
+
+def on_all_ranks(action: Callable[[], T]) -> T:
+    """Let every rank act for itself, and end them all where one cannot go on. Collective.
+
+    Raises:
+        UserError: On every rank, where it was raised on one; the others would wait for that one, or report its
+            absence instead of its reason.
+    """
+    result, problem = None, None
+    try:
+        result = action()
+    except UserError as error:
+        problem = str(error)
+    failed = torch.tensor(float(problem is not None), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(failed)
+    if failed:
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        raise UserError(next(text for text in problems if text is not None))
+    return cast(T, result)

@@ -20,8 +20,9 @@ from deepspeed.utils import (
 from torch import nn
 
 from pipeline.distributed.experts import merge_experts, split_experts
-from pipeline.optim import MOMENTS, Sophia
+from pipeline.optim.config import MOMENTS
 from pipeline.optim.ema import WeightAverage
+from pipeline.optim.sophia import Sophia
 
 Tensors = dict[str, torch.Tensor]
 

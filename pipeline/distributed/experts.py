@@ -17,7 +17,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from pipeline.config import Config
 from pipeline.errors import UserError
 from pipeline.model.moe import SparseExperts
 
@@ -79,20 +78,6 @@ def expert_settings(size: int, precision: str) -> dict[str, Any]:
             "use_grouped_mm": precision == "bf16",
         }
     }
-
-
-def describe_experts(config: Config, size: int) -> Iterator[str]:
-    """Where a layer's experts are: a line of the plan, or none where there are none to speak of.
-
-    Args:
-        config: Of the run.
-        size: From `resolve_expert_parallel`.
-    """
-    experts, wanted = config.model.experts, config.train.expert_parallel
-    if size > 1:
-        yield f"experts    {experts} per layer, {experts // size} on each of {size} processes"
-    elif wanted > 1:
-        yield f"experts    all {experts} of a layer stay whole: one process has nobody to share them with"
 
 
 def check_version() -> None:

@@ -1,4 +1,4 @@
-"""Sizes and switches of the model; the defaults are the mission's."""
+"""Sizes and switches of the model, and the weights of its loss; the defaults are the mission's."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ PRUNING = ("scored", "dynamic", "off", "random", "fixed", "oracle")
 FUSIONS = ("gated", "mean")
 METADATA_FIELDS = ("gps", "weather", "daytime", "scene", "text")
 NUM_VIEWS = 12
+DECODE_SCALES = ("full", "half")
+TERMS = ("roadwork", "consistency", "weather", "segmentation", "balance", "router_z", "distillation")
 
 
 @dataclass
@@ -114,6 +116,64 @@ class ModelConfig:
     def num_views(self) -> int:
         """Views that the data side must build: the single-view baseline needs the global one only."""
         return 1 if self.head == "single_view" else NUM_VIEWS
+
+    def input_spec(self, decode_scale: str) -> InputSpec:
+        """What the data side must build; `decode_scale` is `data.decode_scale`."""
+        return InputSpec(self.view_side, self.num_views, self.mask_side, decode_scale)
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """How a photo becomes a model's input: one value for training, evaluation and prediction, saved with the model."""
+
+    view_side: int
+    """Side S of a view in pixels."""
+    num_views: int = NUM_VIEWS
+    """V, from the first view on."""
+    mask_side: int = 64
+    """Cells per side of the mask targets."""
+    decode_scale: str = "full"
+    """`full`, or `half`: a JPEG is decoded at half its size where that still reaches the canvas of the views."""
+
+    def __post_init__(self) -> None:
+        scales = ", ".join(DECODE_SCALES)
+        require(self.decode_scale in DECODE_SCALES, "data.decode_scale", self.decode_scale, f"one of {scales}")
+
+
+@dataclass
+class LossConfig:
+    """Weight of each term, and the shape of the focal loss."""
+
+    roadwork: float = 0.40
+    """Weight of the focal loss on roadwork or none."""
+    consistency: float = 0.25
+    """Weight of the disagreement among the kept views' own predictions."""
+    weather: float = 0.15
+    """Weight of the cross entropy on the weather."""
+    segmentation: float = 0.20
+    """Weight of Dice + binary cross entropy on the six object classes."""
+    balance: float = 0.01
+    """Weight of the load balancing of the experts."""
+    router_z: float = 0.001
+    """Weight of the z-loss, which keeps the router's logits small."""
+    distillation: float = 0.05
+    """Weight of the pruner's divergence from the importance that fusion gives the views."""
+    focal_alpha: float = 0.25
+    """Focal weight of the class roadwork; none has 1 - focal_alpha."""
+    focal_gamma: float = 2.0
+    """Focal exponent: how much less a sample counts the surer the model is of it; 0 turns it off."""
+    label_smoothing: float = 0.1
+    """Share of a label that is spread evenly over both classes."""
+    mixup_alpha: float = 0.0
+    """Photos are mixed in pairs in training, by a share from Beta(alpha, alpha); 0 mixes none, 0.2 is usual."""
+
+    def __post_init__(self) -> None:
+        for term in TERMS:
+            require(getattr(self, term) >= 0, f"loss.{term}", getattr(self, term), "0 or more")
+        require(0 < self.focal_alpha < 1, "loss.focal_alpha", self.focal_alpha, "in (0, 1)")
+        require(self.focal_gamma >= 0, "loss.focal_gamma", self.focal_gamma, "0 or more")
+        require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "in [0, 1)")
+        require(self.mixup_alpha >= 0, "loss.mixup_alpha", self.mixup_alpha, "0 or more")
 
 
 def nearest_side(side: int) -> int:

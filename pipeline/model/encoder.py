@@ -184,7 +184,7 @@ class TwoStageEncoder(nn.Module):
         super().__init__()
         self.config: Any = config
         has_pruner = self.config.head == "roadwork"
-        self.pruner = ViewPruner(self.config.backbone_dim, self.config.num_views) if has_pruner else None
+        self.pruner = ViewPruner(self.config.backbone_dim, self.config.input_spec.num_views) if has_pruner else None
         # No nn.Module, so it is in no state_dict and no parameter list.
         self.backbone: FrozenBackbone | None = None
 

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
-from pipeline.data.vocabulary import MASK_CLASSES, WEATHER
 from pipeline.model.backbone import interval_overlap as overlap
+from pipeline.vocabulary import MASK_CLASSES, WEATHER
 
 PRIOR = 0.01  # share of cells in which a class is seen
 

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import nn
 
-from pipeline.data.vocabulary import DAYTIME, SCENE, WEATHER
 from pipeline.model.config import METADATA_FIELDS, ModelConfig
 from pipeline.model.mixup import Mix
+from pipeline.vocabulary import DAYTIME, SCENE, WEATHER
 
 FIELD_WIDTHS = {"gps": 256, "weather": 128, "daytime": 64, "scene": 64, "text": 192}
 METADATA_WIDTH = sum(FIELD_WIDTHS.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -10,22 +11,22 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from pipeline.data.vocabulary import LABEL_NAMES
 from pipeline.errors import UserError
-from pipeline.losses import LossConfig, Targets, combine, count_targets, loss_terms
 from pipeline.model.attention import GatedLayer
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.baselines import build_baseline
-from pipeline.model.config import ModelConfig
+from pipeline.model.config import METADATA_FIELDS, InputSpec, LossConfig, ModelConfig
 from pipeline.model.encoder import CachedTokens, Encoded, MixedTokens, Tokens, TokenSource, TwoStageEncoder
 from pipeline.model.fusion import build_fusion
 from pipeline.model.heads import BinaryHead, SegmentationHead, WeatherHead
+from pipeline.model.losses import Targets, combine, count_targets, loss_terms
 from pipeline.model.metadata import METADATA_WIDTH, MetadataEncoder
 from pipeline.model.mixup import Mix, draw_mix
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.projection import InputProjection
 from pipeline.model.pruning import StoppingRule
 from pipeline.model.pyramid import Pyramid
+from pipeline.vocabulary import LABEL_NAMES, MASK_CLASSES, WEATHER
 
 
 class RoadworkConfig(PreTrainedConfig):
@@ -36,6 +37,7 @@ class RoadworkConfig(PreTrainedConfig):
     def __init__(
         self,
         backbone_dim: int = 0,
+        decode_scale: str = "full",
         decision_bias: float = 0.0,
         stopping: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -44,6 +46,8 @@ class RoadworkConfig(PreTrainedConfig):
 
         Args:
             backbone_dim: Width D of the backbone's tokens; the head's sizes follow from it.
+            decode_scale: How the photos were decoded that the model was trained on; the rest of `InputSpec` follows
+                from the fields.
             decision_bias: Subtracted from the log-odds, so that a probability of 0.5 is the best cut; `export` sets it.
             stopping: The fields of a `StoppingRule`, which `calibrate` sets. Without one the pruning mode `dynamic`
                 never stops before it has `keep_views`.
@@ -54,6 +58,7 @@ class RoadworkConfig(PreTrainedConfig):
         for name, value in asdict(sizes).items():
             setattr(self, name, value)
         self.backbone_dim = backbone_dim
+        self.decode_scale = decode_scale
         self.decision_bias = decision_bias
         self.stopping = stopping
         kwargs["id2label"] = dict(LABEL_NAMES)
@@ -65,9 +70,9 @@ class RoadworkConfig(PreTrainedConfig):
         return ModelConfig(**{name: getattr(self, name) for name in ModelConfig.__dataclass_fields__})
 
     @property
-    def num_views(self) -> int:
-        """Views that the data side must build."""
-        return self.sizes.num_views
+    def input_spec(self) -> InputSpec:
+        """How a photo becomes this model's input; see `pipeline.data.dataset.prepare`."""
+        return self.sizes.input_spec(self.decode_scale)
 
 
 class RoadworkHead(nn.Module):
@@ -132,8 +137,13 @@ class RoadworkModel(PreTrainedModel):
     config_class = RoadworkConfig
     main_input_name = "views"
 
-    def __init__(self, config: RoadworkConfig):
-        """Build the head alone; `build` and `from_pretrained` attach the backbone."""
+    def __init__(self, config: RoadworkConfig, loss: LossConfig | None = None):
+        """Build the head alone; `build` and `from_pretrained` attach the backbone.
+
+        Args:
+            config: Sizes and switches.
+            loss: Weights of the loss; without them the model only answers.
+        """
         super().__init__(config)
         sizes = config.sizes
         self.encoder = TwoStageEncoder(config)
@@ -141,21 +151,34 @@ class RoadworkModel(PreTrainedModel):
             self.head: nn.Module = RoadworkHead(sizes, config.backbone_dim)
         else:
             self.head = build_baseline(sizes, config.backbone_dim)
-        self.loss_config = LossConfig()
+        self.loss_config = loss
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         """Every part has initialised itself; transformers' general scheme must not undo that."""
 
     @classmethod
-    def build(cls, config: ModelConfig, device: torch.device | str = "cpu") -> RoadworkModel:
+    def build(
+        cls,
+        config: ModelConfig,
+        loss: LossConfig | None,
+        decode_scale: str = "full",
+        device: torch.device | str = "cpu",
+    ) -> RoadworkModel:
         """A model with a fresh head on a loaded backbone.
+
+        Args:
+            config: Its sizes.
+            loss: Weights of the loss to train it with; None for a model that only answers.
+            decode_scale: How its photos are decoded, see `InputSpec`.
+            device: For head and backbone.
 
         Raises:
             UserError: The backbone's weights are not to be had.
         """
         backbone = FrozenBackbone(config.backbone)
-        model = cls(RoadworkConfig(**asdict(config), backbone_dim=backbone.hidden_size))
+        sizes = RoadworkConfig(**asdict(config), backbone_dim=backbone.hidden_size, decode_scale=decode_scale)
+        model = cls(sizes, loss)
         return model.attach(backbone).to(device)
 
     @classmethod
@@ -202,46 +225,26 @@ class RoadworkModel(PreTrainedModel):
             self.encoder.backbone.to(self.device)
         return self
 
-    def encode(
-        self,
-        views: torch.Tensor | None = None,
-        boxes: torch.Tensor | None = None,
-        view_mask: torch.Tensor | None = None,
-        keep_all: bool = False,
-        *,
-        cls: torch.Tensor | None = None,
-        cells: torch.Tensor | None = None,
-        regions: torch.Tensor | None = None,
-        mix: Mix | None = None,
-    ) -> Encoded:
+    def encode(self, batch: Mapping[str, torch.Tensor], *, keep_all: bool = False, mix: Mix | None = None) -> Encoded:
         """Run the pruner and, on the views that it keeps, the backbone; several `answer`s may share the result.
 
-        See `forward` for the arguments; `mix` says which photos become one, see `draw_mix`.
+        Args:
+            batch: See `forward`.
+            keep_all: Prune nothing, whatever the configuration says.
+            mix: Which photos become one, see `draw_mix`.
         """
-        assert boxes is not None
-        assert view_mask is not None
-        boxes, view_mask = boxes.to(self.device), view_mask.to(self.device)
-        source = self.source(boxes, views, cls, cells, regions)
+        boxes, view_mask = batch["boxes"].to(self.device), batch["view_mask"].to(self.device)
+        source = self.source(batch)
         if mix is None:
             return self._choose(source, boxes, view_mask, keep_all)
         mix = mix.to(self.device)
         return replace(self._choose(MixedTokens(source, mix), boxes, view_mask, keep_all), mix=mix)
 
-    def source(
-        self,
-        boxes: torch.Tensor,
-        views: torch.Tensor | None = None,
-        cls: torch.Tensor | None = None,
-        cells: torch.Tensor | None = None,
-        regions: torch.Tensor | None = None,
-    ) -> TokenSource:
-        """Where a batch's tokens come from: its views, or else the cached tokens; see `forward` for the arguments."""
-        if views is not None:
-            return self.encoder.online(views, boxes.to(self.device))
-        assert cls is not None
-        assert cells is not None
-        assert regions is not None
-        return CachedTokens(Tokens(cls.to(self.device), cells.to(self.device), regions.to(self.device)))
+    def source(self, batch: Mapping[str, torch.Tensor]) -> TokenSource:
+        """Where a batch's tokens come from: its views, or else the cached tokens; see `forward`."""
+        if "views" in batch:
+            return self.encoder.online(batch["views"], batch["boxes"].to(self.device))
+        return CachedTokens(Tokens(*(batch[name].to(self.device) for name in ("cls", "cells", "regions"))))
 
     def _choose(self, source: TokenSource, boxes: torch.Tensor, view_mask: torch.Tensor, keep_all: bool) -> Encoded:
         """Let the encoder choose by itself, or ask the head in the two modes in which it has a say."""
@@ -265,79 +268,71 @@ class RoadworkModel(PreTrainedModel):
     def answer(
         self,
         encoded: Encoded,
+        metadata: Mapping[str, torch.Tensor] | None = None,
         null_metadata: bool | torch.Tensor = False,
-        *,
-        gps: torch.Tensor | None = None,
-        weather: torch.Tensor | None = None,
-        daytime: torch.Tensor | None = None,
-        scene: torch.Tensor | None = None,
-        text: torch.Tensor | None = None,
     ) -> RoadworkOutput:
-        """Run the head on encoded views; a field that is not given is NULL, see `MetadataEncoder` for their shapes."""
-        fields = {"gps": gps, "weather": weather, "daytime": daytime, "scene": scene, "text": text}
-        fields = {name: None if value is None else value.to(self.device) for name, value in fields.items()}
+        """Run the head on encoded views.
+
+        Args:
+            encoded: From `encode`.
+            metadata: Fields by name, see `MetadataEncoder` for their shapes; one that is not there is NULL, and other
+                names are passed over.
+            null_metadata: See `forward`.
+        """
+        given = metadata or {}
+        fields = {name: given[name].to(self.device) if name in given else None for name in METADATA_FIELDS}
         output: RoadworkOutput = self.head(encoded, fields, null_metadata)
         return output
 
     def forward(
         self,
-        views: torch.Tensor | None = None,
-        boxes: torch.Tensor | None = None,
-        view_mask: torch.Tensor | None = None,
+        batch: Mapping[str, torch.Tensor],
         *,
-        cls: torch.Tensor | None = None,
-        cells: torch.Tensor | None = None,
-        regions: torch.Tensor | None = None,
-        null_metadata: bool | torch.Tensor = False,
+        null_metadata: bool | torch.Tensor | None = None,
         keep_all: bool = False,
-        labels: torch.Tensor | None = None,
-        mask_targets: torch.Tensor | None = None,
+        with_loss: bool = False,
         target_counts: torch.Tensor | None = None,
-        **metadata: torch.Tensor | None,
     ) -> RoadworkOutput:
         """Answer for a batch of photos, from their views or from all of their cached tokens.
 
         Args:
-            views: uint8 [B, V, 3, S, S], see `pipeline.data.dataset.prepare`; in their place, `cls`, `cells` and
-                `regions`.
-            boxes: [B, V, 4].
-            view_mask: bool [B, V].
-            cls: [B, V, D], see `pipeline.model.encoder.all_tokens`.
-            cells: [B, V, g*g, 2D].
-            regions: [B, V, D].
-            null_metadata: Treat all metadata as NULL; bool [B] says it for each photo.
+            batch: Tensors by name, other names are passed over:
+                `views` uint8 [B, V, 3, S, S], see `pipeline.data.dataset.prepare`; in their place `cls` [B, V, D],
+                `cells` [B, V, g*g, 2D] and `regions` [B, V, D], see `pipeline.model.encoder.all_tokens`.
+                `boxes` [B, V, 4] and `view_mask` bool [B, V].
+                `gps`, `weather`, `daytime`, `scene`, `text`, as far as they are known.
+                For a loss: `labels` int64 [B], -1 where unknown, `mask_targets` [B, 6, m, m], NaN where unknown or not
+                there at all, and `weather`.
+            null_metadata: Treat all metadata as NULL; bool [B] says it for each photo. By default the batch's own
+                `null_metadata`, if it has one.
             keep_all: Prune nothing, whatever the configuration says.
-            labels: int64 [B], -1 where unknown; asks for the loss, which in training mixes photos where
-                `loss.mixup_alpha` is above 0.
-            mask_targets: [B, 6, m, m], NaN where unknown.
-            target_counts: float [terms], what each term's sum is divided by, see `count_targets`; by default the
-                counts of this batch.
-            **metadata: gps, weather, daytime, scene, text; weather is a target too.
+            with_loss: Give the loss too, which in training mixes photos where `loss.mixup_alpha` is above 0.
+            target_counts: float [terms], what each term's sum is divided by, see `count_targets`; by default the counts
+                of this batch.
         """
-        mix, alpha = None, self.loss_config.mixup_alpha
-        if self.training and labels is not None and alpha > 0:
-            assert boxes is not None
-            assert view_mask is not None
-            mix = draw_mix(boxes, view_mask, alpha)
-        encoded = self.encode(views, boxes, view_mask, keep_all, cls=cls, cells=cells, regions=regions, mix=mix)
-        output = self.answer(encoded, null_metadata, **metadata)
-        if labels is None:
-            return output
-        targets = self._targets(labels, metadata.get("weather"), mask_targets)
+        if null_metadata is None:
+            null_metadata = batch.get("null_metadata", False)
+        if not with_loss:
+            return self.answer(self.encode(batch, keep_all=keep_all), batch, null_metadata)
+        loss = self.loss_config
+        assert loss is not None, "a model that gives a loss is built with a LossConfig"
+        mix = None
+        if self.training and loss.mixup_alpha > 0:
+            mix = draw_mix(batch["boxes"], batch["view_mask"], loss.mixup_alpha)
+        encoded = self.encode(batch, keep_all=keep_all, mix=mix)
+        output, targets = self.answer(encoded, batch, null_metadata), self._targets(batch)
         counts = count_targets(targets) if target_counts is None else target_counts
-        output.loss_terms = loss_terms(output, targets, self.loss_config, self.config.experts_per_token, encoded.mix)
-        output.loss = combine(output.loss_terms, counts.to(self.device), self.loss_config)
+        output.loss_terms = loss_terms(output, targets, loss, self.config.experts_per_token, encoded.mix)
+        output.loss = combine(output.loss_terms, counts.to(self.device), loss)
         return output
 
-    def _targets(
-        self, labels: torch.Tensor, weather: torch.Tensor | None, mask_targets: torch.Tensor | None
-    ) -> Targets:
-        sizes, batch = self.config.sizes, len(labels)
-        if weather is None:
-            weather = torch.full((batch, 8), torch.nan)
-        if mask_targets is None:
-            mask_targets = torch.full((batch, 6, sizes.mask_side, sizes.mask_side), torch.nan)
-        return Targets(labels.to(self.device), weather.to(self.device), mask_targets.to(self.device))
+    def _targets(self, batch: Mapping[str, torch.Tensor]) -> Targets:
+        labels, side = batch["labels"], self.config.mask_side
+        unknown = {
+            "weather": torch.full((len(labels), len(WEATHER)), torch.nan),
+            "mask_targets": torch.full((len(labels), len(MASK_CLASSES), side, side), torch.nan),
+        }
+        return Targets.from_batch({**unknown, **batch}).to(self.device)
 
     def probability(self, logits: torch.Tensor, decision_bias: float | None = None) -> torch.Tensor:
         """Probability of roadwork: [B, 2] to [B]; 0.5 is the best cut once `export` has set the bias."""

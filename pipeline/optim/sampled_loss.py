@@ -9,7 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from pipeline.losses import TERMS, LossConfig, Targets
+from pipeline.model.config import TERMS, LossConfig
+from pipeline.model.losses import Targets
 from pipeline.model.moe import at_least_float32
 from pipeline.model.output import RoadworkOutput
 

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks import cached_training, features_gpu
 from benchmarks.features import Plan, measure
-from pipeline.pretrain import scenes_tiny_config
+from data_prep.scenes.backbone import scenes_tiny_config
 
 
 def test_a_small_run_compares_extraction_epochs_and_room():

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks import prep_peers as peers
 from benchmarks.prep import READING, SHARDING, PhotoSet, Plan, draw, measure, open_shards
-from data_prep.shards import shard
-from data_prep.tables import read_rows
+from data_prep.shards.command import shard
+from data_prep.sources.tables import read_rows
 
 TINY = PhotoSet("320x240", 8, 6)
 

@@ -17,7 +17,7 @@ from benchmarks.pruning_study import (
     photos_of,
     scenes_of,
 )
-from pipeline.scenes import render
+from data_prep.scenes import render
 
 N = 400
 

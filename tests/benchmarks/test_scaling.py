@@ -8,9 +8,10 @@ import pytest
 from benchmarks import scaling
 from benchmarks.scaling import MICRO, Assumptions, Costs, HeadCount, calibrate, gpu_costs, gpu_step_s, predict
 from benchmarks.scaling_worker import Measured
+from data_prep.scenes.backbone import scenes_tiny_config
 from pipeline.config import Config, DataConfig, to_yaml
-from pipeline.memory import Parameters, Sharding, count, state_bytes
-from pipeline.pretrain import scenes_tiny_config
+from pipeline.distributed.settings import Sharding
+from pipeline.training.memory import Parameters, count, state_bytes
 from tests.small_run import small_config
 
 COSTS = Costs(

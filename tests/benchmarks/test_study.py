@@ -13,9 +13,9 @@ from benchmarks.study.claims import CLAIMS, judge, judge_steps, steps_to, verdic
 from benchmarks.study.folds import NOWHERE, divide, make_fold, split_groups
 from benchmarks.study.photos import Photos
 from benchmarks.study.sampling import cluster_factors, derange, permuted_weights, shuffle_clusters, training_weights
-from data_prep.gps import sample_weights
+from data_prep.decisions.gps import sample_weights
 from pipeline.errors import UserError
-from pipeline.metrics import confusion_counts
+from pipeline.evaluation.metrics import confusion_counts
 
 CITIES = [
     (59.9, 10.7),

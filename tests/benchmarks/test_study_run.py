@@ -13,8 +13,8 @@ from benchmarks.study import study
 from benchmarks.study.arms import ARMS
 from benchmarks.study.config import read_recipe
 from benchmarks.study.photos import find_photos, load_photos
-from data_prep.scenes import scenes
-from data_prep.shards import shard
+from data_prep.scenes.data_set import scenes
+from data_prep.shards.command import shard
 from pipeline.cli import Parser, spell_switches
 from pipeline.errors import UserError
 

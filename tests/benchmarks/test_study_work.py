@@ -14,9 +14,9 @@ from benchmarks.study.training import Training, batch_rows
 from benchmarks.study.work import choose, plan_work, settle
 from pipeline.config import Config
 from pipeline.errors import UserError
-from pipeline.memory import noise
 from pipeline.model.output import RoadworkOutput
-from pipeline.optim import OptimConfig
+from pipeline.optim.config import OptimConfig
+from pipeline.training.memory import noise
 from tests.small_run import make_backbone, make_model
 
 

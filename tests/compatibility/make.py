@@ -54,13 +54,11 @@ def main(checkout: Path, out: Path) -> None:
     }  # fmt: skip
 
     def run(*words: str) -> None:
-        done = subprocess.run(
-            [sys.executable, *words], cwd=out, env=environment, check=False, stdout=sys.stderr
-        )
+        done = subprocess.run([sys.executable, *words], cwd=out, env=environment, check=False, stdout=sys.stderr)
         assert done.returncode == 0, words
 
     run("-c", BACKBONE)
-    scenes = "--images=14 --size=320x240 --difficulty=0.2 --seed=5 --workers=1".split()
+    scenes = ["--images=14", "--size=320x240", "--difficulty=0.2", "--seed=5", "--workers=1"]
     run("-m", "data_prep", "scenes", "--out=photos", *scenes)
     run("-m", "data_prep", "shard", "--source=photos", "--out=shards", "--val_share=0.25", "--test_share=0.25")
     run("-m", "data_prep", "features", "--recipe=recipe.yaml", "--out=features", "--device=cpu")

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 from scipy import ndimage, stats
 
+from data_prep.scenes import SceneConfig, render
 from pipeline.data.augment import (
     LEVELS,
     Placement,
@@ -15,7 +16,6 @@ from pipeline.data.augment import (
     streetvision,
     streetvision_placement,
 )
-from pipeline.scenes import SceneConfig, render
 
 WIDTH, HEIGHT = 400, 300
 

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pipeline.data.dataset import ShardDataset, collate, decode_mask, mask_targets, metadata_tensors, prepare
+from pipeline.data.batch import collate
+from pipeline.data.dataset import ShardDataset, decode_mask, mask_targets, metadata_tensors, prepare
 from pipeline.data.index import read_index
 from pipeline.data.record import Metadata
 from pipeline.data.storage import open_folder
-from pipeline.data.vocabulary import WEATHER
 from pipeline.errors import EXIT_USER, UserError, run
+from pipeline.vocabulary import WEATHER
 from tests.data.tampering import TAMPERED, edit_split, read_members, swapped_bit, tamper
 from tests.small_run import make_shards
 

@@ -9,7 +9,8 @@ import shutil
 import pytest
 import torch
 
-from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.batch import collate, model_inputs
+from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key, geometry_fingerprint, weights_fingerprint
 from pipeline.data.features import open_cache, read_features

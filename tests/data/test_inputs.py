@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pipeline.config import parse_config
-from pipeline.data.dataset import ShardDataset, collate, model_inputs
+from pipeline.data.batch import collate, model_inputs
+from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
 from pipeline.data.inputs import check_inputs
 from pipeline.data.stand_in import StandIn

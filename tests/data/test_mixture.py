@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from data_prep.scenes import scenes
-from data_prep.shards import shard
+from data_prep.scenes.data_set import scenes
+from data_prep.shards.command import shard
 from pipeline.data.augment import copy_placement, streetvision_placement
 from pipeline.data.copies import make_copy
 from pipeline.data.dataset import ShardDataset

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline.data.dataset import ShardDataset, collate
+from pipeline.data.batch import collate
+from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
 from pipeline.data.mixture import Mixture
 from pipeline.data.sampler import order

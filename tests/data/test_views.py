@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
+from data_prep.scenes import SceneConfig, render
 from pipeline.data import photo, views
-from pipeline.data.dataset import collate, decode_scaled, prepare
+from pipeline.data.batch import collate
+from pipeline.data.dataset import decode_scaled, prepare
 from pipeline.data.photo import decode
 from pipeline.data.views import NUM_VIEWS, VIEW_NAMES, extract_views, resize, useful_views, view_boxes
-from pipeline.scenes import SceneConfig, render
 
 
 @pytest.fixture(scope="module")

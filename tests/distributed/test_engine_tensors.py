@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.parity_cells import STEPS, Cell, bare_loop, batch, build, run
-from pipeline.data.dataset import model_inputs
+from pipeline.data.batch import model_inputs
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim import OptimConfig
+from pipeline.optim.config import OptimConfig
 
 pytestmark = pytest.mark.dist
 HALF = STEPS // 2

@@ -7,15 +7,15 @@ import torch
 
 from benchmarks.parity_cells import Cell, bare_loop, batch, build, run
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
-from pipeline.data.dataset import collate, model_inputs
+from pipeline.data.batch import collate, model_inputs
 from pipeline.data.stand_in import StandIn
 from pipeline.distributed import start
 from pipeline.distributed.experts import resolve_expert_parallel
 from pipeline.distributed.startup import ROOT
 from pipeline.errors import UserError
 from pipeline.model.roadwork import RoadworkModel
-from tests.distributed.test_training import finish, launch
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
+from tests.training.test_training import finish, launch
 
 pytestmark = pytest.mark.dist
 

@@ -23,8 +23,8 @@ from benchmarks.parity_cells import (
     micro_batches,
 )
 from pipeline.distributed.engine_tensors import base_optimizer, gather_tensors
-from pipeline.distributed.hessian_step import COUNTERS
 from pipeline.model.metadata import MetadataEncoder
+from pipeline.training.hessian_step import COUNTERS
 
 pytestmark = pytest.mark.dist
 FP32 = (
@@ -103,7 +103,7 @@ def look(cell, settings_file):
         found |= under_other_seeds(trainer, parts, counts)
     if cell.sharding > 1 and cell.optimizer == "sophia_h":
         whole = estimate(trainer, parts, counts)
-        with patch("pipeline.distributed.hessian_step.second_derivatives", nullcontext):
+        with patch("pipeline.training.hessian_step.second_derivatives", nullcontext):
             cut = estimate(trainer, parts, counts)
         found["cut"] = max(
             float(np.abs(cut[name] - value).max() / np.abs(value).max()) for name, value in whole.items() if value.any()

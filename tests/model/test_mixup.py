@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from scipy import stats
 
 from pipeline.data.views import useful_views, view_boxes
-from pipeline.losses import (
-    TERMS,
-    LossConfig,
+from pipeline.model.backbone import FrozenBackbone
+from pipeline.model.config import TERMS, LossConfig
+from pipeline.model.encoder import all_tokens
+from pipeline.model.losses import (
     Targets,
     combine,
     count_targets,
@@ -19,8 +20,6 @@ from pipeline.losses import (
     segmentation_loss,
     weather_loss,
 )
-from pipeline.model.backbone import FrozenBackbone
-from pipeline.model.encoder import all_tokens
 from pipeline.model.metadata import FIELD_WIDTHS
 from pipeline.model.mixup import Mix, draw_mix
 from pipeline.model.output import RoadworkOutput

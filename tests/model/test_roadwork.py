@@ -7,9 +7,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.errors import UserError
-from pipeline.losses import LossConfig, Targets, count_targets
 from pipeline.model.backbone import FrozenBackbone, pool_cells, pool_regions
+from pipeline.model.config import LossConfig
 from pipeline.model.encoder import Encoded, all_tokens
+from pipeline.model.losses import Targets, count_targets
 from pipeline.model.pruning import StoppingRule, rank_views
 from pipeline.model.roadwork import RoadworkModel
 from tests.small_run import SIDE, make_backbone, make_model

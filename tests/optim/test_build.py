@@ -6,7 +6,8 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.model.config import ModelConfig
 from pipeline.model.moe import SparseExperts
-from pipeline.optim import OptimConfig, build_optimizer
+from pipeline.optim.build import build_optimizer
+from pipeline.optim.config import OptimConfig
 
 
 class Parts(nn.Module):

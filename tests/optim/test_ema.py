@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.optim import WeightAverage
-from pipeline.optim.ema import decay_at
+from pipeline.optim.ema import WeightAverage, decay_at
 
 
 def model_with_a_frozen_part():

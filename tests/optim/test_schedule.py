@@ -3,7 +3,8 @@ from itertools import pairwise
 
 import pytest
 
-from pipeline.optim import OptimConfig, lr_at
+from pipeline.optim.config import OptimConfig
+from pipeline.optim.schedule import lr_at
 
 RUNS = [(total, share) for total in (10, 100, 1000, 7777) for share in (0.0, 0.05, 0.3)]
 

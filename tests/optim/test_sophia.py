@@ -11,11 +11,14 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev
 
 from pipeline.errors import UserError
-from pipeline.losses import LossConfig, Targets, count_targets
+from pipeline.model.config import LossConfig
+from pipeline.model.losses import Targets, count_targets
 from pipeline.model.output import RoadworkOutput
-from pipeline.optim import OptimConfig, Sophia, build_optimizer
+from pipeline.optim.build import build_optimizer
+from pipeline.optim.config import OptimConfig
 from pipeline.optim.hessian import hutchinson, rademacher
 from pipeline.optim.sampled_loss import draws_needed, sampled_loss, uniform
+from pipeline.optim.sophia import Sophia
 
 
 def set_gradients(parameters, gradients):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.scenes import scenes
-from data_prep.shards import shard
+from data_prep.scenes.data_set import scenes
+from data_prep.shards.command import shard
 from tests.data_prep.photos import content
 from tests.slurm.cluster import JOB_TIMEOUT_S, Cluster, wait_until
 

@@ -1,0 +1,197 @@
+"""GPS clusters of the training photos, and the weight with which each photo is sampled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from sklearn.cluster import KMeans
+from sklearn.metrics import silhouette_score
+from sklearn.metrics.pairwise import haversine_distances
+from threadpoolctl import threadpool_limits
+
+from data_prep.sources.metadata import parse_gps, select_fields
+from data_prep.sources.tables import read_rows
+from pipeline.errors import UserError
+from pipeline.progress import say
+
+MOST_CLUSTERS = 30
+PHOTOS_PER_CLUSTER = 20
+SILHOUETTE_SAMPLE = 1000
+# Photos spread evenly over a square reach 0.44, over a bell 0.39: below this, what K-Means cuts is one area
+# (Kaufman & Rousseeuw 1990, "Finding Groups in Data", chapter 2, calls more than 0.5 a reasonable structure).
+SEPARATED = 0.5
+WEIGHT_CAP = 10.0
+RESTARTS = 4
+FAR_M = 50_000.0  # from a cluster's centre: another city
+EARTH_RADIUS_M = 6_371_008.8  # mean radius, IUGG
+NO_GPS = 0
+
+
+def unit_sphere(degrees: np.ndarray) -> np.ndarray:
+    """Latitude and longitude [N, 2] in degrees as points [N, 3] of the unit sphere, without a date line."""
+    latitude, longitude = np.radians(degrees).T
+    return np.stack(
+        [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
+    )
+
+
+def fit_centres(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    """K-Means on the sphere.
+
+    Args:
+        points: Latitude and longitude of the training photos in degrees, [N, 2], without NULL.
+        clusters: How many; 0 leaves it to `choose_clusters`. Never more than places.
+        seed: Of the restarts.
+
+    Returns:
+        Centres in degrees, [k, 2], the most populous first.
+    """
+    if not len(points):
+        return np.empty((0, 2))
+    vectors = _vectors(points)
+    count = min(clusters or choose_clusters(points, seed), len(np.unique(vectors, axis=0)))
+    # One thread: the order in which threads add up changes the last bits, and equal runs give equal bytes.
+    with threadpool_limits(1):
+        fitted = KMeans(count, n_init=RESTARTS, random_state=seed).fit(vectors)
+    x, y, z = fitted.cluster_centers_.T
+    centres = np.degrees(np.stack([np.arctan2(z, np.hypot(x, y)), np.arctan2(y, x)], axis=1)).round(6)
+    members = np.bincount(assign_clusters(points, centres), minlength=count + 1)[1:]
+    return centres[np.lexsort((centres[:, 1], centres[:, 0], -members))]
+
+
+def choose_clusters(points: np.ndarray, seed: int) -> int:
+    """The number of clusters with the best mean silhouette; 1 where none separates the photos.
+
+    The silhouette (Rousseeuw 1987) compares each photo's great-circle distance to its own cluster with that to the
+    next one. From 2 clusters to 30, or one for every 20 photos if less; the smaller number where two are equal.
+
+    Args:
+        points: Degrees, [N, 2], without NULL; of more than 1,000, a sample decides.
+        seed: Of the sample and of K-Means.
+    """
+    most = min(MOST_CLUSTERS, len(points) // PHOTOS_PER_CLUSTER)
+    if len(points) > SILHOUETTE_SAMPLE:
+        points = np.random.default_rng(seed).choice(points, SILHOUETTE_SAMPLE, replace=False)
+    vectors = _vectors(points)
+    best, best_score = 1, SEPARATED
+    with threadpool_limits(1):
+        distances = haversine_distances(np.radians(points))
+        for count in range(2, min(most, len(np.unique(vectors, axis=0))) + 1):
+            members = KMeans(count, n_init=1, random_state=seed).fit_predict(vectors)
+            score = silhouette_score(distances, members, metric="precomputed")
+            if score > best_score:
+                best, best_score = count, score
+    return best
+
+
+def _vectors(points: np.ndarray) -> np.ndarray:
+    """Points of the unit sphere to 64 cm: K-Means works with squares, and cannot tell much closer ones apart."""
+    return unit_sphere(points).round(7)
+
+
+def assign_clusters(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Number of the nearest centre, from 1, for each photo; 0 where the GPS is NULL.
+
+    Args:
+        points: Degrees, [N, 2], NaN for NULL.
+        centres: Degrees, [k, 2].
+
+    Returns:
+        int64 [N].
+    """
+    clusters = np.full(len(points), NO_GPS, dtype=np.int64)
+    known = ~np.isnan(points[:, 0])
+    if len(centres) and known.any():
+        # On the unit sphere the nearest centre is the one with the largest dot product.
+        clusters[known] = 1 + (unit_sphere(points[known]) @ unit_sphere(centres).T).argmax(axis=1)
+    return clusters
+
+
+def sample_weights(
+    clusters: np.ndarray, labels: np.ndarray, temper: float, target: np.ndarray | None = None
+) -> np.ndarray:
+    """Weights of the training photos, with mean 1.
+
+    weight = min(10, (target share of the cluster / its share) ** temper * n / (2 n_label)), over the mean of
+    all. Without a target, every cluster that has photos (those without GPS are one) has the same target share.
+    n and n_label count the labelled photos of the cluster; unlabelled photos, and clusters of one class only, get
+    no class balance.
+
+    Args:
+        clusters: int [N].
+        labels: 0, 1 or -1 for unknown, [N].
+        temper: 0 leaves the clusters as they are, 1 gives them their target shares.
+        target: Share of each cluster in the deployment by its number, above 0, [1 + k]; see `target_shares`.
+    """
+    if not len(clusters):
+        return np.empty(0)
+    numbers, cluster, sizes = np.unique(clusters, return_inverse=True, return_counts=True)
+    wanted = np.full(len(sizes), 1 / len(sizes)) if target is None else target[numbers]
+    weights = (wanted * len(clusters) / sizes)[cluster] ** temper
+    by_label = np.stack([np.bincount(cluster[labels == label], minlength=len(sizes)) for label in (0, 1)])
+    has_both = np.logical_and(*(by_label > 0))
+    rows = np.flatnonzero(has_both[cluster] & (labels >= 0))
+    weights[rows] *= by_label.sum(axis=0)[cluster[rows]] / (2 * by_label[labels[rows], cluster[rows]])
+    weights = np.minimum(weights, WEIGHT_CAP)
+    return weights / weights.mean()
+
+
+def target_shares(target_points: np.ndarray, centres: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, float]:
+    """What part of a deployment each cluster stands for.
+
+    A place counts for the nearest centre, however far. Every cluster gets one place more than it has, so that none
+    drops out of training. Photos without GPS say nothing about where they are, and keep their share.
+
+    Args:
+        target_points: Places of the deployment in degrees, [M, 2], without NULL.
+        centres: Degrees, [k, 2].
+        clusters: Of the training photos, int [N].
+
+    Returns:
+        Shares by cluster number, [1 + k], summing to 1, and the share of places more than 50 km from every centre.
+
+    Raises:
+        UserError: No training photo has GPS, so there is no cluster to weigh.
+    """
+    if not len(centres):
+        raise UserError("--target_gps weighs training photos by where they are, and none of them has GPS; leave it out")
+    without_gps = float((clusters == NO_GPS).mean())
+    places = 1 + np.bincount(assign_clusters(target_points, centres), minlength=1 + len(centres))[1:]
+    shares = np.concatenate([[without_gps], (1 - without_gps) * places / places.sum()])
+    nearest_m = EARTH_RADIUS_M * haversine_distances(np.radians(target_points), np.radians(centres)).min(axis=1)
+    return shares, float((nearest_m > FAR_M).mean())
+
+
+def read_target(path: Path) -> np.ndarray:
+    """The places of a deployment from a table with a column gps, or latitude and longitude (lat, lon).
+
+    Rows without usable coordinates are counted, and the count is told.
+
+    Args:
+        path: CSV, JSONL or Parquet.
+
+    Returns:
+        Degrees, [M, 2].
+
+    Raises:
+        UserError: The file cannot be read, or has no usable row.
+    """
+    points: list[tuple[float, float]] = []
+    problems: Counter[str] = Counter()
+    for row in read_rows(path):
+        place, problem = parse_gps(select_fields(row))
+        if place is None:
+            problems[problem or "empty"] += 1
+        else:
+            points.append(place)
+    reasons = "; ".join(f"{count} {problem}" for problem, count in sorted(problems.items()))
+    if not points:
+        raise UserError(
+            f"{path} names no place ({reasons or 'it has no rows'}); --target_gps needs a column gps, or latitude "
+            "and longitude, in degrees"
+        )
+    if problems:
+        say(f"{path}: {len(points)} places; rows left out: {reasons}")
+    return np.array(points)

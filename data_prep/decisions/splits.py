@@ -1,0 +1,200 @@
+"""Which photo goes to which split: near-duplicates stay together, test cities are absent from training."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.decisions.links import chain, components
+from data_prep.decisions.places import near_pairs
+from pipeline.data.index import SPLITS
+from pipeline.errors import UserError
+
+# Photos closer than this, directly or through others, form one block; the first keeps most cities apart.
+BLOCK_RADII_M = (25_000, 10_000, 3_000, 1_000)
+MIN_BLOCKS = 3
+# A split is filled when it has at least this part of its share; coarser blocks are worth some imbalance.
+FILLED = 1 / 3
+ATTEMPTS = 64
+BLOCKS_TO_TRY = 20_000  # in all attempts together, beyond the first: thousands of blocks fill evenly anyway
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Where each photo goes."""
+
+    splits: np.ndarray
+    """Position in `SPLITS`, int64 [N]."""
+    rule: str
+    """How it was decided, for the summary."""
+    straddling_groups: int = 0
+    """Groups with photos in more than one split; only a source's own splits can have them."""
+
+
+def link_groups(
+    points: np.ndarray, videos: Sequence[str | None], duplicates: Iterable[np.ndarray], distance_m: float
+) -> np.ndarray:
+    """Number the groups: photos of one video, near each other, or that look the same, or linked by others.
+
+    Args:
+        points: Latitude and longitude in degrees, [N, 2], NaN for NULL.
+        videos: Name of each photo's video, or None.
+        duplicates: Pairs that look the same, [pairs, 2] each.
+        distance_m: Between two photos of one place, in metres; 0 links only those at the same coordinates.
+
+    Returns:
+        int64 [N], from 0, in the order in which groups first appear.
+    """
+    return components(len(points), itertools.chain([_same_word(videos)], duplicates, near_pairs(points, distance_m)))
+
+
+def keep_splits(
+    given: Sequence[str | None], groups: np.ndarray, labels: np.ndarray, val_share: float, seed: int
+) -> Assignment:
+    """The source's own splits. Where it has none for validation, a share of its training groups becomes one.
+
+    Args:
+        given: The source's split of each photo.
+        groups: int64 [N].
+        labels: 0, 1 or -1, [N].
+        val_share: Of the training photos; 0 leaves validation empty.
+        seed: Of the choice of validation groups.
+
+    Raises:
+        UserError: A photo has no split.
+    """
+    without = sum(split is None for split in given)
+    if without:
+        raise UserError(
+            f"--splits keep needs a split for every photo, and {without} of {len(given)} have none; "
+            "add a column 'split', or use --splits geographic"
+        )
+    splits = np.array([SPLITS.index(split or "") for split in given])
+    first = np.full(groups.max() + 1, len(SPLITS))
+    last = np.full(groups.max() + 1, -1)
+    np.minimum.at(first, groups, splits)
+    np.maximum.at(last, groups, splits)
+    train, val = SPLITS.index("train"), SPLITS.index("val")
+    rule = "kept from the source"
+    if val_share and not (splits == val).any():
+        rows = np.flatnonzero(splits == train)
+        shares = np.array([1 - val_share, val_share, 0.0])
+        _, blocks = np.unique(groups[rows], return_inverse=True)
+        splits[rows] = fill_splits(blocks.ravel(), labels[rows], shares, seed)
+        rule = "kept from the source; validation is a part of its training groups"
+    return Assignment(splits, rule, straddling_groups=int((first != last).sum()))
+
+
+def geographic_splits(
+    points: np.ndarray,
+    cities: Sequence[str | None],
+    groups: np.ndarray,
+    labels: np.ndarray,
+    *,
+    shares: np.ndarray,
+    seed: int,
+) -> Assignment:
+    """Whole cities to each split; where these are too few or too uneven smaller areas, at last single groups.
+
+    Args:
+        points: Degrees, [N, 2], NaN for NULL.
+        cities: Name of each photo's city, or None; it places photos whose GPS is NULL.
+        groups: int64 [N]; never divided.
+        labels: 0, 1 or -1, [N]; each split gets its share of each.
+        shares: Of train, val and test, summing to 1.
+        seed: Decides between equally good assignments.
+    """
+    together = chain(groups)
+    names = _same_word([None if city is None else city.casefold() for city in cities])
+    candidates: list[tuple[str, Iterable[np.ndarray]]] = [
+        ("cities", itertools.chain([together, names], near_pairs(points, BLOCK_RADII_M[0]))),
+        *((f"areas {r / 1000:g} km apart", itertools.chain([together], near_pairs(points, r))) for r in BLOCK_RADII_M),
+        ("groups", [together]),
+    ]
+    placed = ~np.isnan(points[:, 0])
+    named = np.array([city is not None for city in cities], dtype=bool)
+    best_filling, best = -1.0, None
+    for rule, links in candidates:
+        blocks = components(len(points), links)
+        places = np.unique(blocks[placed | named if rule == "cities" else placed])
+        if len(places) < MIN_BLOCKS and rule != "groups":
+            continue
+        splits = fill_splits(blocks, labels, shares, seed)
+        sizes = np.bincount(splits, minlength=len(SPLITS))
+        filling = (sizes[shares > 0] / (shares[shares > 0] * len(points))).min()
+        if filling > best_filling:
+            best_filling, best = filling, Assignment(splits, rule)
+        if filling >= FILLED:
+            break
+    assert best is not None  # groups always qualify
+    return best
+
+
+def random_splits(groups: np.ndarray, labels: np.ndarray, *, shares: np.ndarray, seed: int) -> Assignment:
+    """Whole groups to each split, wherever they are: train and test share their cities.
+
+    Args:
+        groups: int64 [N]; never divided.
+        labels: 0, 1 or -1, [N]; each split gets its share of each.
+        shares: Of train, val and test, summing to 1.
+        seed: Decides between equally good assignments.
+    """
+    return Assignment(fill_splits(groups, labels, shares, seed), "random groups")
+
+
+def fill_splits(blocks: np.ndarray, labels: np.ndarray, shares: np.ndarray, seed: int) -> np.ndarray:
+    """Give whole blocks to splits so that every split comes close to its share of every label.
+
+    The best of some attempts: the first takes the largest blocks first, the others take them in random order.
+
+    Args:
+        blocks: int64 [N], numbered from 0.
+        labels: 0, 1 or -1, [N].
+        shares: Of train, val and test, summing to 1; a split whose share is 0 stays empty.
+        seed: Of the orders.
+
+    Returns:
+        Position in `SPLITS`, int64 [N].
+    """
+    counts = np.zeros((blocks.max() + 1, 3))  # [blocks, labels]
+    np.add.at(counts, (blocks, labels), 1)
+    counts = np.concatenate([counts, counts.sum(axis=1, keepdims=True)], axis=1)  # size counts like a label
+    wanted = shares[:, None] * counts.sum(axis=0)  # [splits, labels]
+    open_splits = np.flatnonzero(shares > 0)
+    generator = np.random.default_rng(seed)
+    best_error, best = np.inf, np.zeros(len(counts), dtype=np.int64)
+    for attempt in range(min(ATTEMPTS, 1 + BLOCKS_TO_TRY // len(counts))):
+        order = generator.permutation(len(counts))
+        if attempt == 0:
+            order = order[np.argsort(-counts[order, -1], kind="stable")]
+        error, chosen = _fill(counts, wanted[open_splits], order)
+        if error < best_error:
+            best_error, best = error, chosen
+    return open_splits[best][blocks]
+
+
+def _fill(counts: np.ndarray, wanted: np.ndarray, order: np.ndarray) -> tuple[float, np.ndarray]:
+    """Give each block, in order, to where it reduces the squared error most.
+
+    Args:
+        counts: Of each block, [blocks, labels].
+        wanted: By each split, [splits, labels].
+        order: Of the blocks.
+
+    Returns:
+        The squared error, and the split of each block.
+    """
+    missing, chosen = wanted.copy(), np.zeros(len(counts), dtype=np.int64)
+    for block in order:
+        # |missing - counts|^2 less |missing|^2 is smallest where this product is largest.
+        chosen[block] = np.argmax(missing @ counts[block])
+        missing[chosen[block]] -= counts[block]
+    return float((missing**2).sum()), chosen
+
+
+def _same_word(words: Sequence[str | None]) -> np.ndarray:
+    known = np.array([row for row, word in enumerate(words) if word is not None], dtype=np.int64)
+    return known[chain(np.array([word for word in words if word is not None], dtype=object))]

@@ -1,0 +1,56 @@
+"""The command `features`: the frozen backbone's tokens of every photo, computed once, for training without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_prep.features.options import MOST_VIEWS, NUM_VIEWS, Attention, ModelChoice, Options
+from pipeline.errors import require
+
+
+def features(
+    shards: str | None = None,
+    out: Path | None = None,
+    *,
+    recipe: str = "cached_30ep",
+    model: ModelChoice = ModelChoice(),  # noqa: B008  (jsonargparse reads the default)
+    copies: int = 0,
+    shard_mb: float = 16.0,
+    device: str = "auto",
+    workers: int | None = None,
+    batch_views: int | None = None,
+    compile: bool = True,
+    attention: Attention = "auto",
+) -> Path:
+    """Compute the backbone's tokens of all photos, so that training does not need to.
+
+    Cut off at any moment, the same command goes on: files that are finished are not computed again. Under
+    `accelerate launch` any number of processes share the work, each on a GPU of its own where there are any.
+
+    Args:
+        shards: Folder of shards, or its URL; the recipe's data.shards if not given.
+        out: Folder to make; the recipe's data.features if not given. It appears when all is done; if it holds the same
+            features already, it is kept.
+        recipe: What will be trained, a name in pipeline/recipes or a YAML file; it decides about backbone and views.
+        model: Changes to the recipe's model.
+        copies: Augmented copies of each training photo, beside itself. Odd ones are what the live client sends: 224 px
+            at one of four levels of degradation; even ones are mild. Training takes them by data.streetvision_share and
+            data.augment_share.
+        shard_mb: A file of the cache holds about this many megabytes.
+        device: cpu, cuda, cuda:1, or auto for this process's GPU where there is one.
+        workers: Processes, for each of those that compute, which read, decode and cut views; by default one for each
+            core that is left.
+        batch_views: Views in one pass of the backbone, 12 to 192; by default 192 on a GPU, and 12 on a CPU, whose
+            caches hold no more.
+        compile: Compile the backbone; on a GPU only.
+        attention: Kernel of the attention on a GPU: cudnn, flash, efficient, math, or auto for PyTorch's own choice.
+    """
+    require(copies >= 0, "--copies", copies, "0 or more")
+    require(shard_mb > 0, "--shard_mb", shard_mb, "above 0")
+    require(workers is None or workers >= 0, "--workers", workers, "0 or more")
+    fits = batch_views is None or NUM_VIEWS <= batch_views <= MOST_VIEWS
+    require(fits, "--batch_views", batch_views, f"in [{NUM_VIEWS}, {MOST_VIEWS}]")
+    from data_prep.features.job import extract  # transformers and DeepSpeed: seconds that no other command should wait
+
+    options = Options(device, workers, batch_views, compile, attention, shard_mb)
+    return extract(shards, out, recipe, model, copies, options)

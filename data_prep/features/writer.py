@@ -1,0 +1,169 @@
+"""Which file of a feature cache holds what, writing one, and the receipt that says it is whole."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors.torch import save
+
+from data_prep.features.extraction import Item, Row
+from pipeline.data.feature_reader import bytes_of
+from pipeline.data.features import MASK_DTYPE, FeaturePhoto, FeatureShard, checksum
+from pipeline.data.index import Index
+from pipeline.errors import UserError
+from pipeline.files import sha256_of, write_bytes, write_json
+
+RECEIPTS_FOLDER = "receipts"
+FILES_AHEAD = 2  # being written while the backbone goes on; more would only fill the memory
+
+
+@dataclass(frozen=True)
+class PlannedShard:
+    """A file to be written: a stretch of a split, each photo with all of its copies."""
+
+    name: str
+    split: str
+    first: int
+    """Row of its first photo in the split."""
+    photos: int
+    copies: int
+    """Rows of each photo: itself and its augmented copies."""
+
+    @property
+    def rows(self) -> int:
+        """Of the file."""
+        return self.photos * self.copies
+
+    @property
+    def items(self) -> list[Item]:
+        """Its photos, in their order."""
+        return [Item(self.split, row, self.copies) for row in range(self.first, self.first + self.photos)]
+
+
+def plan_shards(index: Index, copies: int, row_bytes: int, shard_mb: float) -> list[PlannedShard]:
+    """Cut every split into files of about `shard_mb`; augmented copies are for training only.
+
+    Args:
+        index: Of the photos' shards.
+        copies: Augmented ones of each training photo.
+        row_bytes: Most bytes of one row.
+        shard_mb: Size of a file in megabytes.
+    """
+    planned = []
+    for split, content in index.splits.items():
+        per_photo = 1 + (copies if split == "train" else 0)
+        photos = max(1, int(shard_mb * 1e6 / (row_bytes * per_photo)))
+        for number, first in enumerate(range(0, len(content.samples), photos)):
+            size = min(photos, len(content.samples) - first)
+            planned.append(PlannedShard(f"{split}-{number:05d}.safetensors", split, first, size, per_photo))
+    return planned
+
+
+class FeatureWriter:
+    """Writes files in the background, in the order in which their rows arrive."""
+
+    def __init__(self, folder: Path, index: Index, shards: list[PlannedShard]):
+        """Await the rows of `shards`, one after the other; `index` is that of the photos' shards."""
+        self.folder, self.index = folder, index
+        self._awaited = iter(shards)
+        self._rows: list[Row] = []
+        self._current = next(self._awaited, None)
+        self._pool = ThreadPoolExecutor(1)
+        self._writing: list[Future[None]] = []
+
+    def __enter__(self) -> FeatureWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+        self._pool.shutdown(cancel_futures=error is not None)
+        if error is None:
+            self._settle(0)
+
+    def add(self, row: Row) -> None:
+        """Take the next row; the last one of a file has it written.
+
+        Raises:
+            UserError: The disk is full.
+        """
+        assert self._current is not None
+        self._rows.append(row)
+        if len(self._rows) == self._current.rows:
+            self._settle(FILES_AHEAD - 1)
+            self._writing.append(self._pool.submit(write_shard, self.folder, self.index, self._current, self._rows))
+            self._current, self._rows = next(self._awaited, None), []
+
+    def _settle(self, left: int) -> None:
+        """Wait until no more than `left` files are under way, and raise what went wrong."""
+        while len(self._writing) > left:
+            self._writing.pop(0).result()
+
+
+def write_shard(folder: Path, index: Index, shard: PlannedShard, rows: list[Row]) -> None:
+    """Write one file, then its receipt: a file with a receipt is never computed again.
+
+    Raises:
+        UserError: The disk is full.
+    """
+    stored = [tensors_of(row) for row in rows]
+    data = save({name: torch.cat([one[name] for one in stored]) for name in stored[0]})
+    samples = index.splits[shard.split].samples
+    checksums = tuple(checksum(*map(bytes_of, one.values())) for one in stored)
+    photos = tuple(
+        FeaturePhoto(samples[rows[first].photo].key, rows[first].sha256, checksums[first : first + shard.copies])
+        for first in range(0, len(rows), shard.copies)
+    )
+    receipt = FeatureShard(shard.name, len(data), hashlib.sha256(data).hexdigest(), photos)
+    try:
+        write_bytes(folder / shard.name, data)
+        write_json(_receipt_path(folder, shard), asdict(receipt))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space is left on the disk of {folder}; the files that are finished are kept there: free some space "
+            "and give the same command again"
+        ) from error
+
+
+def tensors_of(row: Row) -> dict[str, torch.Tensor]:
+    """What a file holds of a row, in the order in which its checksum takes it; files are rows end to end."""
+    tokens, targets = row.tokens, row.mask_targets.to(MASK_DTYPE)
+    has_mask = not bool(targets.isnan().any())
+    classes = targets.flatten(1).any(dim=1) & has_mask
+    return {
+        "cls": tokens.cls,
+        "cells": tokens.cells,
+        "regions": tokens.regions[None],
+        "masks": targets[classes],
+        "boxes": tokens.boxes[None],
+        "view_mask": tokens.view_mask[None],
+        "mask_classes": classes[None],
+        "has_mask": torch.tensor([has_mask]),
+    }
+
+
+def read_receipt(folder: Path, shard: PlannedShard) -> FeatureShard | None:
+    """What was written down about a finished file; None where there is none."""
+    try:
+        return FeatureShard.from_json(json.loads(_receipt_path(folder, shard).read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def is_written(folder: Path, shard: PlannedShard) -> bool:
+    """Whether a file is there, with the bytes that its receipt says."""
+    receipt, path = read_receipt(folder, shard), folder / shard.name
+    if receipt is None or not path.exists():
+        return False
+    return path.stat().st_size == receipt.bytes and sha256_of(path) == receipt.sha256
+
+
+def _receipt_path(folder: Path, shard: PlannedShard) -> Path:
+    return (folder / RECEIPTS_FOLDER / shard.name).with_suffix(".json")

@@ -1,0 +1,244 @@
+"""A first look at one photo: can it be decoded, where was it taken, what does it look like."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from scipy.fft import dctn
+
+from data_prep.sources import Content, Location
+from data_prep.sources.metadata import check_gps
+from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, decode, open_header, upright_size
+from pipeline.vocabulary import MASK_CLASSES
+
+MAX_FILE_BYTES = 256 << 20  # before it is read into memory; 100 megapixels are less, even as PNG
+HASHED_SIDE = 32
+THUMBNAIL_SIDE = 16
+HASH_SIDE = 8
+SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
+# Tags of EXIF and of its GPS block.
+GPS_BLOCK = 0x8825
+LATITUDE_REF, LATITUDE, LONGITUDE_REF, LONGITUDE = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Reject:
+    """An input that is not written, and why."""
+
+    path: str
+    reason: str
+    stage: str
+    """source, metadata, read or decode: what was tried last."""
+
+    @property
+    def kind(self) -> str:
+        """The reason without what is particular to this photo, to count by."""
+        return re.sub(r"^\d+x\d+, |:.*", "", self.reason)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a photo's bytes say."""
+
+    sha256: str
+    size_bytes: int
+    extension: str
+    """`jpg`, `png` or `webp`, by content and not by name."""
+    width: int
+    height: int
+    gps: tuple[float, float] | None
+    """From EXIF, in degrees."""
+    phash: int | None
+    """64 bits; near-duplicates differ in a few of them. None where only the header was read."""
+    thumbnail: bytes
+    """Grey levels of 16x16 cells; empty where only the header was read."""
+    mask_sha256: str | None
+    mask_from_folder: bool = False
+    """The mask is the one that the folder of masks has for this photo."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return {**vars(self), "thumbnail": self.thumbnail.hex()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Facts:
+        """The inverse of `to_json`."""
+        gps = None if values["gps"] is None else (values["gps"][0], values["gps"][1])
+        return cls(**{**values, "gps": gps, "thumbnail": bytes.fromhex(values["thumbnail"])})
+
+
+@dataclass(frozen=True)
+class Scrutiny:
+    """How closely photos are looked at, and where further masks are."""
+
+    decode: bool = True
+    """Decode every pixel; otherwise the header must do, which finds no truncation and no near-duplicates."""
+    masks: str | None = None
+    """Folder of masks named by the SHA-256 of their photo."""
+
+
+def mask_location(masks: str, sha256: str) -> Location:
+    """Where a folder of masks keeps the one of a photo."""
+    return Location(str(Path(masks) / f"{sha256}.png"))
+
+
+def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny = Scrutiny()) -> Facts | Reject:
+    """Read a photo once and note all that later stages need.
+
+    Args:
+        name: For the reject.
+        photo: Its bytes.
+        mask: Its mask's bytes, if the source has one.
+        scrutiny: See there.
+    """
+    data = read_photo(name, photo)
+    if isinstance(data, Reject):
+        return data
+    try:
+        mask_data = mask if mask is None or isinstance(mask, bytes) else mask.read()
+        header = open_header(data)
+        width, height = upright_size(header)
+        extension, digest = extension_of(data), hashlib.sha256(data).hexdigest()
+        small = _thumbnail_of(data) if scrutiny.decode else None
+        from_folder = mask_data is None and scrutiny.masks is not None
+        if from_folder:
+            mask_data = _mask_of(digest, scrutiny.masks or "")
+        if mask_data is not None:
+            check_mask(mask_data, (width, height))
+    except OSError as error:
+        return Reject(name, f"its mask cannot be read: {error.strerror or error}", "read")
+    except BadPhoto as error:
+        return Reject(name, str(error), "decode")
+    return Facts(
+        sha256=digest,
+        size_bytes=len(data),
+        extension=extension,
+        width=width,
+        height=height,
+        gps=exif_gps(header),
+        phash=None if small is None else perceptual_hash(small),
+        thumbnail=b"" if small is None else thumbnail(small, THUMBNAIL_SIDE).tobytes(),
+        mask_sha256=None if mask_data is None else hashlib.sha256(mask_data).hexdigest(),
+        mask_from_folder=from_folder and mask_data is not None,
+    )
+
+
+def read_photo(name: str, photo: Location | bytes) -> bytes | Reject:
+    """The photo's bytes, unless they cannot be read or are too many.
+
+    Args:
+        name: For the reject.
+        photo: Where they are, or they themselves.
+    """
+    if isinstance(photo, bytes):
+        return photo
+    try:
+        if photo.size is None and os.path.getsize(photo.path) > MAX_FILE_BYTES:
+            return Reject(name, f"the file is larger than {MAX_FILE_BYTES >> 20} MB", "read")
+        return photo.read()
+    except OSError as error:
+        return Reject(name, f"cannot be read: {error.strerror or error}", "read")
+
+
+def _thumbnail_of(data: bytes) -> np.ndarray:
+    return thumbnail(decode(data, at_least_px=8 * HASHED_SIDE), HASHED_SIDE)
+
+
+def _mask_of(sha256: str, masks: str) -> bytes | None:
+    try:
+        return mask_location(masks, sha256).read()
+    except FileNotFoundError:
+        return None  # no mask was made for this photo
+
+
+def extension_of(data: bytes) -> str:
+    """`jpg`, `png` or `webp`, from the file's first bytes.
+
+    Raises:
+        BadPhoto: The image is of another format, which readers of shards do not expect.
+    """
+    for signature, extension in SIGNATURES:
+        if data.startswith(signature):
+            return extension
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    raise BadPhoto("neither JPEG, PNG nor WebP")
+
+
+def check_mask(data: bytes, size: tuple[int, int] | None = None) -> None:
+    """A mask is a grey PNG of its photo's size whose values are 0 and the numbers of the classes.
+
+    Args:
+        data: The mask's file.
+        size: Width and height of the upright photo in pixels; None where it is not known.
+
+    Raises:
+        BadPhoto: It is not. Its header alone decides where that is enough.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow's, for what `open_header` accepts as a photo.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+    except PILLOW_ERRORS as error:
+        raise BadPhoto("the mask is not an image") from error
+    if image.format != "PNG" or image.mode != "L":
+        raise BadPhoto("the mask is not an 8-bit grey PNG")
+    if size is not None and image.size != size:
+        sizes = f"{image.width}x{image.height}, the photo is {size[0]}x{size[1]}"
+        raise BadPhoto(f"the mask is of another size: {sizes}")
+    try:
+        values = np.asarray(image)
+    except PILLOW_ERRORS as error:
+        raise BadPhoto(f"the mask cannot be decoded: {error}") from error
+    if values.max() > len(MASK_CLASSES):
+        raise BadPhoto(f"the mask holds values above {len(MASK_CLASSES)}, the number of classes")
+
+
+def exif_gps(image: Image.Image) -> tuple[float, float] | None:
+    """Latitude and longitude in degrees from a photo's EXIF; None when absent or broken."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's, about broken EXIF, which is no news here
+            block = image.getexif().get_ifd(GPS_BLOCK)
+        latitude = _degrees(block[LATITUDE], block[LATITUDE_REF], positive="N", negative="S")
+        longitude = _degrees(block[LONGITUDE], block[LONGITUDE_REF], positive="E", negative="W")
+    except (*PILLOW_ERRORS, KeyError, TypeError, ZeroDivisionError):
+        return None
+    return check_gps(round(latitude, 7), round(longitude, 7))[0]  # 1 cm
+
+
+def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Mean grey level of each of side x side cells: uint8 [side, side], from uint8 [H, W] or [H, W, 3]."""
+    image = Image.fromarray(pixels)
+    # Before the conversion: a fraction of the pixels. In one step, since a rough first one would shift the cells.
+    image.thumbnail((8 * side, 8 * side), Image.Resampling.BOX, reducing_gap=None)
+    return np.asarray(image.convert("L").resize((side, side), Image.Resampling.BOX))
+
+
+def perceptual_hash(grey: np.ndarray) -> int:
+    """64 bits, the signs of the lowest frequencies about their median.
+
+    Coarse structure survives re-encoding and resizing (Zauner 2010, "Implementation and benchmarking of
+    perceptual image hash functions", section 3.2). The median leaves out the constant term, the bits do not.
+
+    Args:
+        grey: uint8 [32, 32].
+    """
+    low = dctn(grey.astype(np.float64), norm="ortho")[:HASH_SIDE, :HASH_SIDE].ravel()
+    return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")
+
+
+def _degrees(parts: Any, hemisphere: Any, *, positive: str, negative: str) -> float:
+    degrees, minutes, seconds = (float(part) for part in parts)
+    sign = {positive: 1, negative: -1}[str(hemisphere).strip("\0 ").upper()]
+    return sign * (degrees + minutes / 60 + seconds / 3600)

@@ -1,0 +1,222 @@
+"""From the strings of a metadata row to typed, NULL-safe values; what cannot be read is counted, not lost."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.data.index import SPLITS
+from pipeline.data.record import Metadata
+from pipeline.vocabulary import DAYTIME, SCENE, WEATHER
+
+# Our field, and the columns that may hold it: the plain name, then those of the NATIX table.
+COLUMNS = {
+    "label": ("label",),
+    "gps": ("gps",),
+    "latitude": ("latitude", "lat", "gps.latitude", "gps.lat"),
+    "longitude": ("longitude", "lon", "lng", "gps.longitude", "gps.lon"),
+    "weather": ("weather", "scene_level_tags.weather"),
+    "daytime": ("daytime", "scene_level_tags.daytime"),
+    "scene": ("scene", "scene_environment", "scene_level_tags.scene_environment"),
+    "city": ("city", "city_name"),
+    "description": ("description", "scene_description"),
+    "travel_alteration": ("travel_alteration", "scene_level_tags.travel_alteration"),
+    "video": ("video", "vid_id", "video_info.vid_id"),
+    "sequence": ("sequence", "seq_id", "video_info.seq_id"),
+    "split": ("split",),
+    "mask": ("mask",),
+    # Of the objects whose category nobody knows. COCO sources fill it; there is no such column.
+    "category": (),
+}
+NULL_WORDS = frozenset({"", "nan", "none", "null", "na", "n/a", "[]", "()"})
+LABEL_WORDS = {
+    **dict.fromkeys(("0", "0.0", "false", "no", "none", "no roadwork"), 0),
+    **dict.fromkeys(("1", "1.0", "true", "yes", "roadwork"), 1),
+}
+SPLIT_WORDS = {
+    **{name: name for name in SPLITS},
+    **dict.fromkeys(("training",), "train"),
+    **dict.fromkeys(("valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("testing",), "test"),
+}
+
+
+class BadLabel(ValueError):
+    """A label that is neither 0, 1 nor NULL."""
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A row, typed."""
+
+    metadata: Metadata
+    label: int | None
+    video: str | None
+    """Frames with the same name are near-duplicates."""
+    split: str | None
+    """Where the source itself puts the photo."""
+    unknown: tuple[tuple[str, str], ...]
+    """Field and word, for each word that our vocabulary lacks."""
+    gps_problem: str | None
+    """Why coordinates that were given became NULL."""
+    travel_alteration: tuple[str, ...] | None
+    """How the traffic is led past an obstacle, in the source's words, sorted. It all but states the label: it is read
+    to be measured and named, and no record holds it."""
+
+
+def select_fields(row: dict[str, Any]) -> dict[str, Any]:
+    """Rename a row's columns to our fields, whatever their case, and leave out those that are not ours."""
+    by_name = {name.strip().lower(): value for name, value in row.items()}
+    found = {field: [n for n in names if n in by_name] for field, names in COLUMNS.items()}
+    return {field: by_name[names[0]] for field, names in found.items() if names}
+
+
+def explain_unlabelled(table: str, columns: Iterable[str]) -> str:
+    """Why a table gives no photo a label.
+
+    Args:
+        table: What the user calls it.
+        columns: Their names in the table.
+    """
+    if "label" in select_fields(dict.fromkeys(columns)):
+        return f"the column 'label' of {table} is empty"
+    return f"{table} has no column 'label'; its columns are {', '.join(columns)}"
+
+
+def parse(fields: dict[str, Any]) -> Parsed:
+    """Type the fields of one row, named as in `COLUMNS`; absent ones are NULL.
+
+    Raises:
+        BadLabel: There is a label, but it reads neither as 0 nor as 1.
+    """
+    gps, gps_problem = parse_gps(fields)
+    weather, unknown_weather = _match(fields.get("weather"), WEATHER)
+    daytime, unknown_daytime = _match(fields.get("daytime"), DAYTIME)
+    scene, unknown_scene = _match(fields.get("scene"), SCENE)
+    split_word = _text(fields.get("split"))
+    split = SPLIT_WORDS.get(split_word.lower()) if split_word else None
+    unknown_split = [split_word] if split_word and split is None else []
+    metadata = Metadata(
+        gps=gps,
+        weather=tuple(weather) or None,
+        daytime=daytime[0] if daytime else None,
+        scene=scene[0] if scene else None,
+        city=_text(fields.get("city")),
+        description=_text(fields.get("description")),
+    )
+    unknown = {
+        "weather": unknown_weather,
+        "daytime": unknown_daytime,
+        "scene": unknown_scene,
+        "split": unknown_split,
+        "category": fields.get("category", ()),
+    }
+    return Parsed(
+        metadata=metadata,
+        label=parse_label(fields.get("label")),
+        video=_video(fields),
+        split=split,
+        unknown=tuple((field, word) for field, words in unknown.items() for word in words),
+        gps_problem=gps_problem,
+        travel_alteration=_words(fields.get("travel_alteration")),
+    )
+
+
+def is_null(value: Any) -> bool:
+    """None, NaN, and the words that tables use for them."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and value.strip().lower() in NULL_WORDS)
+
+
+def parse_label(value: Any) -> int | None:
+    """0, 1 or None for unknown. The word "None" is the class without roadwork, not NULL.
+
+    Raises:
+        BadLabel: The value is none of these.
+    """
+    word = " ".join(str(value).split()).lower()
+    if value is not None and word in LABEL_WORDS:
+        return LABEL_WORDS[word]
+    if is_null(value):
+        return None
+    raise BadLabel(f"label {str(value)[:40]!r} is not 0 or 1")
+
+
+def parse_gps(fields: dict[str, Any]) -> tuple[tuple[float, float] | None, str | None]:
+    """Latitude and longitude in degrees, or None, with the reason where coordinates were given."""
+    value = fields.get("gps")
+    if value is None and ("latitude" in fields or "longitude" in fields):
+        value = [fields.get("latitude"), fields.get("longitude")]
+    parts = _as_list(value)
+    if all(is_null(part) for part in parts):
+        return None, None
+    try:
+        latitude, longitude = (float(part) for part in parts)
+    except (TypeError, ValueError):
+        return None, "unreadable"
+    return check_gps(latitude, longitude)
+
+
+def check_gps(latitude: float, longitude: float) -> tuple[tuple[float, float] | None, str | None]:
+    """The coordinates as a pair, or None with the reason why they are no place on a street."""
+    if not (math.isfinite(latitude) and math.isfinite(longitude)):
+        return None, "not finite"
+    if 90 < abs(latitude) <= 180 and abs(longitude) <= 90:
+        return None, "out of range, perhaps latitude and longitude are swapped"
+    if abs(latitude) > 90 or abs(longitude) > 180:
+        return None, "out of range"
+    if latitude == 0 and longitude == 0:
+        return None, "zero"  # what cameras without a fix write
+    return (latitude, longitude), None
+
+
+def _video(fields: dict[str, Any]) -> str | None:
+    """Name of the video; a sequence stands for it where the video is unknown."""
+    for kind in ("video", "sequence"):
+        name = fields.get(kind)
+        if not is_null(name):
+            # Tables with gaps turn whole numbers into floats: 7.0 and 7 are the same video.
+            return f"{kind} {str(name).strip().removesuffix('.0')}"
+    return None
+
+
+def _text(value: Any) -> str | None:
+    return None if is_null(value) else str(value).strip()
+
+
+def _words(value: Any) -> tuple[str, ...] | None:
+    """The words of a list without a vocabulary, sorted."""
+    return tuple(sorted({_normalise(str(part)) for part in _as_list(value) if not is_null(part)})) or None
+
+
+def _match(value: Any, vocabulary: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Words of `value` that the vocabulary holds, in its order, and those it lacks."""
+    words = {_normalise(str(part)): str(part).strip() for part in _as_list(value) if not is_null(part)}
+    known = [word for word in vocabulary if word in words]
+    return known, [original for word, original in words.items() if word not in known]
+
+
+def _normalise(word: str) -> str:
+    return " ".join(re.split(r"[\s_-]+", word.strip().lower()))
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Items of a list, of a string that spells one (`"['Sunny', 'Wet']"`, `"Sunny, Wet"`), or one value."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    if not isinstance(value, str):
+        return [value]
+    text = value.strip()
+    if text[:1] + text[-1:] in ("[]", "()"):
+        try:
+            spelled = ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            text = text[1:-1]  # such as [nan, nan] or [Sunny]
+        else:
+            return list(spelled) if isinstance(spelled, list | tuple) else [spelled]
+    return [part.strip().strip("'\"") for part in re.split(r"[,;|]", text)]

@@ -1,0 +1,239 @@
+"""Checkpoints as named tensors: nothing pickled, and nothing of the world size in the files.
+
+Where the tensors come from is `engine_tensors`' business, what is in a checkpoint's folder that of `checkpoint_files`,
+which ones stay that of `retention`, and copies behind a URL that of `sync`.
+
+No random state is stored, since none outlives a step: the order of samples follows from the seed and the epoch, and
+dropout and exploration of a step from (seed, step, rank). So any number of processes may go on from any checkpoint, and
+the same number goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.checkpoints.files import (
+    AVERAGE,
+    OPTIMIZER,
+    POINTERS,
+    STATE,
+    WEIGHTS,
+    Damaged,
+    Tensors,
+    check_checkpoint,
+    difference,
+    name_of,
+    newest_first,
+    read_state,
+    read_tensors,
+    step_of,
+    write_checkpoint,
+)
+from pipeline.checkpoints.retention import Retention
+from pipeline.checkpoints.sync import Remote, Uploader
+from pipeline.config import FREE_KEYS, Config, differences
+from pipeline.distributed.agreement import on_all_ranks, on_rank_zero
+from pipeline.distributed.engine_tensors import gather_tensors, set_tensors
+from pipeline.errors import UserError, explain
+from pipeline.files import write_json
+from pipeline.optim.config import MOMENTS
+from pipeline.optim.ema import WeightAverage
+from pipeline.progress import say
+
+# A checkpoint that meets one of these is given up, and training goes on: EFBIG is the limit of `ulimit -f`.
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG})
+
+
+class Checkpoints:
+    """Saves and restores a DeepSpeed engine, its weight average and the trainer's state; rank 0 writes.
+
+    Attributes:
+        unsaved: The step of a checkpoint that could not be written, until a later one was.
+        fetched: Whether the run goes on from a checkpoint that came from behind the URL, known to rank 0.
+    """
+
+    def __init__(self, folder: Path, config: Config, rank: int):
+        """Keep the checkpoints of a run in `folder`, and in step with a URL where the configuration names one."""
+        settings = config.checkpoint
+        self.folder, self.rank, self.settings = folder, rank, settings
+        self.run, self.optimizer = _comparable(config), config.optim.name
+        self.retention = Retention(settings.keep, settings.keep_every)
+        self.unsaved: int | None = None
+        self.fetched = False
+        self.source = settings.resume or settings.sync
+        self._looked = False
+        self.uploader: Uploader | None = None
+        if rank == 0 and settings.sync:
+            self.uploader = Uploader(Remote(settings.sync), folder, self.retention)
+
+    def save(self, step: int, engine: Any, average: WeightAverage, state: dict[str, Any]) -> None:
+        """Write a checkpoint. Collective: all ranks call it.
+
+        A full or failing disk costs this checkpoint and nothing else: the earlier ones stay, and `unsaved` is set.
+
+        Args:
+            step: Optimizer steps taken.
+            engine: The DeepSpeed engine.
+            average: Of the engine's weights.
+            state: JSON values of the trainer; `best` is None or has the `step` of the best validation.
+        """
+        weights, moments = gather_tensors(engine)
+        tensors = {WEIGHTS: weights, OPTIMIZER: moments, AVERAGE: average.gathered()}
+        problem = on_rank_zero(lambda: self._write(step, tensors, {**state, "config": self.run}))
+        self.unsaved = None if problem is None else step
+        if problem is not None and self.rank == 0:
+            say(f"the checkpoint of step {step} is not saved ({problem}); {self._remaining()}")
+
+    def restore(self, engine: Any, average: WeightAverage) -> dict[str, Any] | None:
+        """Restore the newest valid checkpoint. Collective: all ranks call it.
+
+        The first time it also looks behind the URL of `checkpoint.resume`, or else of `checkpoint.sync`, and starts
+        the upload of what is missing there.
+
+        Returns:
+            The trainer's state, or None when there is no checkpoint.
+
+        Raises:
+            UserError: The checkpoint is that of another run or model; nothing has been set then.
+        """
+        path = on_rank_zero(self._choose)
+        if path is None:
+            return None
+        shapes = {name: tuple(tensor.shape) for name, tensor in average.gathered().items()}
+        on_all_ranks(lambda: check_tensors(path, shapes, self.optimizer))
+        state = read_state(path)
+        set_tensors(engine, read_tensors(path / WEIGHTS), read_tensors(path / OPTIMIZER), state["step"])
+        average.load(read_tensors(path / AVERAGE))
+        return state
+
+    def best_average(self) -> dict[str, Any] | None:
+        """The averaged weights of the best validation, from here or from behind the URL; None if they are lost."""
+        if self.retention.best is None:
+            return None
+        path = self.folder / name_of(self.retention.best)
+        if self.source and not path.exists():
+            with suppress(Damaged, UserError):
+                Remote(self.source).fetch(path.name, self.folder)
+        try:
+            check_checkpoint(path)
+        except Damaged:
+            return None
+        return read_tensors(path / AVERAGE)
+
+    def close(self) -> None:
+        """Say what is not saved, and wait for the upload as long as `checkpoint.sync_wait_s` allows."""
+        if self.rank == 0 and self.unsaved is not None:
+            say(f"the state of step {self.unsaved} is not saved; {self._remaining()}")
+        if self.uploader:
+            self.uploader.close(self.settings.sync_wait_s)
+
+    def _write(self, step: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> str | None:
+        """Write, then remove what need not stay; returns why there was no room, None when all is well."""
+        self.retention.best = state["best"] and state["best"]["step"]
+        try:
+            write_checkpoint(self.folder, step, tensors, state)
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                return (error.strerror or str(error)).lower()
+            raise UserError(explain(error)) from error
+        # What is being uploaded stays until it is.
+        with self.uploader.holding() if self.uploader else nullcontext(frozenset[str]()) as busy:
+            names = self._names()
+            for name in set(names) - self.retention.kept(names) - busy:
+                shutil.rmtree(self.folder / name, ignore_errors=True)  # an old one in the way is no reason to end
+        with suppress(OSError):  # without room for it the list of names still tells
+            write_json(self.folder / POINTERS, self.retention.pointers(self._names()))
+        if self.uploader:
+            self.uploader.notify()
+        return None
+
+    def _choose(self) -> Path | None:
+        """The checkpoint to go on from, on this machine."""
+        for leftover in self.folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+        name = self._newest_valid()
+        if self.source and not self._looked:
+            newer = self._fetch_newer(name)
+            name, self.fetched = newer or name, newer is not None
+        path = None if name is None else self.folder / name
+        if path is not None:
+            state = read_state(path)
+            changed = differences(state["config"], self.run)
+            if changed:
+                raise UserError(
+                    f"{path / STATE} is of a run with {changed[0]}; give the same value to go on with it, or another "
+                    "--train.run and checkpoint.sync to start anew"
+                )
+            self.retention.best = state["best"] and state["best"]["step"]
+        if self.uploader and not self._looked:
+            self.uploader.start(new=path is None)
+        self._looked = True
+        return path
+
+    def _newest_valid(self) -> str | None:
+        for name in self._names():
+            try:
+                check_checkpoint(self.folder / name)
+            except Damaged as damage:
+                say(f"checkpoint {self.folder / name} is damaged ({damage}); trying the one before it")
+                self._set_aside(name)
+            else:
+                return name
+        return None
+
+    def _set_aside(self, name: str) -> None:
+        """Keep a damaged checkpoint for whoever wants to look at it, but out of the count of those that are kept."""
+        aside = self.folder / f"{name}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(self.folder / name, aside)
+
+    def _fetch_newer(self, than: str | None) -> str | None:
+        """The newest valid checkpoint behind the URL, fetched, where it is newer than the one that is here."""
+        try:
+            return Remote(self.source).fetch_newest(self.folder, -1 if than is None else step_of(than))
+        except UserError as error:
+            if than is None or self.settings.resume:
+                raise
+            say(f"going on from what is here: {error}")
+            return None
+
+    def _names(self) -> list[str]:
+        return newest_first(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
+
+    def _remaining(self) -> str:
+        names = self._names()
+        return f"the newest checkpoint is that of step {step_of(names[0])}" if names else "there is no earlier one"
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    """What of a configuration makes a run what it is, as it comes back from JSON."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+    del values["checkpoint"]
+    return {
+        room: {key: value for key, value in keys.items() if key not in FREE_KEYS.get(room, ())}
+        for room, keys in values.items()
+    }
+
+
+def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], optimizer: str) -> None:
+    """Compare a checkpoint's names, shapes and types with those of the model and optimizer in training.
+
+    Raises:
+        UserError: It is of another model or optimizer.
+    """
+    moments = {f"{name}/{kind}": shape for name, shape in shapes.items() for kind in MOMENTS[optimizer]}
+    # The weights first: where only the optimizer's tensors differ, the model is the same.
+    for file, expected, what in (
+        (WEIGHTS, shapes, "model"), (AVERAGE, shapes, "model"), (OPTIMIZER, moments, "optimizer"),
+    ):  # fmt: skip
+        problem = difference(path / file, expected)
+        if problem is not None:
+            raise UserError(f"{path / file} is of another {what} ({problem}); choose another --train.run")

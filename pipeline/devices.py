@@ -1,0 +1,88 @@
+"""Which device computes, and whether a GPU would stand idle because torch cannot use it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import UserError
+
+if TYPE_CHECKING:  # importing torch takes seconds, and `--help` needs none of it
+    import torch
+
+# What a driver for NVIDIA, AMD, or WSL puts on a machine with a GPU.
+DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+CPU_ONLY = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # the environment of a process that takes no GPU
+
+
+def expects_gpu() -> bool:
+    """Whether this machine has a GPU that nobody has hidden, whatever torch says. Imports no torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return False
+    allocated = os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
+    return allocated or any(Path(file).exists() for file in DEVICE_FILES)
+
+
+def uses_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def gpu_count() -> int:
+    """GPUs that this process sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def has_bf16() -> bool:
+    """Whether a GPU of this machine computes in bf16 by itself."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def refuse_idle_gpu() -> None:
+    """Refuse to compute on the CPU beside a GPU that torch cannot use.
+
+    Raises:
+        UserError: With torch's own reason, and the ways out.
+    """
+    if uses_gpu() or not expects_gpu():
+        return
+    import torch
+
+    reason = "torch finds none"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+    raise UserError(
+        f"this machine has a GPU that torch {torch.__version__} cannot use ({reason}); update the driver, or install a "
+        "torch that fits it (`.venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126` "
+        "has CUDA 12), or give --cpu, or set DS_ACCELERATOR=cpu, to compute on the CPU"
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one; anything else is a device's name, such as `cpu` or `cuda:1`.
+
+    Raises:
+        UserError: There is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if uses_gpu() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise UserError(f"--device is {name!r}, which is not to be had here; use auto or cpu") from error
+    return device

@@ -1,0 +1,65 @@
+"""Let a trained model look at no more views than it needs: `python -m pipeline.early_exit --run RUN`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pipeline.cli import command
+from pipeline.errors import UserError, require
+
+
+def early_exit(
+    run: Path,
+    *,
+    pruning: Literal["dynamic", "fixed"] = "dynamic",
+    max_loss: float = 0.002,
+    shards: str | None = None,
+    features: str | None = None,
+    batch_size: int = 16,
+    workers: int = 2,
+    device: str = "auto",
+) -> Path:
+    """Measure on the validation split how many views a model needs, and write the rule into its configuration.
+
+    From then on the model in RUN/model prunes this way, wherever it is used. Evaluate it again afterwards: the cut of
+    an earlier evaluation was chosen without the rule.
+
+    Args:
+        run: Run folder of a model with the head `roadwork`. One trained with `model.pruning` `dynamic` has learnt to
+            answer from few views; another can be calibrated too, and stops later.
+        pruning: `dynamic` stops each photo when its answer is certain; `fixed`, a control, takes the views that are
+            best for all photos together.
+        max_loss: Most that the validation MCC with `dynamic` may lie below the one with `keep_views` views of every
+            photo; 0.002 is 0.2 points. Found on a finite split, it holds on other photos on average only.
+        shards: Folder of shards, or its URL; by default the one that the run was trained on.
+        features: Feature cache, see `evaluate`.
+        batch_size: Photos in one forward pass.
+        workers: Processes that read, decode and cut views; 0 does it in this one.
+        device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
+
+    Returns:
+        The path of summary.json in the run folder, which has what was found under `calibration`.
+    """
+    require(0 < max_loss < 1, "--max_loss", max_loss, "in (0, 1)")
+    require(batch_size >= 1, "--batch_size", batch_size, "1 or more")
+    require(workers >= 0, "--workers", workers, "0 or more")
+    from pipeline.devices import pick_device
+    from pipeline.evaluation.early_exit import fit_dynamic, fit_fixed, open_validation
+    from pipeline.files import write_summary, write_text
+    from pipeline.training.run_folder import RunFolder
+
+    folder = RunFolder.open(run)
+    model = folder.load_model(pick_device(device))
+    if model.encoder.pruner is None:
+        raise UserError(f"the head {model.config.head!r} of {run} prunes no views, so there is nothing to calibrate")
+    config = folder.config()
+    loader = open_validation(model, shards or config.data.shards, features, config.data.features, batch_size, workers)
+    found = fit_dynamic(model, loader, max_loss) if pruning == "dynamic" else fit_fixed(model, loader)
+    model.config.pruning = pruning
+    write_text(folder.model / "config.json", model.config.to_json_string())
+    return write_summary(run, {**folder.results(), "calibration": {"pruning": pruning, **found}})
+
+
+if __name__ == "__main__":
+    raise SystemExit(command(early_exit))

@@ -1,0 +1,33 @@
+"""Writing a model as a folder that anyone can load, and checking that it is the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from pipeline.data.batch import collate
+from pipeline.data.stand_in import StandIn
+from pipeline.evaluation.inference import load_model
+from pipeline.model.roadwork import RoadworkModel
+
+
+def save(model: RoadworkModel, folder: Path, half: bool) -> None:
+    """Write weights and configuration; halved weights keep its float32, in which they load."""
+    weights = {name: value.half() if half else value for name, value in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=weights)
+
+
+@torch.inference_mode()
+def verify(model: RoadworkModel, folder: Path, half: bool) -> float:
+    """Load what was written and compare it with the model on one fixed photo of noise.
+
+    Returns:
+        The largest difference of a logit; 0 for weights of full size, or the export is broken.
+    """
+    batch = collate([StandIn(1, model.config.input_spec, model.config.text_dim)[0]])
+    expected = model(batch).logits
+    found = load_model(folder, model.device)(batch).logits
+    difference = float((found - expected).abs().max())
+    assert half or difference == 0, f"the written model differs by {difference} from the one in memory"
+    return difference

@@ -1,0 +1,5 @@
+"""The report of a run: one self-contained page of HTML."""
+
+from pipeline.evaluation.report.page import templates, write_report
+
+__all__ = ["templates", "write_report"]

@@ -1,0 +1,187 @@
+"""Gathers what a run folder holds and renders `report.html`."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from pipeline.data.index import SPLITS
+from pipeline.data.photo import decode
+from pipeline.data.views import TILE_GRID, VIEW_NAMES
+from pipeline.evaluation.report import plots
+from pipeline.files import write_text
+from pipeline.vocabulary import Profile
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+WORST = 12
+THUMBNAIL_PX = 360
+# Column heading and key of a split's summary, in the order of the page's table.
+COLUMNS = (
+    ("MCC", "mcc_null_metadata"),
+    ("MCC with metadata", "mcc"),
+    ("AUROC", "auroc"),
+    ("Avg. precision", "average_precision"),
+    ("Accuracy", "accuracy"),
+    ("F1", "f1"),
+    ("ECE", "ece"),
+)
+
+Photo = Callable[[str, int], bytes]
+
+
+def read_results(run: Path, profile: Profile) -> dict[str, Any]:
+    """What summary.json says of a profile; empty where nothing was measured.
+
+    Args:
+        run: The run folder.
+        profile: `native` includes what training wrote.
+    """
+    path = run / "summary.json" if profile == "native" else run / profile / "summary.json"
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    # Version 0.1 kept other profiles as a part of the native summary.
+    return {} if profile == "native" else read_results(run, "native").get(profile, {})
+
+
+def write_report(run: Path, profile: Profile, predictions: pd.DataFrame, photo: Photo) -> Path:
+    """Render the evaluation of a run as one page without any request to elsewhere.
+
+    Args:
+        run: The run folder. `metrics.jsonl`, `config.yaml` and `provenance.json` are shown where they exist.
+        profile: Whose summary.json is shown, and beside it the page is written.
+        predictions: The rows of `predictions.csv`, split after split, each in the order of the shards.
+        photo: A split's name and a row of it to the photo's bytes.
+
+    Returns:
+        The page's path.
+    """
+    summary, native = read_results(run, profile), profile == "native"
+    names = [str(name) for name in predictions["split"].unique() if name in summary]
+    headline = "test" if "test" in names else names[-1]
+    rows = predictions[predictions["split"] == headline].reset_index(drop=True)
+    client, environment = sent_by_the_client(run) if native else {}, templates()
+    page = environment.get_template("report.html").render(
+        run=run.resolve().name if native else f"{run.resolve().name}, {profile}",
+        data=summary["evaluation"]["data"],
+        headline=headline,
+        scores=summary[headline],
+        splits={name: summary[name] for name in names}
+        | {f"{name}, streetvision": client[name] for name in SPLITS if name in client},
+        client=client,
+        columns=COLUMNS,
+        summary=summary,
+        curves=_curves(run),
+        drawings=_drawings(rows, summary[headline]["threshold"]),
+        mistakes=worst_mistakes(rows, headline, photo),
+        grid=range(TILE_GRID),
+        files={name: (run / name).read_text() for name in ("config.yaml", "provenance.json") if (run / name).exists()},
+    )
+    path = (run if native else run / profile) / "report.html"
+    write_text(path, page)
+    return path
+
+
+def templates(*folders: Path) -> Environment:
+    """Templates of pages: those in `folders`, and this one's, whose `style.html` gives all pages one look."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader([*folders, Path(__file__).parent]), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "interval": interval}
+    return environment
+
+
+def number(value: float | None) -> str:
+    """Three decimals, or a dash where there is no number."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def interval(bounds: list[float] | None) -> str:
+    """Both bounds with two decimals, or nothing."""
+    return "" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
+
+
+def worst_mistakes(rows: pd.DataFrame, split: str, photo: Photo) -> list[dict[str, Any]]:
+    """The wrong predictions farthest from their labels, worst first, with thumbnails.
+
+    Args:
+        rows: One split, whose row numbers are the index.
+        split: Its name.
+        photo: See `write_report`.
+    """
+    known = rows.dropna(subset=["label"])
+    wrong = known[known["prediction"] != known["label"]]
+    distance = (wrong["label"].astype(float) - wrong["probability_null"]).abs()
+    chosen = wrong.loc[distance.sort_values(ascending=False, kind="stable").index[:WORST]]
+    return [
+        {
+            "key": mistake["key"],
+            "label": "roadwork" if mistake["label"] == 1 else "none",
+            "probability": mistake["probability_null"],
+            "kept": mistake["kept_views"].split(";"),
+            "picture": thumbnail(photo(split, row)),
+        }
+        for row, mistake in zip(chosen.index.tolist(), chosen.to_dict("records"), strict=True)
+    ]
+
+
+def thumbnail(data: bytes) -> str:
+    """A photo's bytes to the data URL of a small JPEG."""
+    image = Image.fromarray(decode(data))
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def view_shares(rows: pd.DataFrame) -> dict[str, float]:
+    """View to the share of photos in which it was kept; empty where the model prunes none of its views."""
+    kept = rows["kept_views"].str.split(";").explode().value_counts() / len(rows)
+    shares = {name: float(kept.get(name, 0.0)) for name in VIEW_NAMES}
+    pruned = any(0 < share < 1 for share in shares.values())
+    return shares if pruned else {}
+
+
+def sent_by_the_client(run: Path) -> dict[str, Any]:
+    """The scores in the profile `streetvision`; empty where they are not of the native ones' shards."""
+    found, native = read_results(run, "streetvision"), read_results(run, "native")
+    same = found and found["evaluation"]["source_sha256"] == native["evaluation"]["source_sha256"]
+    return found if same else {}
+
+
+def _drawings(rows: pd.DataFrame, threshold: float) -> list[str]:
+    known = rows.dropna(subset=["label"])
+    labels = known["label"].to_numpy(np.int64)
+    probabilities = known["probability_null"].to_numpy(np.float64)
+    drawings = [
+        plots.reliability_diagram(labels, probabilities),
+        plots.score_histogram(labels, probabilities, threshold),
+    ]
+    shares = view_shares(rows)
+    return drawings + ([plots.view_frequencies(shares)] if shares else [])
+
+
+def _curves(run: Path) -> list[str]:
+    path = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
+    train = [line for line in train if "loss" in line]  # none where every step since the line before was skipped
+    drawings = []
+    if train:
+        drawings.append(plots.loss_curve([t["step"] for t in train], [t["loss"] for t in train]))
+    if validation:
+        drawings.append(plots.validation_curve([v["step"] for v in validation], [v["mcc"] for v in validation]))
+    return drawings

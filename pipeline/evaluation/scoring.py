@@ -1,0 +1,258 @@
+"""What a model answers on a split, and how good that is: predictions, the cut, metrics with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pipeline.config import read_config
+from pipeline.data.allocator import keep_freed_memory
+from pipeline.data.batch import Batch, collate
+from pipeline.data.dataset import ShardDataset
+from pipeline.data.feature_key import feature_key
+from pipeline.data.features import FeatureCache, open_cache
+from pipeline.data.index import Index
+from pipeline.data.inputs import check_inputs, leaking_inputs
+from pipeline.errors import UserError
+from pipeline.evaluation.inference import kept_views, probability_of
+from pipeline.evaluation.metrics import best_threshold, binary_metrics, bootstrap_intervals, has_both
+from pipeline.model.config import ModelConfig
+from pipeline.model.roadwork import RoadworkModel
+from pipeline.progress import say, track
+from pipeline.vocabulary import Profile
+
+BOOTSTRAP_SEED, BOOTSTRAP_ROUNDS = 0, 1000
+SMALLEST_CLUSTER = 20  # labelled photos; an MCC of fewer is noise
+
+
+class WithSource(Dataset[tuple[Batch, str]]):
+    """The samples of a split, or a copy of each, together with the names of the photos."""
+
+    def __init__(self, data: ShardDataset, copy: int = 0):
+        self.data, self.first = data, copy * len(data)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> tuple[Batch, str]:
+        """See `ShardDataset.load`."""
+        record, sample = self.data.load(self.first + row)
+        return sample, record.source
+
+
+def collate_with_source(samples: list[tuple[Batch, str]]) -> tuple[Batch, list[str]]:
+    """See `collate`."""
+    return collate([sample for sample, _ in samples]), [source for _, source in samples]
+
+
+def predict_split(
+    model: RoadworkModel, dataset: ShardDataset, batch_size: int, workers: int, copy: int = 0
+) -> pd.DataFrame:
+    """Probabilities with and without metadata for every sample of a split, or for a copy of each, labelled or not.
+
+    Returns:
+        The columns of predictions.csv but `prediction`, in the order of the shards; `label` is NA where
+        unknown.
+    """
+    loader: Any = DataLoader(
+        WithSource(dataset, copy),
+        batch_size,
+        num_workers=workers,
+        collate_fn=collate_with_source,
+        worker_init_fn=keep_freed_memory,
+    )
+    found = list(track(answers(model, loader), len(dataset), f"evaluating {dataset.name}"))
+    samples = dataset.split.samples
+    return pd.DataFrame(
+        {
+            "split": dataset.name,
+            "key": [sample.key for sample in samples],
+            "source": [answer[0] for answer in found],
+            "label": pd.array([sample.label for sample in samples], dtype="Int64"),
+            "probability_null": [answer[1] for answer in found],
+            "probability": [answer[2] for answer in found],
+            "group": [sample.group for sample in samples],
+            "cluster": [sample.cluster for sample in samples],
+            "kept_views": [";".join(answer[3]) for answer in found],
+        }
+    )
+
+
+@torch.inference_mode()
+def answers(
+    model: RoadworkModel, loader: DataLoader[tuple[Batch, list[str]]]
+) -> Iterator[tuple[str, float, float, list[str]]]:
+    """Per photo its source, the probability with metadata NULL, that with metadata, and the kept views.
+
+    One pass of the backbone serves both. The probabilities are those before the decision bias, so that an
+    exported model gets the same evaluation.
+    """
+    for batch, sources in loader:
+        encoded = model.encode(batch)
+        blind = model.answer(encoded, null_metadata=True)
+        informed = model.answer(encoded, batch, batch["null_metadata"])
+        probabilities = [probability_of(model, output, 0.0) for output in (blind, informed)]
+        yield from zip(sources, *probabilities, kept_views(blind), strict=True)
+
+
+def check_labelled(folder: str, index: Index, name: str) -> None:
+    """Refuse a split where nothing is labelled, before any time is spent on it."""
+    if not (index.split(name).labels >= 0).any():
+        raise UserError(f"the split {name!r} of {folder} has no labelled photo, so there is nothing to measure on it")
+
+
+def check_metadata(index: Index, model: ModelConfig, text_encoder: str | None) -> None:
+    """See `check_inputs`. A leak is told and no more: the headline is the score with all metadata NULL."""
+    check_inputs(index, model, allow_leaks=True, text_encoder=text_encoder)
+    for name, why in leaking_inputs(index, model).items():
+        say(f"do not trust the score with metadata: in these shards {name} gives the label away ({why})")
+
+
+def find_cache(given: str | None, features: str, index: Index, model: RoadworkModel) -> FeatureCache | None:
+    """The feature cache to evaluate from; None where the tokens are to be computed.
+
+    Args:
+        given: What the user asked for; None leaves it to the run.
+        features: The run's `data.features`.
+        index: Of the shards.
+        model: The one to be evaluated.
+
+    Raises:
+        UserError: The user asked for a cache that does not fit. The run's own is then passed over, with a word.
+    """
+    try:
+        cache = open_cache(features if given is None else given, index)
+        if cache is not None:
+            cache.check(feature_key(model.backbone, model.config.input_spec, model.config.pool_grid))
+    except UserError as problem:
+        if given is not None:
+            raise
+        say(f"computing the tokens anew: {problem}")
+        return None
+    return cache
+
+
+def known_threshold(run: Path, results: dict[str, Any]) -> float:
+    """The cut of an earlier evaluation, or of the best validation in training.
+
+    Raises:
+        UserError: The run knows none.
+    """
+    if "evaluation" in results:
+        return float(results["evaluation"]["threshold"])
+    if results.get("best"):
+        return float(results["best"]["val"]["threshold"])
+    raise UserError(f"{run} has no threshold yet; evaluate it with `val` among the --splits, on which it is chosen")
+
+
+def choose_threshold(predictions: pd.DataFrame) -> float:
+    """The cut with the best MCC on validation, metadata NULL, as for the headline."""
+    rows = predictions[predictions["split"] == "val"].dropna(subset=["label"])
+    return best_threshold(rows["label"].to_numpy(np.int64), rows["probability_null"].to_numpy())
+
+
+def score_split(rows: pd.DataFrame, threshold: float) -> dict[str, Any]:
+    """The summary of one split: everything with metadata NULL, and beside it the MCC with metadata.
+
+    Args:
+        rows: Labelled predictions, at least one.
+        threshold: The cut.
+    """
+    labels, groups = rows["label"].to_numpy(np.int64), rows["group"].to_numpy()
+    blind, informed = rows["probability_null"].to_numpy(), rows["probability"].to_numpy()
+    scores = binary_metrics(labels, blind, threshold)
+    intervals, with_metadata = (
+        bootstrap_intervals(labels, probabilities, groups, threshold, seed=BOOTSTRAP_SEED, rounds=BOOTSTRAP_ROUNDS)
+        for probabilities in (blind, informed)
+    )
+    return {
+        **scores,
+        "mcc": binary_metrics(labels, informed, threshold)["mcc"],
+        "mcc_null_metadata": scores["mcc"],
+        "ci95": {**intervals, "mcc": with_metadata["mcc"], "mcc_null_metadata": intervals["mcc"]},
+    }
+
+
+def score_clusters(rows: pd.DataFrame, threshold: float, index: Index) -> list[dict[str, Any]]:
+    """MCC and accuracy of each GPS cluster that is large enough, metadata NULL, worst first.
+
+    Clusters with one class have no MCC and come last.
+    """
+    found = []
+    for number, part in rows.groupby("cluster"):
+        if len(part) < SMALLEST_CLUSTER:
+            continue
+        labels = part["label"].to_numpy(np.int64)
+        scores = binary_metrics(labels, part["probability_null"].to_numpy(), threshold)
+        found.append(
+            {
+                "cluster": int(str(number)),
+                "centre": index.clusters[int(str(number))].centre,
+                "n": len(part),
+                "roadwork": int(labels.sum()),
+                "mcc": scores["mcc"] if has_both(labels) else None,
+                "accuracy": scores["accuracy"],
+            }
+        )
+    return sorted(found, key=lambda place: (place["mcc"] is None, place["mcc"] or 0.0, place["accuracy"]))
+
+
+def compare(run: Path, results: dict[str, Any], index: Index, profile: Profile) -> dict[str, Any]:
+    """The headline of another run in the same profile, for the summary of this one.
+
+    Raises:
+        UserError: It is not evaluated on the test split, or its shards are others.
+    """
+    flags = "" if profile == "native" else f" --profile {profile}"
+    if "test" not in results:
+        raise UserError(f"the baseline {run} has no evaluation on test; run `evaluate --run {run}{flags}` first")
+    if results["evaluation"]["source_sha256"] != index.source_sha256:
+        raise UserError(f"the baseline {run} was evaluated on other shards, so the two cannot be compared")
+    return {
+        "run": str(run),
+        "head": read_config(run / "config.yaml").model.head,
+        "mcc": results["test"]["mcc_null_metadata"],
+        "ci95": results["test"]["ci95"]["mcc_null_metadata"],
+    }
+
+
+def describe(
+    index: Index, place: str, threshold: float, from_earlier: bool, photos: int, wall_s: float
+) -> dict[str, Any]:
+    """What summary.json says of an evaluation as a whole.
+
+    Args:
+        index: Of the shards.
+        place: Where they are.
+        threshold: The cut.
+        from_earlier: Whether it is that of an earlier evaluation or of training.
+        photos: How many were answered.
+        wall_s: In how many seconds.
+    """
+    return {
+        "data": index.arguments.get("source_kind", PurePosixPath(place).name),
+        "shards": place,
+        "source_sha256": index.source_sha256,
+        "threshold": threshold,
+        "threshold_from": "the validation split" + (", earlier" if from_earlier else ""),
+        "smallest_cluster": SMALLEST_CLUSTER,
+        "bootstrap_rounds": BOOTSTRAP_ROUNDS,
+        "wall_s": round(wall_s, 1),
+        "images_per_s": round(photos / wall_s, 2),
+    }
+
+
+def in_words(name: str, scores: dict[str, Any]) -> str:
+    """A split's scores in a line for a person."""
+    bounds = scores["ci95"]["mcc_null_metadata"]
+    interval = f", 95 % interval {bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
+    return (
+        f"{name}: MCC {scores['mcc_null_metadata']:.3f}{interval} (metadata NULL, n={scores['n']}); "
+        f"{scores['mcc']:.3f} with metadata"
+    )

@@ -1,0 +1,281 @@
+"""What `doctor` looks at: machine, installation, configurations, backbone, data, and what a launch comes to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from huggingface_hub import try_to_load_from_cache
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, DINOv3ViTConfig
+
+from pipeline.config import ACCELERATE_CONFIGS, RECIPES, ROOT, Config, read_config
+from pipeline.data.dataset import ShardDataset
+from pipeline.data.index import Index, read_index
+from pipeline.data.inputs import check_inputs, fields_read, leaking_inputs
+from pipeline.data.photo import simplejpeg
+from pipeline.data.storage import is_url
+from pipeline.devices import has_bf16, refuse_idle_gpu, uses_gpu
+from pipeline.distributed.settings import describe_engine, read_deepspeed, resolve_precision
+from pipeline.errors import UserError
+from pipeline.launch.launcher import choose_launch
+from pipeline.launch.plan import LaunchPlan, resolve
+from pipeline.model.backbone import SCENES_TINY, VITH16PLUS, vith16plus_config
+from pipeline.training.memory import count, need
+from pipeline.training.plan import describe_schedule, plan_schedule
+
+GOOD, NOTE, BAD = "good", "note", "bad"
+COLOURS = {GOOD: "green", NOTE: "yellow", BAD: "red"}
+SMALL_DISK_GB = 5
+GIB = 2**30
+ROOM = 0.9  # of a GPU's memory; the context, the allocator's gaps and cuBLAS take the rest
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table."""
+
+    verdict: str
+    """good, note (works, but look) or bad (will fail)."""
+    about: str
+    text: str
+
+
+def check(
+    config: Config,
+    config_file: Path | None,
+    num_machines: int | None,
+    num_processes: int | None,
+    gpu_gib: float | None,
+) -> tuple[list[Finding], dict[str, Any]]:
+    """Look at everything; see the command `doctor` for the arguments.
+
+    Returns:
+        The lines of the table, and what the DeepSpeed engine gets, empty where no engine can be made.
+    """
+    findings = [*machine(), *installation(), *configurations(), *backbone(config), *data(config)]
+    elsewhere = gpu_gib is not None and not uses_gpu()
+    gpu_gib = gpu_gib or own_gpu_gib()
+    try:
+        chosen, processes = choose_launch(config_file, num_processes, idle_gpu=True)
+        precision = resolve_precision(config.train.precision, elsewhere or has_bf16())
+        launch = resolve(config, chosen, num_machines, processes, precision)
+        findings += [*plan(config, launch), *memory(config, launch, gpu_gib)]
+    except UserError as error:
+        return [*findings, Finding(BAD, "launch", str(error))], {}
+    return findings, launch.engine.deepspeed
+
+
+def print_findings(findings: list[Finding]) -> None:
+    """Print the table on stderr."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for finding in findings:
+        colour = COLOURS[finding.verdict]
+        table.add_row(f"[{colour}]{finding.verdict}[/]", finding.about, finding.text)
+    Console(stderr=True, width=None if os.isatty(2) else 160).print(table)
+
+
+def machine() -> Iterator[Finding]:
+    """Cores, memory, GPUs, disk."""
+    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
+    yield Finding(
+        GOOD, "machine", f"{cores} cores, {memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free"
+    )
+    if uses_gpu():
+        for number in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(number)
+            yield Finding(GOOD, "gpu", f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
+    else:
+        try:
+            refuse_idle_gpu()
+        except UserError as problem:
+            yield Finding(BAD, "gpu", str(problem))
+        else:
+            text = "none: training runs on the CPU over gloo; enough for scenes-tiny, not for ViT-H/16+"
+            yield Finding(NOTE, "gpu", text)
+    free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
+    yield Finding(GOOD if free_gb > SMALL_DISK_GB else NOTE, "disk", f"{free_gb:.0f} GB free in {Path.cwd()}")
+
+
+def installation() -> Iterator[Finding]:
+    """Python, and every dependency against what pyproject.toml asks for."""
+    yield Finding(GOOD, "python", platform.python_version())
+    wrong = []
+    for line in requires("roadwork") or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(f"{requirement.name} is missing")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(f"{requirement.name} is {found}, not {requirement.specifier}")
+    text = "; ".join(wrong) or f"complete (torch {torch.__version__}, deepspeed {version('deepspeed')})"
+    yield Finding(BAD if wrong else GOOD, "packages", text + ("; ./launch.sh setup installs them" if wrong else ""))
+    if simplejpeg is None:
+        yield Finding(NOTE, "jpeg", "simplejpeg is missing: Pillow decodes, at about half the speed")
+
+
+def configurations() -> Iterator[Finding]:
+    """Every file in accelerate_configs, ds_configs and recipes."""
+    problems = []
+    for path in sorted(ACCELERATE_CONFIGS.glob("*.yaml")):
+        settings = yaml.safe_load(path.read_text())
+        try:
+            read_deepspeed(ROOT / settings["deepspeed_config"]["deepspeed_config_file"])
+        except (UserError, KeyError) as error:
+            problems.append(f"{path.name}: {error}")
+    recipes = sorted(RECIPES.glob("*.yaml"))
+    for path in recipes:
+        try:
+            read_config(path)
+        except UserError as error:
+            problems.append(f"{path.name}: {error}")
+    yield Finding(
+        BAD if problems else GOOD,
+        "configs",
+        "; ".join(problems) or f"all load; recipes: {', '.join(p.stem for p in recipes)}",
+    )
+
+
+def backbone(config: Config) -> Iterator[Finding]:
+    """Whether the recipe's weights are at hand, without loading or fetching them."""
+    name = config.model.backbone
+    folder = SCENES_TINY if name == "scenes-tiny" else Path(name)
+    if (folder / "config.json").is_file():
+        yield Finding(GOOD, "backbone", f"{name}: weights in {folder}")
+    elif isinstance(try_to_load_from_cache(name, "config.json"), str):
+        yield Finding(GOOD, "backbone", f"{name}: weights in the hub cache")
+    else:
+        yield Finding(
+            NOTE, "backbone",
+            f"{name}: not on this machine; it is fetched at the start, which for gated weights needs their licence "
+            "accepted and `hf auth login`",
+        )  # fmt: skip
+
+
+def data(config: Config) -> Iterator[Finding]:
+    """The index, and one sample of each split through decoding and views."""
+    folder = config.data.shards
+    if not is_url(folder) and not Path(folder).exists():
+        yield Finding(NOTE, "data", f"no shards at {folder} yet; `./launch.sh prep shard` makes them from photos")
+        return
+    try:
+        index = read_index(folder)
+        for name, split in index.splits.items():
+            if split.samples:
+                _ = ShardDataset(folder, index, name, config.input_spec)[0]
+    except UserError as error:
+        yield Finding(BAD, "data", str(error))
+        return
+    counts = ", ".join(f"{name} {len(split.samples)}" for name, split in index.splits.items())
+    yield Finding(GOOD, "data", f"{folder}: {counts}; a sample of each split decodes")
+    yield inputs(config, index)
+
+
+def inputs(config: Config, index: Index) -> Finding:
+    """Whether the shards have the metadata that the model reads, and whether it leaks the label."""
+    try:
+        check_inputs(index, config.model, config.data.allow_leaks)
+    except UserError as error:
+        return Finding(BAD, "metadata", str(error))
+    leaks = leaking_inputs(index, config.model)
+    named = [f"{name} (leaks the label)" if name in leaks else name for name in fields_read(config.model)]
+    return Finding(NOTE if leaks else GOOD, "metadata", f"the model reads {', '.join(named) or 'none'}")
+
+
+def own_gpu_gib() -> float | None:
+    """Memory of this machine's smallest GPU; None without one."""
+    if not uses_gpu():
+        return None
+    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return float(min(card.total_memory for card in cards)) / GIB
+
+
+def plan(config: Config, launch: LaunchPlan) -> Iterator[Finding]:
+    """What `./launch.sh train` would do with the recipe and the configurations."""
+    yield Finding(GOOD, "launch", str(launch))
+    for about, text in describe_engine(launch.engine, config):
+        yield Finding(GOOD, about, text)
+    for note in launch.engine.notes:
+        yield Finding(NOTE, "launch", note)
+    try:
+        samples = len(read_index(config.data.shards).split("train").samples)
+    except UserError:
+        return  # `data` says so
+    for about, text in describe_schedule(config, plan_schedule(config, samples)):
+        yield Finding(GOOD, about, text)
+
+
+def memory(config: Config, launch: LaunchPlan, gpu_gib: float | None) -> Iterator[Finding]:
+    """Of one process, and whether a GPU has it."""
+    backbone = backbone_config(config.model.backbone)
+    if backbone is None:
+        yield Finding(NOTE, "memory", f"not known before {config.model.backbone} is on this machine")
+        return
+    engine = launch.engine
+    wanted = need(config, backbone, engine.precision, engine.sharding, engine.batching.micro_batch_size)
+    parts = {
+        "trained weights, gradients, optimizer and average": wanted.states,
+        "buffers": wanted.buffers,
+        "frozen backbone": wanted.backbone,
+        f"activations of {launch.engine.batching.micro_batch_size} photos": wanted.activations,
+    }
+    text = f"{wanted.device / GIB:.2f} GiB per process: " + ", ".join(
+        f"{part / GIB:.2f} {name}" for name, part in parts.items()
+    )
+    if wanted.host:
+        text += f"; and {wanted.host / GIB:.2f} of the host's"
+    if gpu_gib is None:
+        yield Finding(GOOD, "memory", text)
+    elif wanted.device < ROOM * gpu_gib * GIB:
+        yield Finding(GOOD, "memory", f"{text}; the GPU has {gpu_gib:.0f}")
+    else:
+        fits = wanted.device < gpu_gib * GIB
+        way_out = "a smaller train.micro_batch_size needs less, at the same batch"
+        yield Finding(NOTE if fits else BAD, "memory", f"{text}; the GPU has only {gpu_gib:.0f}: {way_out}")
+    theirs = deepspeed_estimate(count(config, backbone).trained, launch)
+    if theirs is not None:
+        yield Finding(
+            GOOD, "memory", f"DeepSpeed's own estimate of the trained part, without the average: {theirs:.2f} GiB"
+        )
+
+
+def deepspeed_estimate(trained: int, launch: LaunchPlan) -> float | None:
+    """GiB of one GPU by DeepSpeed's estimator, which knows stages 2 and 3, 16-bit weights and no sharded experts."""
+    sharding, per_machine = launch.engine.sharding, launch.world_size // launch.machines
+    if launch.engine.precision != "bf16" or sharding.stage < 2 or sharding.expert_parallel > 1:
+        return None
+    places = {"num_gpus_per_node": per_machine, "num_nodes": launch.machines, "cpu_offload": sharding.offload}
+    if sharding.stage == 2:
+        _, device = estimate_zero2_model_states_mem_needs(trained, **places)
+    else:
+        _, device, _ = estimate_zero3_model_states_mem_needs(trained, trained, cpu_offload_params=False, **places)
+    return float(device) / GIB
+
+
+def backbone_config(name: str) -> DINOv3ViTConfig | None:
+    """The backbone's configuration if it is at hand, or known; None otherwise."""
+    if name == VITH16PLUS:
+        return vith16plus_config()
+    folder = str(SCENES_TINY) if name == "scenes-tiny" else name
+    try:
+        found = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, DINOv3ViTConfig) else None

@@ -1,0 +1,301 @@
+"""Start training on the hardware at hand, and give its outcome an exit status: `./launch.sh train RECIPE`.
+
+`./launch.sh prep features` is started in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import yaml
+
+from pipeline.config import ACCELERATE_CONFIGS, ROOT, find_recipe, print_help
+from pipeline.devices import CPU_ONLY, gpu_count, refuse_idle_gpu, uses_gpu
+from pipeline.errors import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_STOPPED,
+    EXIT_USER,
+    STARTED_VARIABLE,
+    STATE_FILE_VARIABLE,
+    UserError,
+    run,
+)
+from pipeline.launch.rank_logs import LOG_FOLDER_VARIABLE
+from pipeline.progress import say
+
+# Workers get this long to reach a step boundary and save after a request to stop.
+SHUTDOWN_S = 120
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+# What `pipeline.errors.run` says last. Around it the launcher speaks about its workers' end.
+OUTCOMES = ("error: ", "stopped: ", "failed: ")
+# The second of these comes where machine 0 has ended before this one, which is no fault.
+CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)|TCPStore.cpp.*recvValueWithTimeout failed")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run `accelerate launch pipeline/train.py` for a recipe; returns the exit status that `launch.sh` promises."""
+    parser = _parser("./launch.sh train")
+    parser.add_argument("recipe", nargs="?", help="A name in pipeline/recipes, or a YAML file.")
+    own, rest = parser.parse_known_args(arguments)
+    train = str(ROOT / "pipeline" / "train.py")
+    if own.help:
+        print(parser.format_help())
+        return run(lambda: print_help("./launch.sh train RECIPE"))
+    try:
+        launch = launch_words(own.config_file, own.num_processes, own.cpu) + machine_words(own)
+        command = [*launch, train, "--config", str(find_recipe(own.recipe)), *rest]
+    except UserError as error:
+        say(f"error: {error}")
+        return EXIT_USER
+    if own.log_folder is not None:
+        own.log_folder.mkdir(parents=True, exist_ok=True)
+        os.environ[LOG_FOLDER_VARIABLE] = str(own.log_folder.resolve())
+    return supervise(command, restarts=own.max_restarts)
+
+
+def prep(arguments: Sequence[str]) -> int:
+    """Run `accelerate launch -m data_prep COMMAND` for a command that shares its work among processes; see `main`."""
+    parser = _parser(f"./launch.sh prep {arguments[0]}")
+    own, rest = parser.parse_known_args(arguments)
+    if own.help:
+        print(parser.format_help())
+        return subprocess.run([sys.executable, "-m", "data_prep", *rest, "--help"], check=False).returncode
+    try:
+        command = [*launch_words(own.config_file, own.num_processes, own.cpu), "-m", "data_prep", *rest]
+    except UserError as error:
+        say(f"error: {error}")
+        return EXIT_USER
+    return supervise(command, "and keeping the files that are finished", own.max_restarts)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    """The options of the launcher itself; all others are the command's."""
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
+    parser.add_argument(
+        "--config_file", type=Path, help="An accelerate configuration; by default the hardware decides."
+    )
+    parser.add_argument("--cpu", action="store_true", help="Compute on the CPU, though there is a GPU.")
+    parser.add_argument("--num_processes", type=int, help="Processes; by default the accelerate configuration decides.")
+    parser.add_argument(
+        "--max-restarts", "--max_restarts", type=int, default=0, metavar="N",
+        help="Start again from the last checkpoint, up to N times, after a process died or hung.",
+    )  # fmt: skip
+    parser.add_argument("--num_machines", type=int, default=1, help="Machines, each with a launcher of its own.")
+    parser.add_argument("--machine_rank", type=int, default=0, help="Which of them this is, from 0.")
+    parser.add_argument("--main_process_ip", default="127.0.0.1", help="Address of machine 0.")
+    parser.add_argument("--main_process_port", type=int, default=29500, help="A port that is free there.")
+    parser.add_argument("--log_folder", type=Path, help="Where each rank but 0 writes to a file of its own.")
+    parser.add_argument("-h", "--help", action="store_true", help="Show this and every configuration key.")
+    return parser
+
+
+def launch_words(config_file: Path | None, num_processes: int | None, cpu: bool = False) -> list[str]:
+    """`accelerate launch` for the GPUs of this machine, or else for two processes on its CPU."""
+    if cpu:
+        os.environ |= CPU_ONLY
+    config_file, num_processes = choose_launch(config_file, num_processes)
+    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config_file)]
+    words += ["--num_processes", str(num_processes)] if num_processes else []
+    # Of two launches on one machine the second would find accelerate's usual port taken. A configuration of several
+    # machines names one that they all know.
+    return words if names_a_port(config_file) else [*words, f"--main_process_port={free_port()}"]
+
+
+def names_a_port(config_file: Path) -> bool:
+    """Whether an accelerate configuration says which port its processes meet at."""
+    try:
+        settings = yaml.safe_load(config_file.read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # accelerate says what is wrong with it
+    return isinstance(settings, dict) and settings.get("main_process_port") is not None
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port: int = taken.getsockname()[1]
+        return port
+
+
+def choose_launch(
+    config_file: Path | None, num_processes: int | None, idle_gpu: bool = False
+) -> tuple[Path, int | None]:
+    """The accelerate configuration that is given or that the hardware decides on, and how many processes if not its.
+
+    Args:
+        config_file: What the user gave.
+        num_processes: What the user gave.
+        idle_gpu: Whether a GPU that torch cannot use may be passed over.
+
+    Raises:
+        UserError: There is no such file, or such a GPU.
+    """
+    if not idle_gpu:
+        refuse_idle_gpu()
+    if config_file is not None and not config_file.is_file():
+        raise UserError(f"there is no accelerate configuration {config_file}; see accelerate_configs/")
+    if config_file is not None:
+        return config_file, num_processes
+    if uses_gpu():
+        return ACCELERATE_CONFIGS / "gpu.yaml", num_processes or gpu_count()
+    cores = len(os.sched_getaffinity(0))
+    return ACCELERATE_CONFIGS / ("cpu_2.yaml" if cores > 1 else "cpu_1.yaml"), num_processes
+
+
+def machine_words(own: argparse.Namespace) -> list[str]:
+    """Where this machine stands among several; `--num_processes` is then the sum over all of them."""
+    if own.num_machines == 1:
+        return []
+    if not own.num_processes or own.num_processes % own.num_machines:
+        raise UserError(
+            f"--num_processes is {own.num_processes}, but must be a multiple of the {own.num_machines} machines"
+        )
+    place = {name: getattr(own, name) for name in ("num_machines", "machine_rank", "main_process_ip")}
+    words = [f"--{name}={value}" for name, value in (place | {"main_process_port": own.main_process_port}).items()]
+    # `standard` starts the processes of this machine alone; the default would start all of them over ssh.
+    return [*words, "--same_network", "--deepspeed_multinode_launcher=standard"]
+
+
+class StopRequest:
+    """Hands a request to stop on to the launch that is running, once; a second Ctrl-C kills it."""
+
+    def __init__(self, farewell: str):
+        """Listen; `farewell` is what is said about the workers' end when a stop is asked for."""
+        self.farewell, self.asked = farewell, False
+        self.process: subprocess.Popen[str] | None = None
+        for number in SIGNALS:
+            signal.signal(number, self._hand_on)
+
+    def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        if self.process is None:  # between two attempts
+            self.asked = True
+        elif self.asked and number == signal.SIGINT:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        elif not self.asked:
+            self.asked = True
+            say(f"stopping {self.farewell}; Ctrl-C again kills")
+            self.process.send_signal(signal.SIGTERM)
+
+
+def supervise(
+    command: list[str], farewell: str = "at the next step boundary, with a checkpoint", restarts: int = 0
+) -> int:
+    """Run a launch to its end, and again where a process of it died or hung.
+
+    Args:
+        command: The launch.
+        farewell: What is said about the workers' end when a stop is asked for.
+        restarts: How many times it may be started again.
+    """
+    os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
+    stop = StopRequest(farewell)
+    for left in reversed(range(restarts + 1)):
+        end = _launch_once(command, stop)
+        if end.status in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
+            return end.status
+        if end.status == -signal.SIGTERM and stop.asked:
+            say("stopped: before it began")
+            return EXIT_STOPPED
+        if end.cause is None or end.explained or stop.asked or not left:
+            break
+        say(f"{end.cause}; starting again from the last checkpoint ({left} restart{'s' if left > 1 else ''} left)")
+    if end.cause is not None and not end.explained:
+        say(
+            f"failed: {end.cause}; the same command goes on from the last checkpoint, and with --max-restarts N it "
+            "does so by itself"
+        )
+    return EXIT_FAILED
+
+
+@dataclass(frozen=True)
+class End:
+    """How a launch ended."""
+
+    status: int
+    explained: bool
+    """A worker has said why, and a new attempt would end in the same way."""
+    cause: str | None
+    """Which worker was the first to fail, and how."""
+
+
+def _launch_once(command: list[str], stop: StopRequest) -> End:
+    """Run a launch once.
+
+    A worker's exit status does not survive the launcher, which returns 1 and prints a traceback of its own. Workers
+    leave their status in a file; where that, or what the launcher says of the first worker to fail, explains the end,
+    the launcher's words are dropped.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        state_file = Path(folder) / "state.json"
+        environment = {
+            "OMP_NUM_THREADS": "1",  # one thread per process: as many processes as cores
+            "PET_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
+            **os.environ,
+            STATE_FILE_VARIABLE: str(state_file),
+            "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2",
+        }
+        aside: list[str] = []
+        said: set[str] = set()
+        # In a session of its own, so that a terminal's Ctrl-C comes here alone and is not taken for two requests.
+        with subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        ) as process:
+            stop.process = process
+            if stop.asked:  # meanwhile
+                process.send_signal(signal.SIGTERM)
+            assert process.stderr is not None
+            for line in process.stderr:
+                outcome = line.startswith(OUTCOMES)
+                if not outcome and (aside or CHATTER.search(line)):
+                    aside.append(line)
+                elif line not in said:  # an outcome that another rank has told already
+                    said |= {line} if outcome else set()
+                    sys.stderr.write(line)
+                    sys.stderr.flush()
+        stop.process = None
+        status = process.returncode
+        explained = state_file.exists()
+        if explained:
+            state = json.loads(state_file.read_text())
+            status, message = int(state["exit_status"]), state.get("message")
+            if message and message not in {line.rstrip("\n") for line in said}:  # a rank with a log of its own
+                say(message)
+    cause = None if explained else cause_of("".join(aside))
+    if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED) and not explained and cause is None:
+        sys.stderr.writelines(aside)
+    return End(status, explained, cause)
+
+
+def cause_of(words: str) -> str | None:
+    """Which worker failed first, and how, from what `accelerate launch` prints at its end."""
+    found = re.search(r"Root Cause.*?host\s+: (\S+).*?rank\s+: (\d+).*?exitcode\s+: (-?\d+)", words, flags=re.DOTALL)
+    if found is None:
+        return None
+    host, rank, status = found.group(1), found.group(2), int(found.group(3))
+    if status >= 0:
+        return f"rank {rank} on {host} ended with status {status}, for the reason that it gives above"
+    reason = " (by the system, for want of memory, unless somebody did)" if -status == signal.SIGKILL else ""
+    return f"rank {rank} on {host} was killed by {signal.Signals(-status).name}{reason}"
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    status = prep(words[1:]) if words[:1] == ["prep"] else main(words)
+    for number in SIGNALS:  # an interpreter that shuts down has no handlers, and a repeated notice would kill it
+        signal.signal(number, signal.SIG_IGN)
+    raise SystemExit(status)

@@ -1,0 +1,201 @@
+"""`./launch.sh slurm RECIPE`: train on several nodes of a cluster, through preemptions and time limits to the end."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.config import ACCELERATE_CONFIGS, Config, find_recipe, parse_config
+from pipeline.data.index import read_index
+from pipeline.data.inputs import check_inputs
+from pipeline.distributed.settings import resolve_precision
+from pipeline.errors import EXIT_STOPPED, EXIT_USER, UserError, require, run
+from pipeline.launch.plan import resolve
+from pipeline.launch.slurm import Job, Resources, submit
+from pipeline.progress import say
+from pipeline.training.run_folder import RunFolder
+
+PROG = "./launch.sh slurm"
+# SLURM gives notice this long before the time limit or a preemption; a step and a checkpoint must fit in.
+NOTICE_S = 300
+# Once the first launcher has ended, the others have this long: what they wait for may never come.
+LAST_WAIT_S = 60
+
+# One launcher per node, whose task number is the rank of its machine; they meet at the first node, where this script
+# runs too. Notice goes to the launcher of that node alone: signals to a step reach every process in it, workers of the
+# data loader and the tracker's among them. All ranks then agree to stop. It is repeated, since it is lost on a
+# launcher that is only starting.
+SCRIPT = """\
+launcher={folder}/launcher-$SLURM_JOB_ID.pid
+rm -f "$launcher"
+asked= step=
+running() {{ [[ $step ]] && kill -0 "$step" 2>/dev/null; }}
+
+hand_on() {{
+  while running; do
+    kill -USR2 "$(cat "$launcher")" 2>/dev/null || true
+    sleep 2
+  done
+}}
+
+stop() {{
+  trap '' USR2
+  asked=1
+  echo "job $SLURM_JOB_ID: asked to stop on $(date)"
+  hand_on
+}}
+trap stop USR2
+
+port=$((20000 + (SLURM_JOB_ID + ${{SLURM_RESTART_COUNT:-0}}) % 10000))
+srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait={wait_s} \\
+  --output={folder_pattern}/train-%j-node%n.log --open-mode=append bash -c '
+  trap "" USR2
+  ((SLURM_PROCID > 0)) || echo $$ >"$0"
+  exec "$@" --machine_rank="$SLURM_PROCID" --main_process_ip="$SLURM_LAUNCH_NODE_IPADDR"
+' "$launcher" {command} --main_process_port="$port" &
+step=$!
+if [[ $asked ]]; then # before there was anything to stop
+  hand_on
+fi
+while running; do
+  wait "$step" || true # a signal ends it too
+done
+status=0
+wait "$step" || status=$?
+rm -f "$launcher"
+if [[ $asked ]] && ((status != 0 && status != {mistake})); then
+  status={stopped} # whatever was under way, the last checkpoint stands
+fi
+echo "job $SLURM_JOB_ID: training ended with status $status on $(date)"
+{requeue}exit "$status"
+"""
+REQUEUE = """\
+if ((status == {stopped})); then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+"""
+
+
+def main(words: Sequence[str]) -> Path | None:
+    """Read the command line, check everything that a job would refuse after it has waited in the queue, and submit.
+
+    Args:
+        words: What stands behind `./launch.sh slurm`.
+
+    Returns:
+        The summary with the number of the job; None after a dry run.
+    """
+    own, overrides = _parser().parse_known_args(words)
+    if own.help or not words:
+        print(_parser().format_help())
+        return None
+    require(own.nodes >= 1, "--nodes", own.nodes, "1 or more")
+    require(own.gpus_per_node >= 0, "--gpus_per_node", own.gpus_per_node, "0 or more")
+    processes = own.gpus_per_node or own.processes_per_node
+    require(processes >= 1, "--processes_per_node", processes, "1 or more")
+    recipe = find_recipe(own.recipe)
+    config, _ = parse_config(["--config", str(recipe), *overrides], PROG)
+    accelerate = own.config_file or ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus_per_node else "cpu_2.yaml")
+    precision = resolve_precision(config.train.precision, bf16=own.gpus_per_node > 0)
+    resolve(config, accelerate, own.nodes, own.nodes * processes, precision)
+    for problem in find_problems(config, own.gpus_per_node):
+        if not own.dry_run:
+            raise UserError(problem)
+        say(f"note: {problem}")
+    launch = [
+        sys.executable, "-m", "pipeline.launch.launcher", str(recipe), f"--config_file={accelerate}",
+        f"--num_machines={own.nodes}", f"--num_processes={own.nodes * processes}",
+    ]  # fmt: skip
+    resources = Resources(
+        cpus_per_task=own.cpus_per_task or processes * (1 + config.data.workers),
+        nodes=own.nodes, ntasks_per_node=1, gpus_per_node=own.gpus_per_node or None, signal=f"B:USR2@{NOTICE_S}",
+        **{name: getattr(own, name) for name in ("mem", "time", "partition", "account", "qos")},
+    )  # fmt: skip
+    folder = Path(config.train.run).resolve()
+    folder = folder.with_name(f"{folder.name}.slurm")
+    launch += [f"--log_folder={folder / 'ranks'}", *overrides]
+    job = Job("train", script(launch, folder, own.requeue), resources, requeue=own.requeue)
+    return submit([job], folder, own.dry_run)
+
+
+def find_problems(config: Config, gpus_per_node: int) -> list[str]:
+    """What would end the job as soon as it starts, though it may be mended before it is submitted."""
+    problems = []
+    if gpus_per_node and torch.version.cuda is None:
+        problems.append(
+            f"torch {torch.__version__} of this installation has no CUDA, so GPUs would stand idle; "
+            "install a torch that has, or give --gpus_per_node 0"
+        )
+    try:
+        index = read_index(config.data.shards)
+        check_inputs(index, config.model, config.data.allow_leaks)
+        if RunFolder(Path(config.train.run)).check(config, index):
+            problems.append(f"{config.train.run} is finished already; for another run choose another --train.run")
+    except UserError as error:
+        problems.append(str(error))
+    return problems
+
+
+def script(launch: list[str], folder: Path, requeue: bool) -> str:
+    """The part of the batch script below its directives.
+
+    Args:
+        launch: The launcher's words, but for those that only a job knows.
+        folder: For the logs, absolute.
+        requeue: Whether a job that was stopped queues again, to go on from its checkpoint.
+    """
+    return SCRIPT.format(
+        folder=shlex.quote(str(folder)),
+        folder_pattern=shlex.quote(str(folder).replace("%", "%%")),
+        command=shlex.join(launch),
+        wait_s=LAST_WAIT_S,
+        mistake=EXIT_USER,
+        stopped=EXIT_STOPPED,
+        requeue=REQUEUE.format(stopped=EXIT_STOPPED) if requeue else "",
+    ).rstrip("\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage=f"{PROG} RECIPE --nodes N --gpus-per-node G [options] [--room.key VALUE ...]\n       {PROG} prep --help",
+        description="Write a batch script that trains a recipe on several nodes, and submit it. When SLURM takes the "
+        "nodes away, the job saves a checkpoint, queues again and goes on.",
+        epilog="All other options are the configuration's; ./launch.sh train --help lists them.",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", nargs="?", help="A name in pipeline/recipes, or a YAML file.")
+
+    def add(name: str, meaning: str, **settings: object) -> None:
+        spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
+        parser.add_argument(*sorted(spellings), dest=name, help=meaning, **settings)  # type: ignore[arg-type]
+
+    add("nodes", "Nodes; 1 if not given.", type=int, default=1)
+    add("gpus_per_node", "GPUs of each node, one process for each; 0 for processes on the CPU.", type=int, default=1)
+    add("processes_per_node", "Processes of each node without GPUs; 1 if not given.", type=int, default=1)
+    add("cpus_per_task", "Cores of each node; by default one per process and one per data.workers of each.", type=int)
+    add("config_file", "An accelerate configuration, by default accelerate_configs/multi_node.yaml.", type=Path)
+    add("mem", "Memory of each node, such as 200G; this and what follows is the cluster's default if not given.")
+    add("time", "Limit of the job, such as 04:00:00; it may be shorter than training, which goes on after a requeue.")
+    add("partition", "Where the job runs.")
+    add("account", "Whom it is charged to.")
+    add("qos", "Quality of service.")
+    add(
+        "requeue",
+        "Queue again when stopped by preemption or the time limit; this is so unless --no-requeue is given.",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+    )
+    add("dry_run", "Print the script and how it would be submitted, and do nothing.", action="store_true")
+    add("help", "Show this.", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(lambda: main(sys.argv[1:])))

@@ -1,5 +1,0 @@
-"""The report of a run: one self-contained page of HTML."""
-
-from pipeline.report.page import templates, write_report
-
-__all__ = ["templates", "write_report"]

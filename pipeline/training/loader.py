@@ -1,0 +1,156 @@
+"""The training loader: batches of this rank, from shards at random or streamed, from a cache, or from noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from pipeline.config import Config
+from pipeline.data.allocator import keep_freed_memory
+from pipeline.data.batch import Batch, collate
+from pipeline.data.copies import AUGMENTED, STREETVISION
+from pipeline.data.dataset import ShardDataset
+from pipeline.data.feature_dataset import FeatureDataset, open_split
+from pipeline.data.features import FeatureCache
+from pipeline.data.index import Index
+from pipeline.data.mixture import Mixture, MixtureSampler
+from pipeline.data.sampler import PositionSampler
+from pipeline.data.stand_in import StandIn
+from pipeline.data.streaming import StreamedSplit, inclusion
+from pipeline.devices import uses_gpu
+from pipeline.errors import UserError
+from pipeline.progress import say
+from pipeline.training.plan import plan_schedule, sampling_weights
+
+
+@dataclass(frozen=True)
+class TrainLoader:
+    """Micro-batches of one rank."""
+
+    loader: DataLoader[Batch]
+    order: PositionSampler | StreamedSplit
+    samples: int
+    """Of the training split."""
+    keys: tuple[str, ...] = ()
+    """Of its samples; empty for noise."""
+
+    def batches(self, samples_seen: int) -> Iterator[Batch]:
+        """Endless micro-batches, from where a run stands that has seen so many samples over all ranks."""
+        self.order.start = samples_seen
+        return iter(self.loader)
+
+    def name(self, row: int) -> str:
+        """Of the sample in a row of the split."""
+        return self.keys[row] if self.keys else f"noise {row}"
+
+
+def open_loader(
+    config: Config,
+    index: Index | None,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    cache: FeatureCache | None = None,
+) -> TrainLoader:
+    """The training split as `data` says; without shards, noise to try a step on.
+
+    Args:
+        config: Of the run.
+        index: Of the shards, None where there are none yet.
+        batch_size: Samples of one micro-batch.
+        rank: Of this process.
+        world_size: Number of processes.
+        cache: What `data.features` names.
+    """
+    if index is None:
+        if rank == 0:
+            say(f"no shards at {config.data.shards} yet: planning with a stand-in of noise, as if it were all the data")
+        noise = StandIn(2 * config.train.batch_size, config.input_spec, config.model.text_dim)
+        mixture = Mixture(config.train.seed)
+        return _random_access(config, noise, np.ones(len(noise)), mixture, batch_size, rank, world_size)
+    data = open_split(config.data.shards, index, "train", config.input_spec, cache)
+    weights, mixture = sampling_weights(config, data.split), mixture_of(config, data)
+    if rank == 0 and mixture.copies and not mixture.augment_share + mixture.streetvision_share:
+        say(
+            "the augmented copies in the feature cache are not used: data.augment_share and data.streetvision_share "
+            "are both 0"
+        )
+    if config.data.streaming:
+        return _streamed(config, data, weights, mixture, batch_size, rank, world_size)
+    return _random_access(config, data, weights, mixture, batch_size, rank, world_size)
+
+
+def mixture_of(config: Config, data: ShardDataset) -> Mixture:
+    """The regimes that `data` asks for.
+
+    Raises:
+        UserError: The feature cache has no copies of a kind that is asked for.
+    """
+    shares = {AUGMENTED: config.data.augment_share, STREETVISION: config.data.streetvision_share}
+    copies = data.copies - 1 if isinstance(data, FeatureDataset) else None
+    for kind, share in shares.items():
+        key = "data.augment_share" if kind is AUGMENTED else "data.streetvision_share"
+        if share and copies is not None and not kind.count(copies):
+            raise UserError(
+                f"{key} is {share:g}, but the feature cache {config.data.features} holds no {kind.name} copies; make "
+                f"it anew with `./launch.sh prep features --copies {kind.first}` or more, or set {key} to 0"
+            )
+    return Mixture(config.train.seed, shares[AUGMENTED], shares[STREETVISION], copies)
+
+
+def _random_access(
+    config: Config, data: ShardDataset | StandIn, weights: np.ndarray, mixture: Mixture, batch_size: int, rank: int,
+    world_size: int,
+) -> TrainLoader:  # fmt: skip
+    order = MixtureSampler(
+        weights,
+        plan_schedule(config, len(data)).samples_per_epoch,
+        mixture=mixture, batch_size=batch_size, rank=rank, world_size=world_size,
+    )  # fmt: skip
+    loader = DataLoader(
+        data, batch_sampler=order, num_workers=config.data.workers, collate_fn=collate,
+        worker_init_fn=keep_freed_memory, pin_memory=uses_gpu(),
+    )  # fmt: skip
+    return TrainLoader(loader, order, len(data), () if isinstance(data, StandIn) else keys_of(data))
+
+
+def _streamed(
+    config: Config, data: ShardDataset, weights: np.ndarray, mixture: Mixture, batch_size: int, rank: int,
+    world_size: int,
+) -> TrainLoader:  # fmt: skip
+    tars = len(data.split.shards)
+    if tars < world_size:
+        raise UserError(
+            f"data.streaming needs a tar for each of the {world_size} processes, and the training split has {tars}; "
+            "shard again with a smaller --shard_mb, or train with --data.streaming false"
+        )
+    drawn = plan_schedule(config, len(data)).samples_per_epoch
+    order = StreamedSplit(
+        data,
+        inclusion(weights, drawn),
+        mixture=mixture, buffer=config.data.shuffle_buffer, rank=rank, world_size=world_size,
+    )  # fmt: skip
+    workers = min(config.data.workers, tars // world_size)
+    if rank == 0:
+        say(
+            f"streaming {tars} tars with {world_size} x {max(1, workers)} readers: a pass draws about {drawn} of "
+            f"{len(data)} photos, mixed {config.data.shuffle_buffer} at a time; a resumed run starts a new pass, so "
+            "photos around the interruption may come once more or once less"
+        )
+    loader = DataLoader(
+        order,
+        batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=keep_freed_memory,
+        pin_memory=uses_gpu(),
+    )
+    return TrainLoader(loader, order, len(data), keys_of(data))
+
+
+def keys_of(data: ShardDataset) -> tuple[str, ...]:
+    """The key of every sample of a split, by row."""
+    return tuple(sample.key for sample in data.split.samples)

@@ -1,0 +1,20 @@
+"""The words that metadata may hold, in the order of their ids, matched without regard to case; and other names."""
+
+from typing import Literal
+
+WEATHER = ("sunny", "partly cloudy", "cloudy", "rainy", "snowy", "foggy", "wet", "icy")
+DAYTIME = ("light", "dark", "twilight")
+SCENE = ("urban", "suburban", "rural", "highway")
+
+# The six segmentation classes; value c + 1 in a mask PNG marks class c, 0 is background.
+MASK_CLASSES = (
+    "traffic cone",
+    "construction barrier",
+    "road work sign",
+    "worker",
+    "construction vehicle",
+    "construction equipment",
+)
+# What is measured: photos as they are, or as the live client sends them.
+Profile = Literal["native", "streetvision"]
+LABEL_NAMES = {0: "None", 1: "Roadwork"}

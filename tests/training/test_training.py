@@ -1,0 +1,240 @@
+"""Whole runs of the real launcher: two gloo processes, DeepSpeed ZeRO-2, on a few noisy photos."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pipeline.checkpoints.files import Damaged, check_checkpoint
+from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
+from pipeline.model.roadwork import RoadworkModel
+from tests.small_run import make_backbone, make_shards, random_labels, small_config
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.dist
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Shards, a backbone and a recipe of six steps."""
+    folder = tmp_path_factory.mktemp("world")
+    make_shards(folder / "shards", {"train": random_labels(24, 0), "val": random_labels(9, 1)})
+    recipe = Config(
+        train=TrainConfig(epochs=2, batch_size=8, micro_batch_size=2, log_every=1, wandb=False, patience=0),
+        data=DataConfig(shards=str(folder / "shards"), epoch_share=1.0, workers=0),
+        model=small_config(make_backbone(folder / "backbone"), dropout=0.0, metadata_all_dropout=0.0,
+                           metadata_field_dropout=0.0, pruning="off"),
+        optim=OptimConfig(lr=3e-3),
+        checkpoint=CheckpointConfig(every_steps=1, every_minutes=0),
+    )  # fmt: skip
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    return folder
+
+
+def launch(world: Path, run: Path, *words: str, processes: int = 2) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "pipeline.launch.launcher", str(world / "recipe.yaml"),
+        "--config_file", str(ROOT / "accelerate_configs" / f"cpu_{processes}.yaml"), "--run", str(run), *words,
+    ]  # fmt: skip
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == status, err
+    return out, err
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
+    return [line["loss"] for line in lines]
+
+
+def train_losses(run: Path) -> dict[int, float]:
+    """Those of the steps that this folder has seen."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world):
+    """A run of two processes from beginning to end."""
+    run = world / "uninterrupted"
+    out, _ = finish(launch(world, run))
+    assert out.splitlines()[-1] == str((run / "summary.json").resolve())
+    return run
+
+
+def test_two_processes_train_validate_and_leave_a_run_folder(uninterrupted):
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert (summary["steps"], summary["samples_seen"], summary["epochs"]) == (STEPS, 48, 2.0)
+    assert summary["best"]["val"]["n"] == 9
+    curve = losses(uninterrupted)
+    assert curve[-2] < curve[0]
+    provenance = json.loads((uninterrupted / "provenance.json").read_text())
+    assert provenance["hardware"]["processes"] == 2
+    assert provenance["versions"]["torch"] == torch.__version__
+    assert not RoadworkModel.from_pretrained(uninterrupted / "model").training
+    best = summary["best"]["step"]
+    assert [path.name for path in sorted((uninterrupted / "checkpoints").glob("step-*"))] == [
+        f"step-{step:08d}" for step in sorted({best, STEPS - 1, STEPS})
+    ]
+
+
+def test_a_finished_run_returns_at_once_and_other_settings_are_refused(world, uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    out, _ = finish(launch(world, uninterrupted, processes=1))
+    assert out.splitlines()[-1] == str((uninterrupted / "summary.json").resolve())
+    _, err = finish(launch(world, uninterrupted, "--epochs", "3"), status=2)
+    assert "error: " in err
+    assert "train.epochs=2 (now 3)" in err
+    assert "Traceback" not in err
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_stopped_run_goes_on_to_bitwise_the_same_losses(world, uninterrupted):
+    run = world / "stopped"
+    process = launch(world, run)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = finish(process, status=75)
+    assert "Traceback" not in err
+    assert not (run / "summary.json").exists()
+    taken = max(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+    assert 2 <= taken < STEPS
+    _, err = finish(launch(world, run))
+    assert f"resuming at step {taken} of {STEPS}" in err
+    assert losses(run) == losses(uninterrupted)
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, uninterrupted))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_killed_run_falls_back_to_the_checkpoint_that_is_whole(world, uninterrupted):
+    run = world / "killed"
+    process = launch(world, run)
+    while len(list((run / "checkpoints").glob("step-*"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    kill_family(process.pid)
+    process.communicate()
+    newest = max((run / "checkpoints").glob("step-*"))
+    weights = newest / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64] + bytes(64))
+    with pytest.raises(Damaged, match=r"^weights\.safetensors has another SHA-256"):
+        check_checkpoint(newest)
+    _, err = finish(launch(world, run))
+    assert f"checkpoint {newest} is damaged" in err
+    assert losses(run) == losses(uninterrupted)
+
+
+def kill_family(pid: int) -> None:
+    """kill -9 of a process and all below it."""
+    for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+        os.kill(process.pid, signal.SIGKILL)
+
+
+def test_one_process_and_accumulation_take_the_same_steps(world, uninterrupted):
+    """Neither world size nor micro-batches change the loss: 1 x 8 against 2 x 2 x 2."""
+    run = world / "alone"
+    finish(launch(world, run, "--train.micro_batch_size", "8", processes=1))
+    assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def half(world):
+    """A run of two processes that share experts, as it was after its third step."""
+    run = world / "half"
+    finish(launch(world, run, "--train.expert_parallel", "2", "--checkpoint.keep", str(STEPS)))
+    for path in (run / "checkpoints").glob("step-*"):
+        if int(path.name.removeprefix("step-")) > STEPS // 2:
+            shutil.rmtree(path)
+    (run / "summary.json").unlink()
+    return run
+
+
+@pytest.mark.parametrize(("processes", "stage", "experts"), [(1, 1, 1), (4, 3, 2)])
+def test_a_run_goes_on_in_other_processes_stage_and_placement_of_experts(
+    world, half, uninterrupted, processes, stage, experts
+):
+    run = world / f"on-{processes}"
+    shutil.copytree(half, run)
+    accelerate = yaml.safe_load((ROOT / "accelerate_configs" / "cpu_2.yaml").read_text())
+    accelerate["num_processes"] = processes
+    accelerate["deepspeed_config"]["deepspeed_config_file"] = f"ds_configs/zero{stage}.json"
+    config = world / f"on-{processes}.yaml"
+    config.write_text(yaml.safe_dump(accelerate))
+    _, err = finish(launch(world, run, "--config_file", str(config), "--train.expert_parallel", str(experts)))
+    assert f"resuming at step {STEPS // 2} of {STEPS}" in err
+    assert losses(run) == pytest.approx(losses(uninterrupted), rel=1e-6)
+
+
+def test_a_dry_run_plans_takes_two_steps_and_writes_nothing(world):
+    out, err = finish(launch(world, world / "dry", "--dry-run", processes=1))
+    for word in ("batch ", "steps ", "lr ", "parameters ", "memory ", "dry run: 2 steps"):
+        assert word in err
+    assert out == ""
+    assert not (world / "dry").exists()
+
+
+def test_weights_and_biases_logs_offline_into_the_run_folder(world):
+    run = world / "tracked"
+    _, err = finish(launch(world, run, "--train.wandb", "true", "--epochs", "1", processes=1))
+    assert "logging offline" in err
+    assert list(run.glob("wandb/offline-run-*"))
+
+
+def test_a_run_whose_machine_is_lost_goes_on_elsewhere_from_its_synced_checkpoint(world, uninterrupted):
+    """With another number of processes, and with the best weights, which no checkpoint but the best one holds."""
+    run, url = world / "lost", f"file://{world}/remote"
+    process = launch(world, run, "--checkpoint.sync", url)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 4/"):
+            process.send_signal(signal.SIGINT)
+            break
+    finish(process, status=75)
+    run.rename(world / "gone")
+    taken = max(int(path.name.removeprefix("step-")) for path in (world / "remote").glob("step-*"))
+    assert 4 <= taken < STEPS
+    _, err = finish(launch(world, run, "--resume", url, processes=1))
+    assert f"fetched checkpoint {url}/step-{taken:08d}" in err
+    assert f"resuming at step {taken} of {STEPS}" in err
+    after, expected = (train_losses(folder) for folder in (run, uninterrupted))
+    assert list(after) == list(range(taken + 1, STEPS + 1))
+    assert after == pytest.approx({step: expected[step] for step in after}, rel=1e-6)
+    best = [json.loads((folder / "summary.json").read_text())["best"]["step"] for folder in (run, uninterrupted)]
+    assert best[0] == best[1]
+    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, uninterrupted))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in theirs)
+
+
+def test_a_disk_without_room_for_checkpoints_does_not_end_a_run(world, uninterrupted):
+    """The system lets no file grow to the size of the optimizer's state, but those of the best model fit."""
+    newest = max((uninterrupted / "checkpoints").glob("step-*"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3 * (newest / "weights.safetensors").stat().st_size // 2, limits[1]))
+    try:
+        process = launch(world, world / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    _, err = finish(process)
+    assert "the checkpoint of step 1 is not saved (file too large); there is no earlier one" in err
+    assert f"the state of step {STEPS} is not saved; there is no earlier one" in err
+    assert list((world / "full" / "checkpoints").iterdir()) == []
+    assert losses(world / "full") == losses(uninterrupted)
