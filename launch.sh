@@ -19,7 +19,7 @@ usage: ./launch.sh COMMAND [options]        `./launch.sh COMMAND --help` explain
              or ./launch.sh slurm prep --parts N [options of prep shard] [--dry-run]
   train      train a recipe: ./launch.sh train demo [--config_file ACCELERATE.yaml] [--epochs N] [--dry-run] [--room.key VALUE]
   evaluate   score a run on splits it never saw, and write its report
-  calibrate  find out on the validation split when a run's model may stop looking at further views
+  early-exit find out on the validation split when a run's model may stop looking at further views
   export     write the best weights as a Hugging Face folder
   predict    probabilities for files, folders and globs
   bench      measure beside other tools in the same run: ./launch.sh bench prep [--quick]
@@ -75,15 +75,32 @@ setup() {
   say "setup: done"
 }
 
-module() { "$venv/bin/python" -m "$@"; }
+# Python takes the place of this shell, so that a signal reaches it, and its exit status whoever started the shell.
+module() { exec "$venv/bin/python" -m "$@"; }
 
-# One step of the demo: says the command, which anyone may type, and runs it.
+# One step of the demo: says the command, which anyone may type, and runs it. A signal is handed on to the step.
 step() {
-  local title=$1
+  local title=$1 status
   shift
   say ""
   say "== $title: ./launch.sh $*"
-  dispatch "$@" >/dev/null
+  (dispatch "$@" >/dev/null) &
+  child=$!
+  while true; do
+    status=0
+    wait "$child" || status=$?
+    kill -0 "$child" 2>/dev/null || break # or else a signal ended the waiting, not the step
+  done
+  if [[ $asked && $status -ne 0 ]]; then
+    say "stopped: ./launch.sh demo resumes here"
+    exit 75
+  fi
+  return "$status"
+}
+
+hand_on() {
+  asked=1
+  [[ -z $child ]] || kill -s "$1" "$child" 2>/dev/null || true
 }
 
 demo() {
@@ -94,11 +111,17 @@ demo() {
     --help | -h | *)
       say "usage: ./launch.sh demo [--quick]"
       say "Makes procedural street scenes, shards them, trains the complete model and a baseline on the embedded"
-      say "backbone, evaluates on cities it never saw, exports and predicts. Run it again to go on where it stopped."
+      say "backbone, evaluates on cities it never saw, exports and predicts. Run it again to resume where it stopped."
       say "--quick takes under two minutes and shows the road, not the quality."
       [[ $1 == --help || $1 == -h ]] && return 0 || return 2
       ;;
   esac
+  local signal child="" asked=""
+  for signal in INT TERM HUP USR2; do
+    # shellcheck disable=SC2064 # which signal it is, is known now
+    trap "hand_on $signal" "$signal"
+  done
+  set -m # or else a step would ignore Ctrl-C, as all background jobs of a script do
   local on=(--shards "$run/shards" --data.features "$run/features" "${short[@]}")
   step "photos" prep scenes --out "$run/scenes" --images "$images" --difficulty 0.2 --seed 1
   step "shards" prep shard --source "$run/scenes" --out "$run/shards"
@@ -119,8 +142,10 @@ run_tests() {
   "$venv/bin/ruff" check .
   "$venv/bin/ruff" format --check .
   "$venv/bin/mypy"
-  # Two files of tests at a time, see tests/conftest.py; threads of theirs would only wait for each other.
-  OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest -m "not gpu" --numprocesses auto --maxprocesses 4 "$@"
+  # Two files of tests at a time, see tests/conftest.py; threads of theirs would only wait for each other. The tests
+  # are about the CPU, and tests marked gpu are run by hand.
+  export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu
+  module pytest -m "not gpu" --numprocesses auto --maxprocesses 4 "$@"
 }
 
 dispatch() {
@@ -146,13 +171,13 @@ dispatch() {
       fi
       ;;
     bench) module benchmarks "$@" ;;
-    doctor | evaluate | calibrate | export | predict) module "pipeline.$command" "$@" ;;
+    doctor | evaluate | early-exit | export | predict) module "pipeline.${command/-/_}" "$@" ;;
   esac
 }
 
 case ${1:-} in
   "" | -h | --help | help) usage ;;
-  setup | demo | test | prep | slurm | train | doctor | evaluate | calibrate | export | predict | bench)
+  setup | demo | test | prep | slurm | train | doctor | evaluate | early-exit | export | predict | bench)
     setup # not `setup && ...`, in which a failure inside would be passed over
     dispatch "$@"
     ;;

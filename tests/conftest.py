@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
+from pipeline.devices import CPU_ONLY
+
 # Tests that start several processes fill the cores by themselves: one after the other, beside all the rest.
-SEVERAL_PROCESSES = ("tests/distributed/", "tests/slurm/")
+SEVERAL_PROCESSES = (
+    "tests/checkpoints/", "tests/compatibility/", "tests/distributed/", "tests/slurm/",
+    *(f"tests/training/test_{name}.py" for name in ("cached_training", "faults", "streaming", "training")),
+)  # fmt: skip
 STREET_PHOTOS = Path(__file__).parents[1].parent / "shared" / "data" / "street_photos"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep tests off the GPUs of this machine, but for those that are about them."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ |= CPU_ONLY
 
 
 @pytest.fixture(scope="session")

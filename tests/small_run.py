@@ -62,13 +62,13 @@ def small_config(backbone: str, **changes: object) -> ModelConfig:
 def make_model(backbone: str, **changes: object) -> RoadworkModel:
     """A model whose answers spread around one half; with usual weights it hardly tells noise from noise."""
     torch.manual_seed(1)
-    model = RoadworkModel.build(small_config(backbone, **changes)).eval()
-    batch = collate([prepare(noisy_photo(seed), SIDE, model.config.num_views) for seed in range(8)])
+    model = RoadworkModel.build(small_config(backbone, **changes), None).eval()
+    batch = collate([prepare(noisy_photo(seed), model.config.input_spec) for seed in range(8)])
     last = [part for part in model.head.modules() if isinstance(part, nn.Linear) and part.out_features == 2][-1]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-        logits = model(**batch, null_metadata=True).logits
+        logits = model(batch, null_metadata=True).logits
         last.bias -= logits.mean(dim=0)
     return model
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from pipeline.config import ALIASES, Config, parse_config, read_config, to_yaml
-from pipeline.distributed.settings import read_ds_config
+from pipeline.distributed.settings import read_deepspeed
 from pipeline.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -28,12 +28,12 @@ def test_every_accelerate_configuration_names_a_deepspeed_file(path):
     settings = yaml.safe_load(path.read_text())
     assert settings["distributed_type"] == "DEEPSPEED"
     assert not settings["use_cpu"]  # Accelerate would turn DeepSpeed off
-    read_ds_config(ROOT / settings["deepspeed_config"]["deepspeed_config_file"])
+    read_deepspeed(ROOT / settings["deepspeed_config"]["deepspeed_config_file"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
 def test_every_deepspeed_file_leaves_nothing_to_be_guessed(path):
-    settings = read_ds_config(path)
+    settings = read_deepspeed(path)
     assert "auto" not in str(settings)
     assert settings["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero").removesuffix("_offload"))
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.doctor import BAD, GOOD, doctor
+from pipeline.doctor import doctor
 from pipeline.errors import AuditFailed
+from pipeline.launch.checks import BAD, GOOD
 from tests.small_run import make_shards
 
 NODE = Path(__file__).parents[1] / "accelerate_configs" / "node_8.yaml"

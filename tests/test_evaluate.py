@@ -7,20 +7,25 @@ import pytest
 import torch
 from sklearn import metrics as sk
 
-from pipeline.data.batch import collate, model_inputs
+from pipeline.data import dataset as dataset_module
+from pipeline.data.batch import collate
 from pipeline.data.copies import make_copy
 from pipeline.data.dataset import ShardDataset, prepare_image
 from pipeline.data.index import read_index
 from pipeline.data.photo import decode
 from pipeline.devices import pick_device
 from pipeline.errors import UserError
-from pipeline.evaluate import evaluate, score_clusters, score_split
+from pipeline.evaluate import evaluate
 from pipeline.evaluation.inference import kept_views
 from pipeline.evaluation.report.headline import headline
+from pipeline.evaluation.scoring import score_clusters, score_split
+from pipeline.export import export
 from pipeline.model.backbone import FrozenBackbone
+from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
+from pipeline.predict import predict
 from tests.feature_cache import make_cache
-from tests.small_run import make_backbone, make_model, make_run, make_shards, random_labels
+from tests.small_run import make_backbone, make_model, make_run, make_shards, noisy_photo, random_labels
 
 N = {"val": 40, "test": 61}
 
@@ -93,11 +98,11 @@ def test_probabilities_and_kept_views_are_the_models_own(evaluated, trained):
     rows = evaluated[2]
     model = RoadworkModel.from_pretrained(trained / "model").eval()
     shards = trained.parent / "shards"
-    dataset = ShardDataset(shards, read_index(shards), "test", 32, 12, 4)
+    dataset = ShardDataset(shards, read_index(shards), "test", InputSpec(32, mask_side=4))
     batch = collate([dataset[row] for row in range(5)])
     with torch.no_grad():
-        blind = model(**model_inputs(batch), null_metadata=True)
-        informed = model(**model_inputs(batch))
+        blind = model(batch, null_metadata=True)
+        informed = model(batch)
     written = rows[rows["split"] == "test"].head(5)
     np.testing.assert_allclose(written["probability_null"], model.probability(blind.logits), atol=1e-5)
     np.testing.assert_allclose(written["probability"], model.probability(informed.logits), atol=1e-5)
@@ -247,75 +252,83 @@ def sent(evaluated, tmp_path_factory):
     """The evaluated run, evaluated once more on what the live client would send."""
     run = shutil.copytree(evaluated[0], tmp_path_factory.mktemp("sent") / "run")
     path = evaluate(run, profile="streetvision", workers=0)
-    return run, json.loads(path.read_text()), pd.read_csv(run / "predictions_streetvision.csv")
+    assert path == (run / "streetvision" / "summary.json").resolve()
+    return run, json.loads(path.read_text()), pd.read_csv(run / "streetvision" / "predictions.csv")
 
 
 def test_the_clients_profile_leaves_the_native_evaluation_as_it_was(sent, evaluated):
-    run, summary, _ = sent
-    before = json.loads((evaluated[0] / "summary.json").read_text())
-    client = summary["streetvision"]
-    assert summary == {**before, "streetvision": client}
-    assert (run / "predictions.csv").read_bytes() == (evaluated[0] / "predictions.csv").read_bytes()
+    run, client, _ = sent
+    for name in ("summary.json", "predictions.csv", "report.html"):
+        assert (run / name).read_bytes() == (evaluated[0] / name).read_bytes()
     assert (client["val"]["n"], client["test"]["n"]) == (40, 60)
-    assert client["evaluation"]["source_sha256"] == summary["evaluation"]["source_sha256"]
+    assert client["evaluation"]["source_sha256"] == evaluated[1]["evaluation"]["source_sha256"]
 
 
 def test_the_client_is_answered_from_its_224_pixels_without_metadata(sent, trained):
     _, _, rows = sent
     shards = trained.parent / "shards"
-    dataset = ShardDataset(shards, read_index(shards), "test", 32, 12, 4)
+    dataset = ShardDataset(shards, read_index(shards), "test", InputSpec(32, mask_side=4))
     model, views = RoadworkModel.from_pretrained(trained / "model").eval(), []
     for row in range(5):
         record, photo = dataset.sample(row)
-        views.append(prepare_image(make_copy(decode(photo), record.sha256, 1), 32, 12))
+        views.append(prepare_image(make_copy(decode(photo), record.sha256, 1), InputSpec(32)))
     with torch.no_grad():
-        output = model(**collate(views), null_metadata=True)
+        output = model(collate(views), null_metadata=True)
     written = rows[rows["split"] == "test"].head(5)
     np.testing.assert_allclose(written["probability_null"], model.probability(output.logits), atol=1e-5)
     np.testing.assert_allclose(rows["probability"], rows["probability_null"], atol=1e-6)
 
 
-def test_the_clients_cut_is_the_best_on_what_it_sends(sent):
-    _, summary, rows = sent
+def test_the_clients_cut_is_the_best_on_what_it_sends(sent, evaluated):
+    _, client, rows = sent
     val = rows[rows["split"] == "val"]
     values = np.unique(val["probability_null"])
     highest = max(
         sk.matthews_corrcoef(val["label"], val["probability_null"] > cut) for cut in (values[1:] + values[:-1]) / 2
     )
-    assert summary["streetvision"]["val"]["mcc_null_metadata"] == pytest.approx(highest)
-    threshold = summary["streetvision"]["evaluation"]["threshold"]
-    assert threshold == summary["streetvision"]["test"]["threshold"] != summary["test"]["threshold"]
+    assert client["val"]["mcc_null_metadata"] == pytest.approx(highest)
+    threshold = client["evaluation"]["threshold"]
+    assert threshold == client["test"]["threshold"] != evaluated[1]["test"]["threshold"]
     assert (rows["prediction"] == (rows["probability_null"] > threshold)).all()
 
 
-def test_the_report_shows_both_profiles_whichever_was_evaluated_last(sent, evaluated, tmp_path):
-    page = (sent[0] / "report.html").read_text()
-    assert "test, streetvision" in page
+def test_each_profile_has_a_report_and_a_later_native_one_shows_both(sent, evaluated, tmp_path):
     assert "test, streetvision" not in (evaluated[0] / "report.html").read_text()
+    page = (sent[0] / "streetvision" / "report.html").read_text()
+    assert "run, streetvision: roadwork report" in page
     run = shutil.copytree(sent[0], tmp_path / "run")
     evaluate(run, splits=["test"], workers=0)
-    assert (run / "report.html").read_text().count("test, streetvision") == 1
+    page = (run / "report.html").read_text()
+    assert page.count("test, streetvision") == 1
+    assert "val, streetvision" in page
 
 
 def test_scores_on_other_shards_are_not_shown_beside_these(sent, tmp_path, capsys):
     run = shutil.copytree(sent[0], tmp_path / "run")
     headline(run)
     assert "client    MCC" in capsys.readouterr().err
-    summary = json.loads((run / "summary.json").read_text())
-    summary["streetvision"]["evaluation"]["source_sha256"] = "b" * 64
-    (run / "summary.json").write_text(json.dumps(summary))
+    path = run / "streetvision" / "summary.json"
+    client = json.loads(path.read_text())
+    client["evaluation"]["source_sha256"] = "b" * 64
+    path.write_text(json.dumps(client))
     headline(run)
     assert "client    MCC" not in capsys.readouterr().err
     evaluate(run, profile="streetvision", splits=["test"], baseline=sent[0], workers=0)
-    client = json.loads((run / "summary.json").read_text())["streetvision"]
-    assert client.keys() == {"test", "evaluation", "baseline"}
-    assert client["evaluation"]["threshold"] == summary["streetvision"]["evaluation"]["threshold"]
-    page = (run / "report.html").read_text()
-    assert "val, streetvision" not in page
-    assert f"on the same: MCC {client['baseline']['mcc']:.3f}" in page
+    again = json.loads(path.read_text())
+    assert again.keys() == {"test", "evaluation", "baseline"}
+    assert again["evaluation"]["threshold"] == client["evaluation"]["threshold"]
+    page = (run / "streetvision" / "report.html").read_text()
+    assert f"on the same frozen backbone and photos: MCC {again['baseline']['mcc']:.3f}" in page
 
 
-def test_the_clients_profile_alone_has_no_report_and_takes_no_cache(trained, cached, tmp_path, capsys):
+def test_scores_of_the_clients_profile_are_found_where_version_0_1_wrote_them(sent, evaluated, tmp_path, capsys):
+    run = shutil.copytree(evaluated[0], tmp_path / "run")
+    (run / "summary.json").write_text(json.dumps({**evaluated[1], "streetvision": sent[1]}))
+    headline(run)
+    assert f"client    MCC {sent[1]['test']['mcc_null_metadata']:.3f}" in capsys.readouterr().err
+
+
+def test_the_clients_profile_takes_no_cache_and_no_cut_for_whole_photos(trained, cached, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     with pytest.raises(UserError, match=r"leave --features out with --profile streetvision"):
         evaluate(run, profile="streetvision", features=str(cached[1]), workers=0)
@@ -323,6 +336,27 @@ def test_the_clients_profile_alone_has_no_report_and_takes_no_cache(trained, cac
         evaluate(run, profile="streetvision", splits=["test"], workers=0)
     evaluate(run, profile="streetvision", splits=["val"], workers=0)
     assert not (run / "report.html").exists()
-    assert "for a report, `evaluate --run" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"no evaluation on test; run `evaluate --run .*run` first"):
         evaluate(trained, baseline=run, workers=0)
+
+
+@pytest.mark.parametrize("known", ["run", "model"])
+def test_a_run_decodes_as_it_was_trained_in_evaluation_export_and_prediction(trained, tmp_path, monkeypatch, known):
+    """Photos of 96 x 64 are never halved at 32 px; what is asked of the decoder is what counts."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    place = run / "config.yaml" if known == "run" else run / "model" / "config.json"
+    text = place.read_text()
+    changed = text.replace("decode_scale: full", "decode_scale: half").replace('"full"', '"half"')
+    assert changed != text
+    place.write_text(changed)
+    asked = []
+    real = dataset_module.decode_scaled
+    monkeypatch.setattr(dataset_module, "decode_scaled", lambda *a: (asked.append(a[1].decode_scale), real(*a))[1])
+    evaluate(run, workers=0)
+    wanted = "half" if known == "run" else "full"  # of a run, its own configuration counts
+    assert set(asked) == {wanted}
+    export(run, out=tmp_path / "exported")
+    asked.clear()
+    (tmp_path / "photo.jpg").write_bytes(noisy_photo(1))
+    predict(tmp_path / "exported", [str(tmp_path / "photo.jpg")], tmp_path / "x.csv", workers=0)
+    assert asked == [wanted]

@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import pipeline.export
-from pipeline.data.batch import collate, model_inputs
+import pipeline.evaluation.exported
+from pipeline.data.batch import collate
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate
 from pipeline.export import export
+from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.predict import predict
 from tests.small_run import make_backbone, make_model, make_run, make_shards, noisy_photo, random_labels
@@ -39,10 +40,10 @@ def run(original, tmp_path):
 def logits_of(folder, run):
     """A saved model's answers to some photos of the run's test split."""
     shards = Path(json.loads((run / "summary.json").read_text())["evaluation"]["shards"])
-    dataset = ShardDataset(shards, read_index(shards), "test", 32, 12, 4)
+    dataset = ShardDataset(shards, read_index(shards), "test", InputSpec(32, mask_side=4))
     model = RoadworkModel.from_pretrained(folder).eval()
     with torch.no_grad():
-        return model(**model_inputs(collate([dataset[row] for row in range(4)]))).logits
+        return model(collate([dataset[row] for row in range(4)])).logits
 
 
 def test_the_exported_folder_gives_bitwise_the_same_logits(run, tmp_path):
@@ -105,7 +106,7 @@ def test_files_that_others_put_into_the_folder_stay(run, tmp_path):
 
 
 def test_a_failed_export_leaves_no_trace(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.export, "verify", lambda *_: 1 / 0)
+    monkeypatch.setattr(pipeline.evaluation.exported, "verify", lambda *_: 1 / 0)
     before = (run / "model" / "config.json").read_bytes()
     for out in (None, tmp_path / "new"):
         with pytest.raises(ZeroDivisionError):

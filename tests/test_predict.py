@@ -13,8 +13,10 @@ from pipeline.data.batch import collate
 from pipeline.data.dataset import prepare
 from pipeline.data.views import VIEW_NAMES
 from pipeline.errors import UserError
+from pipeline.evaluation.prediction import find_photos
+from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.predict import find_photos, predict
+from pipeline.predict import predict
 from tests.small_run import make_backbone, make_model, noisy_photo
 
 
@@ -61,9 +63,9 @@ def test_answers_are_the_models_own_without_metadata(model_folder, photos, tmp_p
     predict(model_folder, [str(photos)], tmp_path / "x.csv", workers=0)
     model = RoadworkModel.from_pretrained(model_folder).eval()
     for row in (row for row in read_csv(tmp_path / "x.csv") if not row["error"]):
-        views = collate([prepare(Path(row["path"]).read_bytes(), 32, 12)])
+        views = collate([prepare(Path(row["path"]).read_bytes(), InputSpec(32))])
         with torch.no_grad():
-            output = model(**views, null_metadata=True)
+            output = model(views, null_metadata=True)
         log_odds = float(output.logits[0, 1] - output.logits[0, 0])
         assert float(row["probability"]) == pytest.approx(1 / (1 + np.exp(-log_odds)), abs=1e-5)
         assert row["label"] == ("Roadwork" if log_odds > 0 else "None")
@@ -139,7 +141,7 @@ def test_an_interrupted_prediction_leaves_the_old_file(model_folder, photos, tmp
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.predict.score", interrupt)
+    monkeypatch.setattr("pipeline.evaluation.prediction.score", interrupt)
     with pytest.raises(KeyboardInterrupt):
         predict(model_folder, [str(photos)], tmp_path / "x.csv", workers=0)
     assert (tmp_path / "x.csv").read_text() == "old"

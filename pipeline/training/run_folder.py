@@ -70,8 +70,8 @@ class RunFolder:
     def text_encoder(self) -> str | None:
         """Whose vectors of descriptions the run was trained on; None where its shards had none."""
         provenance = self.path / "provenance.json"
-        known = json.loads(provenance.read_text())["data"]["arguments"] if provenance.is_file() else {}
-        return known.get("text_encoder") or None
+        known = json.loads(provenance.read_text()) if provenance.is_file() else {}
+        return known.get("data", {}).get("arguments", {}).get("text_encoder") or None
 
     def check(self, config: Config, index: Index) -> bool:
         """Check that the folder is free, or holds a run of the same configuration and data.

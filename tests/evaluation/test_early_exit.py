@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from pipeline.early_exit import calibrate
+from pipeline.early_exit import early_exit
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate
 from pipeline.evaluation.early_exit import Risk, RoundAnswers, best_order, fit_rule
@@ -119,7 +119,7 @@ def run(trained, tmp_path):
 
 
 def test_a_calibrated_model_prunes_dynamically_in_evaluation_export_and_prediction(run, tmp_path):
-    found = json.loads(calibrate(run, max_loss=0.4, workers=0).read_text())["calibration"]
+    found = json.loads(early_exit(run, max_loss=0.4, workers=0).read_text())["calibration"]
     model = load_model(run / "model", torch.device("cpu"))
     assert model.config.pruning == "dynamic"
     assert model.config.stopping == found["stopping"]
@@ -141,14 +141,14 @@ def test_a_calibrated_model_prunes_dynamically_in_evaluation_export_and_predicti
 
 
 def test_what_training_and_evaluation_wrote_stays_in_the_summary(run):
-    summary = json.loads(calibrate(run, workers=0).read_text())
+    summary = json.loads(early_exit(run, workers=0).read_text())
     assert summary["steps"] == 8
     assert summary["calibration"]["n"] == 40
     assert summary["calibration"]["mcc"] >= summary["calibration"]["mcc_without"] - 2 / 40 - 1e-9
 
 
 def test_fixed_views_are_chosen_and_then_used_for_every_photo(run):
-    found = json.loads(calibrate(run, pruning="fixed", workers=0).read_text())["calibration"]
+    found = json.loads(early_exit(run, pruning="fixed", workers=0).read_text())["calibration"]
     assert sorted(found["fixed_views"]) == list(range(1, 12))
     model = load_model(run / "model", torch.device("cpu"))
     assert (model.config.pruning, model.config.fixed_views) == ("fixed", found["fixed_views"])
@@ -156,12 +156,12 @@ def test_fixed_views_are_chosen_and_then_used_for_every_photo(run):
 
 def test_wrong_use_ends_in_one_sentence(run, trained, tmp_path):
     with pytest.raises(UserError, match="--max_loss"):
-        calibrate(run, max_loss=0.0)
+        early_exit(run, max_loss=0.0)
     with pytest.raises(UserError, match="no run at"):
-        calibrate(tmp_path / "nowhere")
+        early_exit(tmp_path / "nowhere")
     make_shards(tmp_path / "one_class", {"val": [1, 1, None]})
     with pytest.raises(UserError, match="not both classes"):
-        calibrate(run, shards=str(tmp_path / "one_class"), workers=0)
+        early_exit(run, shards=str(tmp_path / "one_class"), workers=0)
     baseline = make_model(load_model(run / "model", torch.device("cpu")).config.backbone, head="mean_pool")
     with pytest.raises(UserError, match="prunes no views"):
-        calibrate(make_run(tmp_path / "baseline", baseline, trained.parent / "shards"))
+        early_exit(make_run(tmp_path / "baseline", baseline, trained.parent / "shards"))

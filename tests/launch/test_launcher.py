@@ -13,7 +13,7 @@ from pipeline.config import find_recipe
 from pipeline.errors import UserError
 from pipeline.launch.launcher import launch_words, main, supervise
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_recipe_is_found_by_name_or_path(tmp_path):

@@ -8,11 +8,12 @@ import pytest
 import yaml
 
 from pipeline.config import Config, OptimConfig, TrainConfig
+from pipeline.distributed.settings import describe_engine
 from pipeline.errors import UserError
-from pipeline.launch.plan import describe, resolve
+from pipeline.launch.plan import resolve
 from pipeline.model.config import ModelConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ACCELERATE = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 DEEPSPEED = sorted((ROOT / "ds_configs").glob("*.json"))
 LAUNCH = {
@@ -39,31 +40,33 @@ def test_every_ready_file_goes_with_every_other(tmp_path, accelerate, deepspeed)
     (tmp_path / "launch.yaml").write_text(yaml.safe_dump(values))
     precision = "fp32" if deepspeed.stem == "zero0" else "bf16"
     plan = resolve(Config(), tmp_path / "launch.yaml", None, None, precision)
-    batching = plan.batching
+    batching = plan.engine.batching
     assert plan.world_size == values["num_processes"]
     assert plan.world_size * batching.micro_batch_size * batching.accumulation == 64
-    assert plan.settings["train_micro_batch_size_per_gpu"] == batching.micro_batch_size
-    assert plan.settings["gradient_accumulation_steps"] == batching.accumulation
-    assert (plan.settings["gradient_clipping"], plan.settings["bf16"]) == (1.0, {"enabled": precision == "bf16"})
+    assert plan.engine.deepspeed["train_micro_batch_size_per_gpu"] == batching.micro_batch_size
+    assert plan.engine.deepspeed["gradient_accumulation_steps"] == batching.accumulation
+    assert plan.engine.deepspeed["gradient_clipping"] == 1.0
+    assert plan.engine.deepspeed["bf16"] == {"enabled": precision == "bf16"}
     assert (
         f"stage {json.loads(deepspeed.read_text())['zero_optimization']['stage']}"
-        in dict(describe(plan, Config()))["zero"]
+        in dict(describe_engine(plan.engine, Config()))["zero"]
     )
 
 
 def test_the_command_line_has_the_last_word_on_processes_and_experts_are_placed(tmp_path):
     config = Config(train=TrainConfig(expert_parallel=2))
     plan = resolve(config, pair(tmp_path, {"num_processes": 2}), None, 8, "fp32")
-    assert (plan.world_size, plan.sharding.expert_parallel) == (8, 2)
-    assert plan.settings["expert_parallel"]["autoep_size"] == 2
-    assert dict(describe(plan, config))["experts"] == "4 per layer, 2 on each of 2 processes, in 4 such groups"
+    assert (plan.world_size, plan.engine.sharding.expert_parallel) == (8, 2)
+    assert plan.engine.deepspeed["expert_parallel"]["autoep_size"] == 2
+    told = dict(describe_engine(plan.engine, config))
+    assert told["experts"] == "4 per layer, 2 on each of 2 processes, in 4 such groups"
 
 
 def test_what_gives_way_is_said(tmp_path):
     config = Config(train=TrainConfig(expert_parallel=4))
     plan = resolve(config, pair(tmp_path, {"num_processes": 1}, {"gradient_clipping": 5}), None, None, "fp32")
-    assert plan.settings["gradient_clipping"] == config.optim.grad_clip
-    assert plan.notes == (
+    assert plan.engine.deepspeed["gradient_clipping"] == config.optim.grad_clip
+    assert plan.engine.notes == (
         "gradient_clipping of zero.json gives way to the recipe's",
         "train.expert_parallel is 4, but one process alone keeps all experts",
     )
@@ -115,7 +118,7 @@ def test_products_with_the_hessian_are_refused_at_stage_3_and_drawn_labels_are_n
     files = pair(tmp_path, {}, {"zero_optimization": {"stage": 3}})
     with pytest.raises(UserError, match=r"sophia_h needs ZeRO stage 0, 1 or 2: .* sophia_g"):
         resolve(Config(optim=OptimConfig(name="sophia_h")), files, None, None, "fp32")
-    assert resolve(Config(optim=OptimConfig(name="sophia_g")), files, None, None, "fp32").sharding.stage == 3
+    assert resolve(Config(optim=OptimConfig(name="sophia_g")), files, None, None, "fp32").engine.sharding.stage == 3
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):

@@ -51,7 +51,6 @@ def test_mixup_needs_two_photos_beside_each_other():
 @pytest.mark.parametrize(("name", "notes"), [("adamw", ["optim.gamma 0.02 is for Sophia"]), ("sophia_g", [])])
 def test_a_setting_of_sophias_without_sophia_is_told(name, notes):
     config = Config(optim=OptimConfig(name=name, gamma=0.02))
-    batching = plan_batches(config.train, 1)
-    told = [line for line in describe_schedule(config, batching, plan_schedule(config, 1000), 1) if "Sophia" in line]
+    told = [text for _, text in describe_schedule(config, plan_schedule(config, 1000)) if "Sophia" in text]
     assert len(told) == len(notes)
     assert all(note in line for note, line in zip(notes, told, strict=True))

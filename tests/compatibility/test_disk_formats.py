@@ -1,0 +1,110 @@
+"""Shards, a feature cache, a run with checkpoints and an exported model that revision 14eef39 wrote, used as today's."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pipeline.devices import CPU_ONLY
+
+ROOT = Path(__file__).parents[2]
+MADE = Path(__file__).with_name("made_by_14eef39")
+# What another processor may add by rounding. On the machine that made the files all is equal bit for bit.
+TOLERANCE = 1e-4
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A copy of all that was made, to be worked in: paths in it are relative."""
+    return Path(shutil.copytree(MADE, tmp_path / "made"))
+
+
+def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ, **CPU_ONLY, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs" / "zero1.json"),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_times(values: dict[str, object]) -> dict[str, object]:
+    return {key: value for key, value in values.items() if key not in ("wall_s", "images_per_s", "evaluation")}
+
+
+def test_a_stopped_run_is_resumed_from_its_checkpoint_and_trains_on_as_it_would_have(place):
+    shutil.rmtree(place / "run")
+    (place / "stopped_run").rename(place / "run")
+    done = run(place, str(ROOT / "pipeline" / "train.py"), "--config", "recipe.yaml")
+    assert "resuming at step 7 of 14" in done.stderr
+    found, expected = metrics(place / "run" / "metrics.jsonl"), metrics(MADE / "run" / "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in found] == [(line["kind"], line["step"]) for line in expected]
+    for key in ("loss", "grad_norm", "lr", "mcc"):
+        values = [[line[key] for line in lines if key in line] for lines in (found, expected)]
+        np.testing.assert_allclose(*values, rtol=TOLERANCE, err_msg=key)
+    assert (place / "run" / "model" / "model.safetensors").exists()
+    summary = json.loads((place / "run" / "summary.json").read_text())
+    assert summary["best"]["step"] == json.loads((MADE / "run" / "summary.json").read_text())["best"]["step"]
+
+
+def test_a_finished_run_is_recognised(place):
+    done = run(place, str(ROOT / "pipeline" / "train.py"), "--config", "recipe.yaml")
+    assert "run is finished already" in done.stderr
+
+
+@pytest.mark.parametrize("features", ["", "features"])
+def test_a_run_is_evaluated_to_the_same_predictions_and_scores(place, features):
+    """Once from the photos, whose tokens are not rounded to bf16, and once from the feature cache, as it was made."""
+    run(place, "-m", "pipeline.evaluate", "--run=run", "--workers=0", f"--features={features}")
+    found, expected = (pd.read_csv(folder / "run" / "predictions.csv") for folder in (place, MADE))
+    exact = ["split", "key", "source", "label", "group", "cluster"]
+    pd.testing.assert_frame_equal(found[exact], expected[exact])
+    for column in ("probability_null", "probability"):
+        np.testing.assert_allclose(found[column], expected[column], atol=TOLERANCE if features else 0.01)
+    if features:
+        assert (found["kept_views"] == expected["kept_views"]).all()
+        results = [json.loads((folder / "run" / "summary.json").read_text()) for folder in (place, MADE)]
+        assert results[0].keys() == results[1].keys()
+        assert results[0]["test"]["confusion"] == results[1]["test"]["confusion"]
+        assert results[0]["evaluation"]["threshold"] == pytest.approx(results[1]["evaluation"]["threshold"], abs=1e-4)
+
+
+def test_an_exported_model_answers_as_it_did(place):
+    run(place, "-m", "pipeline.predict", "--model=exported", "--input=inputs", "--output=new.csv", "--workers=0")
+    found, expected = pd.read_csv(place / "new.csv"), pd.read_csv(MADE / "answers.csv")
+    pd.testing.assert_frame_equal(found.drop(columns="probability"), expected.drop(columns="probability"))
+    np.testing.assert_allclose(found["probability"], expected["probability"], atol=TOLERANCE)
+
+
+def test_a_run_is_exported_to_the_same_model(place):
+    run(place, "-m", "pipeline.export", "--run=run", "--out=again")
+    assert (place / "again" / "model.safetensors").read_bytes() == (
+        MADE / "exported" / "model.safetensors"
+    ).read_bytes()
+    again, before = (
+        json.loads((folder / "config.json").read_text()) for folder in (place / "again", MADE / "exported")
+    )
+    assert again == {**before, "decode_scale": "full"}
+
+
+def test_shards_and_cache_are_whole_and_finished(place):
+    run(place, "-m", "data_prep", "verify", "--shards=shards", "--out=verified")
+    done = run(place, "-m", "data_prep", "features", "--recipe=recipe.yaml", "--out=features", "--device=cpu")
+    assert "features is finished already" in done.stderr
+    for path in (MADE / "features").iterdir():
+        assert (place / "features" / path.name).read_bytes() == path.read_bytes()
