@@ -11,7 +11,7 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -21,6 +21,7 @@ from pipeline.progress import silence_libraries
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of a dataclass field
 
 Command = Callable[..., Path | str | None]
+T = TypeVar("T")
 
 
 class Parser(ArgumentParser):
@@ -102,21 +103,69 @@ def _load(place: str) -> Command:
 
 
 def _call(function: Command, arguments: list[str], prog: str) -> Path | str | None:
-    parser = Parser(prog=prog, description=_summary(function))
-    parser.add_function_arguments(function, as_positional=False)
-    words = [underscored(word) for word in arguments]
-    values = parser.parse_args(gather_lists(function, spell_switches(function, words)))
+    values = parse(Parser(prog=prog, description=_summary(function)), [function], arguments)
     silence_libraries()
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the summary's path
-        return function(**vars(parser.instantiate(values)))
+        return function(**values)
 
 
-def gather_lists(function: Command, arguments: list[str]) -> list[str]:
+def parse(parser: Parser, signatures: list[Callable[..., Any]], arguments: list[str], skip: Any = ()) -> dict[str, Any]:
+    """Read a command line whose flags are the parameters of some functions or fields of some dataclasses.
+
+    Args:
+        parser: Gets the flags.
+        signatures: What has the parameters, with their docstrings.
+        arguments: The words; `--a-b` is `--a_b`, a switch may stand alone, and a list takes several words.
+        skip: Parameters that are no flags.
+
+    Returns:
+        Values by parameter.
+    """
+    hints: dict[str, Any] = {}
+    for signature in signatures:
+        add = parser.add_class_arguments if isinstance(signature, type) else parser.add_function_arguments
+        add(signature, as_positional=False, skip=set(skip))
+        hints |= typing.get_type_hints(signature)
+    values = parser.parse_args(gather_lists(hints, spell_switches(hints, [underscored(word) for word in arguments])))
+    return dict(vars(parser.instantiate(values)))
+
+
+def parse_own(options: type[T], arguments: list[str], prog: str) -> tuple[T, list[str]]:
+    """Take the flags of a dataclass out of a command line, and leave all others as they are.
+
+    Args:
+        options: The dataclass.
+        arguments: The words.
+        prog: What the user typed before them.
+
+    Returns:
+        The options, and the other words in their order.
+    """
+    hints = typing.get_type_hints(options)
+    flags = {f"--{name}" for name in hints} | {f"--no_{name}" for name, hint in hints.items() if hint is bool}
+    own: list[str] = []
+    others: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, _ = underscored(word).partition("=")
+        (own if name in flags else others).append(word)
+        if name in flags and not equals and hints.get(name.removeprefix("--"), bool) is not bool:
+            own += [value for value in [next(words, None)] if value is not None]
+    return options(**parse(Parser(prog=prog), [options], own)), others
+
+
+def help_of(options: type, prog: str, usage: str) -> str:
+    """The help of the flags that `parse_own` takes."""
+    parser = Parser(prog=prog, usage=usage)
+    parser.add_class_arguments(options, as_positional=False)
+    return parser.format_help()
+
+
+def gather_lists(hints: dict[str, Any], arguments: list[str]) -> list[str]:
     """Let a flag of a `list` parameter take any number of words (`--input a.jpg b.jpg`) and be repeated.
 
     jsonargparse wants one JSON list in one word, and lets a repeated flag replace what came before.
     """
-    hints = typing.get_type_hints(function)
     lists = {f"--{name}" for name, hint in hints.items() if typing.get_origin(hint) is list}
     others: list[str] = []
     given: dict[str, list[str]] = {}
@@ -133,13 +182,13 @@ def gather_lists(function: Command, arguments: list[str]) -> list[str]:
     return others + [f"{flag}={json.dumps(words)}" for flag, words in given.items()]
 
 
-def spell_switches(function: Command, arguments: list[str]) -> list[str]:
-    """Let a flag of a `bool` parameter stand alone: `--plan` becomes `--plan=true`, which jsonargparse wants."""
-    hints = typing.get_type_hints(function)
-    switches = {f"--{name}" for name, hint in hints.items() if hint is bool}
+def spell_switches(hints: dict[str, Any], arguments: list[str]) -> list[str]:
+    """Let a flag of a `bool` parameter stand alone: `--plan` is `--plan=true`, and `--no_plan` is `--plan=false`."""
+    spelled = {f"--{name}": f"--{name}=true" for name, hint in hints.items() if hint is bool}
+    spelled |= {f"--no_{name}": f"--{name}=false" for name, hint in hints.items() if hint is bool}
     following = [*arguments, "--"][1:]
     return [
-        f"{word}=true" if word in switches and after.startswith("--") else word
+        spelled.get(word, word) if after.startswith("--") else word
         for word, after in zip(arguments, following, strict=False)
     ]
 
@@ -150,5 +199,5 @@ def underscored(word: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
-def _summary(function: Command) -> str:
+def _summary(function: Any) -> str:
     return (function.__doc__ or "").strip().split("\n\n")[0]

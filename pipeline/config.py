@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from pipeline.cli import Parser
+from pipeline.cli import Parser, underscored
 from pipeline.errors import UserError, require
 from pipeline.model.config import DECODE_SCALES, InputSpec, LossConfig, ModelConfig
 from pipeline.optim.config import OptimConfig
@@ -35,7 +35,7 @@ ALIASES = {
     "--shards": "--data.shards",
     "--run": "--train.run",
     "--resume": "--checkpoint.resume",
-    "--max-minutes": "--train.max_minutes",
+    "--max_minutes": "--train.max_minutes",
     "--profile": "--train.profile",
 }
 
@@ -240,7 +240,7 @@ def print_help(prog: str) -> None:
 def _parser(usage: str) -> Parser:
     parser = Parser(usage=usage, description="Train a roadwork classifier.")
     parser.add_argument("--config", action="config", help="A recipe: YAML that states what differs from the defaults.")
-    parser.add_argument("--dry-run", action="store_true", help="Print the plan, take two steps, write nothing.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the plan, take two steps, write nothing.")
     parser.epilog = "Short forms: " + ", ".join(f"{short} for {long}" for short, long in ALIASES.items())
     for room in fields(Config):
         parser.add_class_arguments(room.default_factory, room.name)
@@ -251,7 +251,7 @@ def config_first(arguments: list[str]) -> list[str]:
     """Replace the short forms and move `--config FILE` to the front, since what comes later wins."""
     expanded: list[str] = []
     for argument in arguments:
-        name, equals, value = argument.partition("=")
+        name, equals, value = underscored(argument).partition("=")
         expanded += [ALIASES.get(name, name) + equals + value]
     files: list[str] = []
     rest: list[str] = []

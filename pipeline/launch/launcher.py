@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from types import FrameType
 
 import yaml
 
+from pipeline.cli import help_of, parse_own
 from pipeline.config import ACCELERATE_CONFIGS, ROOT, find_recipe, print_help
 from pipeline.devices import CPU_ONLY, gpu_count, refuse_idle_gpu, uses_gpu
 from pipeline.errors import (
@@ -32,7 +32,6 @@ from pipeline.errors import (
     STARTED_VARIABLE,
     STATE_FILE_VARIABLE,
     UserError,
-    run,
 )
 from pipeline.launch.rank_logs import LOG_FOLDER_VARIABLE
 from pipeline.progress import say
@@ -46,18 +45,42 @@ OUTCOMES = ("error: ", "stopped: ", "failed: ")
 CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)|TCPStore.cpp.*recvValueWithTimeout failed")
 
 
+@dataclass(frozen=True)
+class LaunchOptions:
+    """The launcher's own options; all others are those of what it launches."""
+
+    config_file: Path | None = None
+    """An accelerate configuration; by default the hardware decides."""
+    cpu: bool = False
+    """Compute on the CPU, though there is a GPU."""
+    num_processes: int | None = None
+    """Processes, over all machines; by default the accelerate configuration decides."""
+    max_restarts: int = 0
+    """Start again from the last checkpoint, up to so many times, after a process died or hung."""
+    num_machines: int = 1
+    """Machines, each with a launcher of its own."""
+    machine_rank: int = 0
+    """Which of them this is, from 0."""
+    main_process_ip: str = "127.0.0.1"
+    """Address of machine 0."""
+    main_process_port: int = 29500
+    """A port that is free there."""
+    log_folder: Path | None = None
+    """Where each rank but 0 writes to a file of its own."""
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run `accelerate launch pipeline/train.py` for a recipe; returns the exit status that `launch.sh` promises."""
-    parser = _parser("./launch.sh train")
-    parser.add_argument("recipe", nargs="?", help="A name in pipeline/recipes, or a YAML file.")
-    own, rest = parser.parse_known_args(arguments)
-    train = str(ROOT / "pipeline" / "train.py")
-    if own.help:
-        print(parser.format_help())
-        return run(lambda: print_help("./launch.sh train RECIPE"))
+    prog = "./launch.sh train"
+    if {"-h", "--help"} & set(arguments):
+        print(help_of(LaunchOptions, prog, f"{prog} RECIPE [options] [--epochs N] [--dry-run] [--room.key VALUE ...]"))
+        print_help(prog)
+        return EXIT_OK
     try:
+        own, rest = parse_own(LaunchOptions, list(arguments), prog)
+        recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
         launch = launch_words(own.config_file, own.num_processes, own.cpu) + machine_words(own)
-        command = [*launch, train, "--config", str(find_recipe(own.recipe)), *rest]
+        command = [*launch, str(ROOT / "pipeline" / "train.py"), "--config", str(find_recipe(recipe)), *rest]
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER
@@ -69,38 +92,17 @@ def main(arguments: Sequence[str]) -> int:
 
 def prep(arguments: Sequence[str]) -> int:
     """Run `accelerate launch -m data_prep COMMAND` for a command that shares its work among processes; see `main`."""
-    parser = _parser(f"./launch.sh prep {arguments[0]}")
-    own, rest = parser.parse_known_args(arguments)
-    if own.help:
-        print(parser.format_help())
-        return subprocess.run([sys.executable, "-m", "data_prep", *rest, "--help"], check=False).returncode
+    prog = f"./launch.sh prep {arguments[0]}"
+    if {"-h", "--help"} & set(arguments):
+        print(help_of(LaunchOptions, prog, f"{prog} [options]"), flush=True)
+        return subprocess.run([sys.executable, "-m", "data_prep", arguments[0], "--help"], check=False).returncode
     try:
+        own, rest = parse_own(LaunchOptions, list(arguments), prog)
         command = [*launch_words(own.config_file, own.num_processes, own.cpu), "-m", "data_prep", *rest]
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER
     return supervise(command, "and keeping the files that are finished", own.max_restarts)
-
-
-def _parser(prog: str) -> argparse.ArgumentParser:
-    """The options of the launcher itself; all others are the command's."""
-    parser = argparse.ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
-    parser.add_argument(
-        "--config_file", type=Path, help="An accelerate configuration; by default the hardware decides."
-    )
-    parser.add_argument("--cpu", action="store_true", help="Compute on the CPU, though there is a GPU.")
-    parser.add_argument("--num_processes", type=int, help="Processes; by default the accelerate configuration decides.")
-    parser.add_argument(
-        "--max-restarts", "--max_restarts", type=int, default=0, metavar="N",
-        help="Start again from the last checkpoint, up to N times, after a process died or hung.",
-    )  # fmt: skip
-    parser.add_argument("--num_machines", type=int, default=1, help="Machines, each with a launcher of its own.")
-    parser.add_argument("--machine_rank", type=int, default=0, help="Which of them this is, from 0.")
-    parser.add_argument("--main_process_ip", default="127.0.0.1", help="Address of machine 0.")
-    parser.add_argument("--main_process_port", type=int, default=29500, help="A port that is free there.")
-    parser.add_argument("--log_folder", type=Path, help="Where each rank but 0 writes to a file of its own.")
-    parser.add_argument("-h", "--help", action="store_true", help="Show this and every configuration key.")
-    return parser
 
 
 def launch_words(config_file: Path | None, num_processes: int | None, cpu: bool = False) -> list[str]:
@@ -157,7 +159,7 @@ def choose_launch(
     return ACCELERATE_CONFIGS / ("cpu_2.yaml" if cores > 1 else "cpu_1.yaml"), num_processes
 
 
-def machine_words(own: argparse.Namespace) -> list[str]:
+def machine_words(own: LaunchOptions) -> list[str]:
     """Where this machine stands among several; `--num_processes` is then the sum over all of them."""
     if own.num_machines == 1:
         return []

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from pipeline.cli import help_of, parse_own
 from pipeline.config import ACCELERATE_CONFIGS, Config, find_recipe, parse_config
 from pipeline.data.index import read_index
 from pipeline.data.inputs import check_inputs
@@ -81,6 +82,39 @@ fi
 """
 
 
+@dataclass(frozen=True)
+class SlurmOptions:
+    """Write a batch script that trains a recipe on several nodes, and submit it.
+
+    When SLURM takes the nodes away, the job saves a checkpoint, queues again and resumes.
+    """
+
+    nodes: int = 1
+    """Nodes of the job."""
+    gpus_per_node: int = 1
+    """GPUs of each node, one process for each; 0 for processes on the CPU."""
+    processes_per_node: int = 1
+    """Processes of each node without GPUs."""
+    cpus_per_task: int | None = None
+    """Cores of each node; by default one per process and one per data.workers of each."""
+    config_file: Path | None = None
+    """An accelerate configuration; by default accelerate_configs/multi_node.yaml, and on CPUs cpu_2.yaml."""
+    mem: str | None = None
+    """Memory of each node, such as 200G; this and what follows is the cluster's default if not given."""
+    time: str | None = None
+    """Limit of the job, such as 04:00:00; it may be shorter than training, which resumes after a requeue."""
+    partition: str | None = None
+    """Where the job runs."""
+    account: str | None = None
+    """Whom it is charged to."""
+    qos: str | None = None
+    """Quality of service."""
+    requeue: bool = True
+    """Queue again when stopped by preemption or the time limit; --no-requeue does not."""
+    dry_run: bool = False
+    """Print the script and how it would be submitted, and do nothing."""
+
+
 def main(words: Sequence[str]) -> Path | None:
     """Read the command line, check everything that a job would refuse after it has waited in the queue, and submit.
 
@@ -90,15 +124,17 @@ def main(words: Sequence[str]) -> Path | None:
     Returns:
         The summary with the number of the job; None after a dry run.
     """
-    own, overrides = _parser().parse_known_args(words)
-    if own.help or not words:
-        print(_parser().format_help())
+    if not words or {"-h", "--help"} & set(words):
+        usage = f"{PROG} RECIPE --nodes N --gpus-per-node G [options] [--room.key VALUE ...]\n       {PROG} prep --help"
+        print(help_of(SlurmOptions, PROG, usage))
+        print("All other options are the configuration's; ./launch.sh train --help lists them.")
         return None
+    own, overrides = parse_own(SlurmOptions, list(words), PROG)
+    recipe = find_recipe(overrides.pop(0) if overrides and not overrides[0].startswith("-") else None)
     require(own.nodes >= 1, "--nodes", own.nodes, "1 or more")
     require(own.gpus_per_node >= 0, "--gpus_per_node", own.gpus_per_node, "0 or more")
     processes = own.gpus_per_node or own.processes_per_node
     require(processes >= 1, "--processes_per_node", processes, "1 or more")
-    recipe = find_recipe(own.recipe)
     config, _ = parse_config(["--config", str(recipe), *overrides], PROG)
     accelerate = own.config_file or ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus_per_node else "cpu_2.yaml")
     precision = resolve_precision(config.train.precision, bf16=own.gpus_per_node > 0)
@@ -158,43 +194,6 @@ def script(launch: list[str], folder: Path, requeue: bool) -> str:
         stopped=EXIT_STOPPED,
         requeue=REQUEUE.format(stopped=EXIT_STOPPED) if requeue else "",
     ).rstrip("\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROG,
-        usage=f"{PROG} RECIPE --nodes N --gpus-per-node G [options] [--room.key VALUE ...]\n       {PROG} prep --help",
-        description="Write a batch script that trains a recipe on several nodes, and submit it. When SLURM takes the "
-        "nodes away, the job saves a checkpoint, queues again and goes on.",
-        epilog="All other options are the configuration's; ./launch.sh train --help lists them.",
-        add_help=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("recipe", nargs="?", help="A name in pipeline/recipes, or a YAML file.")
-
-    def add(name: str, meaning: str, **settings: object) -> None:
-        spellings = {f"--{name}", f"--{name.replace('_', '-')}"}
-        parser.add_argument(*sorted(spellings), dest=name, help=meaning, **settings)  # type: ignore[arg-type]
-
-    add("nodes", "Nodes; 1 if not given.", type=int, default=1)
-    add("gpus_per_node", "GPUs of each node, one process for each; 0 for processes on the CPU.", type=int, default=1)
-    add("processes_per_node", "Processes of each node without GPUs; 1 if not given.", type=int, default=1)
-    add("cpus_per_task", "Cores of each node; by default one per process and one per data.workers of each.", type=int)
-    add("config_file", "An accelerate configuration, by default accelerate_configs/multi_node.yaml.", type=Path)
-    add("mem", "Memory of each node, such as 200G; this and what follows is the cluster's default if not given.")
-    add("time", "Limit of the job, such as 04:00:00; it may be shorter than training, which goes on after a requeue.")
-    add("partition", "Where the job runs.")
-    add("account", "Whom it is charged to.")
-    add("qos", "Quality of service.")
-    add(
-        "requeue",
-        "Queue again when stopped by preemption or the time limit; this is so unless --no-requeue is given.",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-    )
-    add("dry_run", "Print the script and how it would be submitted, and do nothing.", action="store_true")
-    add("help", "Show this.", action="store_true")
-    return parser
 
 
 if __name__ == "__main__":

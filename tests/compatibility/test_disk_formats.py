@@ -1,4 +1,4 @@
-"""Shards, a feature cache, a run with checkpoints and an exported model that revision 14eef39 wrote, used as today's."""
+"""Shards, a cache, a run with checkpoints and an exported model that revision 14eef39 wrote, used as today's."""
 
 import json
 import os
