@@ -20,6 +20,7 @@ from tests.small_run import make_shards, small_config
 __all__ = ["login_node"]  # a fixture
 
 ODD = """it's "my" 50% run"""
+ROOT = Path(__file__).parents[2]
 CPU = ("--nodes", "2", "--gpus-per-node", "0")
 
 
@@ -150,4 +151,17 @@ def test_a_dry_run_shows_the_script_and_what_is_amiss_and_writes_nothing(recipe,
 
 def test_help_names_the_options_of_the_job(capsys):
     assert main([]) is None
-    assert "--gpus-per-node" in capsys.readouterr().out
+    assert "--gpus_per_node" in capsys.readouterr().out
+
+
+def test_the_precision_is_what_the_recipe_says_where_the_job_runs(recipe, capsys):
+    """The file for one CPU has ZeRO stage 0, which computes in fp32 on a GPU too, and not in bf16."""
+    on_gpu = ["recipe.yaml", "--gpus-per-node", "1", "--config_file", "accelerate_configs/cpu_1.yaml", "--dry-run"]
+    on_gpu[4] = str(ROOT / on_gpu[4])
+    assert main([*on_gpu, "--train.precision", "fp32"]) is None
+    assert "--train.precision fp32" in capsys.readouterr().err
+    for precision in ("auto", "bf16"):
+        with pytest.raises(UserError, match="use stage 1"):
+            main([*on_gpu, "--train.precision", precision])
+    with pytest.raises(UserError, match=r"train\.precision is 'bf16', but no GPU"):
+        main(["recipe.yaml", *CPU, "--dry-run", "--train.precision", "bf16"])

@@ -105,6 +105,30 @@ def test_a_finished_run_returns_at_once_and_other_settings_are_refused(world, un
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
+def test_training_refuses_what_doctor_refuses(world, tmp_path):
+    """The guards of the DeepSpeed file, through the launcher that trains: each is one sentence and status 2."""
+    settings = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
+    launch_file = yaml.safe_load((ROOT / "accelerate_configs" / "cpu_1.yaml").read_text())
+    launch_file["deepspeed_config"]["deepspeed_config_file"] = str(tmp_path / "zero.json")
+    (tmp_path / "launch.yaml").write_text(yaml.safe_dump(launch_file))
+    words = [str(world / "recipe.yaml"), "--config_file", str(tmp_path / "launch.yaml")]
+    for change, sentence in (
+        ({"fp16": {"enabled": True}}, "zero.json: fp16 is enabled"),
+        ({"zero_allow_untested_optimizer": False}, "zero.json: zero_allow_untested_optimizer must be true"),
+    ):
+        (tmp_path / "zero.json").write_text(json.dumps({**settings, **change}))
+        training = [sys.executable, "-m", "pipeline.launch.launcher", *words, "--run", str(tmp_path / "run")]
+        done = subprocess.run(training, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        assert sentence in done.stderr
+        doctor = [sys.executable, "-m", "pipeline.doctor", *words, "--out", str(tmp_path)]
+        done = subprocess.run(doctor, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 3, done.stderr
+        assert sentence in " ".join(done.stderr.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_stopped_run_goes_on_to_bitwise_the_same_losses(world, uninterrupted):
     run = world / "stopped"
     process = launch(world, run)
