@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from pipeline.cli import Parser, underscored
-from pipeline.errors import UserError, require
+from pipeline.errors import UserError, above, at_least, check_fields, in_range, one_of, require
 from pipeline.model.config import DECODE_SCALES, InputSpec, LossConfig, ModelConfig
 from pipeline.optim.config import OptimConfig
 
@@ -70,24 +70,15 @@ class DataConfig:
     """Processes per rank that read, decode and cut views; 0 does it in the training process."""
 
     def __post_init__(self) -> None:
-        require(self.sampling in SAMPLING, "data.sampling", self.sampling, f"one of {', '.join(SAMPLING)}")
-        require(
-            self.decode_scale in DECODE_SCALES,
-            "data.decode_scale", self.decode_scale, f"one of {', '.join(DECODE_SCALES)}",
+        share = in_range("[0, 1]")
+        check_fields(
+            "data", self, decode_scale=one_of(DECODE_SCALES), shuffle_buffer=at_least(1), sampling=one_of(SAMPLING),
+            epoch_share=in_range("(0, 1]"), augment_share=share, streetvision_share=share, workers=at_least(0),
         )  # fmt: skip
-        require(0 < self.epoch_share <= 1, "data.epoch_share", self.epoch_share, "in (0, 1]")
-        for key in ("augment_share", "streetvision_share"):
-            require(0 <= getattr(self, key) <= 1, f"data.{key}", getattr(self, key), "in [0, 1]")
-        require(
-            self.augment_share + self.streetvision_share <= 1,
-            "data.streetvision_share", self.streetvision_share, "at most 1 - data.augment_share",
-        )  # fmt: skip
-        require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "1 or more")
-        require(
-            not (self.features and self.streaming),
-            "data.streaming", self.streaming, "false with data.features, which needs no photos",
-        )  # fmt: skip
-        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        both = self.augment_share + self.streetvision_share
+        require(both <= 1, "data.streetvision_share", self.streetvision_share, "at most 1 - data.augment_share")
+        streams = self.features and self.streaming
+        require(not streams, "data.streaming", self.streaming, "false with data.features, which needs no photos")
 
 
 @dataclass
@@ -133,18 +124,13 @@ class TrainConfig:
     """Steps to trace with torch's profiler, as FIRST:LAST; empty traces none."""
 
     def __post_init__(self) -> None:
-        for key in (
-            "epochs", "batch_size", "micro_batch_size", "expert_parallel", "log_every", "validations_per_epoch",
-        ):  # fmt: skip
-            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
-        require(self.precision in PRECISIONS, "train.precision", self.precision, f"one of {', '.join(PRECISIONS)}")
-        for key in ("seed", "patience", "distil_every"):
-            require(getattr(self, key) >= 0, f"train.{key}", getattr(self, key), "0 or more")
-        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in [0, 1)")
-        require(self.max_minutes >= 0, "train.max_minutes", self.max_minutes, "0 or more")
-        require(self.max_skips >= 1, "train.max_skips", self.max_skips, "1 or more")
-        require(self.max_rollbacks >= 0, "train.max_rollbacks", self.max_rollbacks, "0 or more")
-        require(self.hang_minutes > 0, "train.hang_minutes", self.hang_minutes, "above 0")
+        positive, counted = at_least(1), at_least(0)
+        check_fields(
+            "train", self, epochs=positive, batch_size=positive, micro_batch_size=positive, expert_parallel=positive,
+            precision=one_of(PRECISIONS), seed=counted, log_every=positive, validations_per_epoch=positive,
+            patience=counted, ema_decay=in_range("[0, 1)"), distil_every=counted, max_minutes=counted,
+            max_skips=positive, max_rollbacks=counted, hang_minutes=above(0),
+        )  # fmt: skip
         if self.profile:
             profile_window(self.profile)
 
@@ -182,11 +168,11 @@ class CheckpointConfig:
     """URL to fetch the newest valid checkpoint from, where it is newer than the run folder's; empty means `sync`."""
 
     def __post_init__(self) -> None:
-        require(self.every_steps >= 0, "checkpoint.every_steps", self.every_steps, "0 or more")
-        require(self.every_minutes >= 0, "checkpoint.every_minutes", self.every_minutes, "0 or more")
-        require(self.keep >= 1, "checkpoint.keep", self.keep, "1 or more")
-        require(self.keep_every >= 0, "checkpoint.keep_every", self.keep_every, "0 or more")
-        require(self.sync_wait_s >= 0, "checkpoint.sync_wait_s", self.sync_wait_s, "0 or more")
+        counted = at_least(0)
+        check_fields(
+            "checkpoint", self, every_steps=counted, every_minutes=counted, keep=at_least(1), keep_every=counted,
+            sync_wait_s=counted,
+        )  # fmt: skip
         for key in ("sync", "resume"):
             require_plain_url(f"checkpoint.{key}", getattr(self, key))
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import json
+import math
+import operator
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -51,6 +54,45 @@ def require(condition: bool, key: str, value: object, allowed: str) -> None:
     """Refuse a configuration value with the key, the value and what is allowed."""
     if not condition:
         raise UserError(f"{key} is {value!r}, but must be {allowed}")
+
+
+# Whether a value is allowed, and what is, in words.
+Rule = tuple[Callable[[Any], bool], str]
+
+
+def check_fields(room: str, config: object, **rules: Rule) -> None:
+    """Refuse a configuration whose fields break a rule, with the key, the value and what is allowed.
+
+    Args:
+        room: Before the dot of each key.
+        config: Has the fields.
+        **rules: By field, from the functions below.
+    """
+    for name, (is_allowed, allowed) in rules.items():
+        require(is_allowed(getattr(config, name)), f"{room}.{name}", getattr(config, name), allowed)
+
+
+def one_of(choices: Sequence[str]) -> Rule:
+    """A rule that allows a few words."""
+    return lambda value: value in choices, f"one of {', '.join(choices)}"
+
+
+def at_least(low: float) -> Rule:
+    """A rule that allows finite numbers from `low` on."""
+    return lambda value: low <= value < math.inf, f"{low:g} or more"
+
+
+def above(low: float) -> Rule:
+    """A rule that allows finite numbers above `low`."""
+    return lambda value: low < value < math.inf, f"above {low:g}"
+
+
+def in_range(text: str) -> Rule:
+    """A rule that allows an interval, written as in mathematics: `(0, 1]` is above 0 and at most 1."""
+    low, high = (float(end) for end in text[1:-1].split(","))
+    inside_low = operator.le if text[0] == "[" else operator.lt
+    inside_high = operator.le if text[-1] == "]" else operator.lt
+    return lambda value: inside_low(low, value) and inside_high(value, high), f"in {text}"
 
 
 class Stopped(Exception):

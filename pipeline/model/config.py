@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from pipeline.errors import require
+from pipeline.errors import Rule, at_least, check_fields, in_range, one_of, require
 
 HEADS = ("roadwork", "single_view", "mean_pool", "attention_mil")
 PRUNING = ("scored", "dynamic", "off", "random", "fixed", "oracle")
@@ -72,45 +72,32 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         self.metadata, self.fixed_views = tuple(self.metadata), list(self.fixed_views)
-        require(
-            self.view_side >= 16 and self.view_side % 16 == 0,
-            "model.view_side", self.view_side, f"a multiple of the patch side 16, like {nearest_side(self.view_side)}",
-        )  # fmt: skip
-        require(self.head in HEADS, "model.head", self.head, f"one of {', '.join(HEADS)}")
-        require(self.pruning in PRUNING, "model.pruning", self.pruning, f"one of {', '.join(PRUNING)}")
-        require(2 <= self.keep_views <= NUM_VIEWS, "model.keep_views", self.keep_views, "in [2, 12]")
-        numbers = set(range(1, NUM_VIEWS))
-        valid = len(set(self.fixed_views)) == len(self.fixed_views) and numbers.issuperset(self.fixed_views)
-        require(valid, "model.fixed_views", self.fixed_views, "different numbers of views from 1 to 11")
-        require(
-            self.pruning != "fixed" or len(self.fixed_views) >= self.keep_views - 1,
-            "model.fixed_views", self.fixed_views, "at least keep_views - 1 of them; `calibrate` finds the best",
-        )  # fmt: skip
         patches = self.view_side // 16
-        require(
-            self.pool_grid % 2 == 0 and 2 <= self.pool_grid <= patches,
-            "model.pool_grid", self.pool_grid, f"even and at most the {patches} patches of a view's side",
+        sides = f"a multiple of the patch side 16, like {max(16, round(self.view_side / 16) * 16)}"
+        require(self.view_side >= 16 and self.view_side % 16 == 0, "model.view_side", self.view_side, sides)
+        share, positive = in_range("[0, 1)"), at_least(1)
+        check_fields(
+            "model", self, head=one_of(HEADS), pruning=one_of(PRUNING), keep_views=in_range(f"[2, {NUM_VIEWS}]"),
+            pool_grid=(lambda grid: grid % 2 == 0 and 2 <= grid <= patches,
+                       f"even and at most the {patches} patches of a view's side"),
+            layers=positive, heads=self._attention_heads(), fusion_heads=self._attention_heads(), experts=positive,
+            experts_per_token=in_range(f"[1, {self.experts}]"), expert_width=positive, fusion=one_of(FUSIONS),
+            dropout=share, metadata_field_dropout=share, metadata_all_dropout=share, text_dim=positive,
+            mask_side=positive,
         )  # fmt: skip
-        require(self.layers >= 1, "model.layers", self.layers, "1 or more")
-        for key, heads in (("heads", self.heads), ("fusion_heads", self.fusion_heads)):
-            require(heads >= 1 and self.width % (4 * heads) == 0, f"model.{key}", heads, "a divisor of width / 4")
-        require(self.experts >= 1, "model.experts", self.experts, "1 or more")
-        require(
-            1 <= self.experts_per_token <= self.experts,
-            "model.experts_per_token", self.experts_per_token, f"in [1, {self.experts}]",
-        )  # fmt: skip
-        require(self.fusion in FUSIONS, "model.fusion", self.fusion, f"one of {', '.join(FUSIONS)}")
-        require(
-            self.fusion == "gated" or self.pruning != "oracle",
-            "model.fusion", self.fusion, "gated with the pruning mode oracle, which goes by its importance",
-        )  # fmt: skip
-        require(self.expert_width >= 1, "model.expert_width", self.expert_width, "1 or more")
+        numbers, fixed = set(range(1, NUM_VIEWS)), self.fixed_views
+        different = len(set(fixed)) == len(fixed) and numbers.issuperset(fixed)
+        require(different, "model.fixed_views", fixed, "different numbers of views from 1 to 11")
+        enough = self.pruning != "fixed" or len(fixed) >= self.keep_views - 1
+        require(enough, "model.fixed_views", fixed, "at least keep_views - 1 of them; `early-exit` finds the best")
+        important = self.fusion == "gated" or self.pruning != "oracle"
+        goes_by = "gated with the pruning mode oracle, which goes by its importance"
+        require(important, "model.fusion", self.fusion, goes_by)
         unknown = [field for field in self.metadata if field not in METADATA_FIELDS]
         require(not unknown, "model.metadata", unknown, f"among {', '.join(METADATA_FIELDS)}")
-        for key in ("dropout", "metadata_field_dropout", "metadata_all_dropout"):
-            require(0 <= getattr(self, key) < 1, f"model.{key}", getattr(self, key), "in [0, 1)")
-        require(self.text_dim >= 1, "model.text_dim", self.text_dim, "1 or more")
-        require(self.mask_side >= 1, "model.mask_side", self.mask_side, "1 or more")
+
+    def _attention_heads(self) -> Rule:
+        return lambda heads: heads >= 1 and self.width % (4 * heads) == 0, "a divisor of width / 4"
 
     @property
     def num_views(self) -> int:
@@ -136,8 +123,7 @@ class InputSpec:
     """`full`, or `half`: a JPEG is decoded at half its size where that still reaches the canvas of the views."""
 
     def __post_init__(self) -> None:
-        scales = ", ".join(DECODE_SCALES)
-        require(self.decode_scale in DECODE_SCALES, "data.decode_scale", self.decode_scale, f"one of {scales}")
+        check_fields("data", self, decode_scale=one_of(DECODE_SCALES))
 
 
 @dataclass
@@ -168,14 +154,8 @@ class LossConfig:
     """Photos are mixed in pairs in training, by a share from Beta(alpha, alpha); 0 mixes none, 0.2 is usual."""
 
     def __post_init__(self) -> None:
-        for term in TERMS:
-            require(getattr(self, term) >= 0, f"loss.{term}", getattr(self, term), "0 or more")
-        require(0 < self.focal_alpha < 1, "loss.focal_alpha", self.focal_alpha, "in (0, 1)")
-        require(self.focal_gamma >= 0, "loss.focal_gamma", self.focal_gamma, "0 or more")
-        require(0 <= self.label_smoothing < 1, "loss.label_smoothing", self.label_smoothing, "in [0, 1)")
-        require(self.mixup_alpha >= 0, "loss.mixup_alpha", self.mixup_alpha, "0 or more")
-
-
-def nearest_side(side: int) -> int:
-    """The multiple of 16 nearest to `side`, at least 16."""
-    return max(16, round(side / 16) * 16)
+        weights = {term: at_least(0) for term in TERMS}
+        check_fields(
+            "loss", self, **weights, focal_alpha=in_range("(0, 1)"), focal_gamma=at_least(0),
+            label_smoothing=in_range("[0, 1)"), mixup_alpha=at_least(0),
+        )  # fmt: skip

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from pipeline.errors import require
+from pipeline.errors import above, at_least, check_fields, in_range, one_of, require
 
 OPTIMIZERS = ("adamw", "sophia_h", "sophia_g")
 # What beta1, beta2 and eps are where the recipe leaves them open. Sophia's are those of its paper.
@@ -48,17 +49,14 @@ class OptimConfig:
     """Largest norm of the global gradient; 0 turns clipping off."""
 
     def __post_init__(self) -> None:
-        require(self.name in OPTIMIZERS, "optim.name", self.name, f"one of {', '.join(OPTIMIZERS)}")
-        require(self.lr > 0, "optim.lr", self.lr, "above 0")
-        require(0 <= self.final_lr_ratio <= 1, "optim.final_lr_ratio", self.final_lr_ratio, "in [0, 1]")
-        require(0 <= self.warmup_share < 1, "optim.warmup_share", self.warmup_share, "in [0, 1)")
-        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        check_fields(
+            "optim", self, name=one_of(OPTIMIZERS), lr=above(0), final_lr_ratio=in_range("[0, 1]"),
+            warmup_share=in_range("[0, 1)"), weight_decay=at_least(0), gamma=above(0), hessian_every=at_least(1),
+            grad_clip=at_least(0),
+        )  # fmt: skip
         for key, beta in zip(("beta1", "beta2"), self.betas, strict=True):
             require(0 <= beta < 1, f"optim.{key}", beta, "in [0, 1)")
-        require(self.epsilon > 0, "optim.eps", self.epsilon, "above 0")
-        require(self.gamma > 0, "optim.gamma", self.gamma, "above 0")
-        require(self.hessian_every >= 1, "optim.hessian_every", self.hessian_every, "1 or more")
-        require(self.grad_clip >= 0, "optim.grad_clip", self.grad_clip, "0 or more")
+        require(0 < self.epsilon < math.inf, "optim.eps", self.epsilon, "above 0")
 
     @property
     def betas(self) -> tuple[float, float]:
