@@ -58,6 +58,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def render(template: Path, **values: Any) -> str:
+    """Fill in a text template of Jinja's; a value that it wants and does not get is an error."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template.read_text()).render(values)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` atomically as indented JSON; NaN and infinities are refused, since JSON has none."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -10,10 +10,14 @@ from pipeline.model.encoder import Encoded
 from pipeline.model.output import RoadworkOutput
 
 
-def describe_views(encoded: Encoded) -> torch.Tensor:
-    """One vector per view: CLS, and mean and max over its patch tokens: [B, K, 3D]."""
+def describe_views(encoded: Encoded, head: nn.Module) -> torch.Tensor:
+    """One vector per view: CLS, and mean and max over its patch tokens: [B, K, 3D], in the dtype of the head's weights.
+
+    The encoder of a baseline has no weights, so it cannot know that an engine has made those of the head bf16.
+    """
     mean, peak = encoded.cells.chunk(2, dim=-1)
-    return torch.cat([encoded.cls, mean.mean(dim=2), peak.amax(dim=2)], dim=-1)
+    vectors = torch.cat([encoded.cls, mean.mean(dim=2), peak.amax(dim=2)], dim=-1)
+    return vectors.to(next(head.parameters()).dtype)
 
 
 class SingleView(nn.Module):
@@ -27,7 +31,7 @@ class SingleView(nn.Module):
         self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
     ) -> RoadworkOutput:
         """Logits [B, 2]; metadata is not read."""
-        logits = self.classify(describe_views(encoded)[:, 0])
+        logits = self.classify(describe_views(encoded, self)[:, 0])
         return RoadworkOutput(logits=logits, view_indices=encoded.indices, view_mask=encoded.mask)
 
 
@@ -48,8 +52,9 @@ class MeanPool(nn.Module):
         self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
     ) -> RoadworkOutput:
         """Logits [B, 2]; metadata is not read."""
-        present = encoded.mask[..., None].to(encoded.cls.dtype)
-        mean = (describe_views(encoded) * present).sum(dim=1) / present.sum(dim=1)
+        vectors = describe_views(encoded, self)
+        present = encoded.mask[..., None].to(vectors.dtype)
+        mean = (vectors * present).sum(dim=1) / present.sum(dim=1)
         return RoadworkOutput(logits=self.classify(mean), view_indices=encoded.indices, view_mask=encoded.mask)
 
 
@@ -69,7 +74,7 @@ class AttentionMIL(nn.Module):
         self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
     ) -> RoadworkOutput:
         """Logits [B, 2], with the attention weights as the views' importance; metadata is not read."""
-        instances = self.embed(describe_views(encoded))
+        instances = self.embed(describe_views(encoded, self))
         scores = self.attend(self.content(instances).tanh() * self.gate(instances).sigmoid()).squeeze(-1)
         attention = scores.masked_fill(~encoded.mask, -torch.inf).softmax(dim=-1)
         bag = (attention[..., None] * instances).sum(dim=1)

@@ -190,7 +190,7 @@ class TwoStageEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the head's weights; the baselines' encoder has none and hands on what the backbone computes in."""
+        """The dtype of the pruner's weights and of the tokens handed on; fp32 for baselines, which cast by themselves."""
         return next((p.dtype for p in self.parameters()), torch.float32)
 
     def forward(
