@@ -11,7 +11,7 @@ import pytest
 
 from data_prep.scenes.data_set import scenes
 from data_prep.shards.command import shard
-from tests.data_prep.photos import content
+from tests.data_prep.examples import content
 
 ROOT = Path(__file__).parents[1]
 

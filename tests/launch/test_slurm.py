@@ -15,7 +15,7 @@ import pytest
 from data_prep.shards.slurm import main
 from pipeline.errors import UserError
 from pipeline.launch.slurm import Job, Resources, script_of, submit
-from tests.data_prep.photos import city_rows, write_folder
+from tests.data_prep.examples import city_rows, write_folder
 
 ODD = """it's "my" 50% $HOME `photos` #1"""
 ONE_CORE = Resources(1)

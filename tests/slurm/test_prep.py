@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.scenes.data_set import scenes
 from data_prep.shards.command import shard
-from tests.data_prep.photos import content
+from tests.data_prep.examples import content
 from tests.slurm.cluster import JOB_TIMEOUT_S, Cluster, wait_until
 
 ROOT = Path(__file__).parents[2]
