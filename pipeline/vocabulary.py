@@ -2,6 +2,16 @@
 
 from typing import Literal
 
+TILE_GRID = 3
+# The views of a photo, in the order of their numbers; `pipeline.data.views` cuts them.
+VIEW_NAMES = (
+    "global",
+    *(f"tile_{row}_{column}" for row in range(TILE_GRID) for column in range(TILE_GRID)),
+    "crop_first",
+    "crop_last",
+)
+NUM_VIEWS = len(VIEW_NAMES)
+
 WEATHER = ("sunny", "partly cloudy", "cloudy", "rainy", "snowy", "foggy", "wet", "icy")
 DAYTIME = ("light", "dark", "twilight")
 SCENE = ("urban", "suburban", "rural", "highway")

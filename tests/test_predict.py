@@ -11,12 +11,12 @@ from PIL import Image
 from pipeline.cli import command
 from pipeline.data.batch import collate
 from pipeline.data.dataset import prepare
-from pipeline.data.views import VIEW_NAMES
 from pipeline.errors import UserError
 from pipeline.evaluation.prediction import find_photos
 from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.predict import predict
+from pipeline.vocabulary import VIEW_NAMES
 from tests.small_run import make_backbone, make_model, noisy_photo
 
 

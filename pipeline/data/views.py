@@ -7,16 +7,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-TILE_GRID = 3
+from pipeline.vocabulary import NUM_VIEWS, TILE_GRID
+
 CANVAS_RATIO = 2.5  # canvas side in view sides: three tiles that overlap by a quarter
 TILE_STRIDE = 0.75  # in view sides
-VIEW_NAMES = (
-    "global",
-    *(f"tile_{row}_{column}" for row in range(TILE_GRID) for column in range(TILE_GRID)),
-    "crop_first",
-    "crop_last",
-)
-NUM_VIEWS = len(VIEW_NAMES)
 TILES = range(1, 1 + TILE_GRID**2)
 CROPS = range(1 + TILE_GRID**2, NUM_VIEWS)
 # Lanczos in `interpolate` came with torch 2.13; before that, Pillow resizes, with the same geometry.

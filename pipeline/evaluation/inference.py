@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.data.views import VIEW_NAMES
 from pipeline.errors import UserError
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.roadwork import RoadworkModel
+from pipeline.vocabulary import VIEW_NAMES
 
 
 def load_model(folder: Path, device: torch.device) -> RoadworkModel:

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from transformers import AutoModel, DINOv3ViTConfig, PreTrainedModel
 
 from pipeline.errors import UserError
+from pipeline.model.config import MAX_VIEWS_PER_PASS
 
 VITH16PLUS = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
 SCENES_TINY = Path(__file__).parents[1] / "assets" / "scenes-tiny"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MAX_VIEWS_PER_PASS = 192  # bounds the activations of one forward pass
 
 
 def vith16plus_config() -> DINOv3ViTConfig:

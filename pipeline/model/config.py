@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipeline.errors import Rule, at_least, check_fields, in_range, one_of, require
+from pipeline.vocabulary import NUM_VIEWS
 
 HEADS = ("roadwork", "single_view", "mean_pool", "attention_mil")
 PRUNING = ("scored", "dynamic", "off", "random", "fixed", "oracle")
 FUSIONS = ("gated", "mean")
 METADATA_FIELDS = ("gps", "weather", "daytime", "scene", "text")
-NUM_VIEWS = 12
+MAX_VIEWS_PER_PASS = 192  # bounds the activations of one forward pass of the backbone
 DECODE_SCALES = ("full", "half")
 TERMS = ("roadwork", "consistency", "weather", "segmentation", "balance", "router_z", "distillation")
 

@@ -15,7 +15,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 from pipeline.config import Config
 from pipeline.data.stand_in import StandIn
 from pipeline.distributed.settings import Sharding
-from pipeline.model.backbone import MAX_VIEWS_PER_PASS
+from pipeline.model.config import MAX_VIEWS_PER_PASS
 from pipeline.model.moe import SparseExperts
 from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
 

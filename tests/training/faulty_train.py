@@ -22,7 +22,8 @@ take_step = Trainer._take_step
 
 
 def faulty(self, batches, counts):
-    if self.rank == int(rank) and int(first) <= self.state.step <= int(last) and not (marker and Path(marker[0]).exists()):
+    due = self.rank == int(rank) and int(first) <= self.state.step <= int(last)
+    if due and not (marker and Path(marker[0]).exists()):
         if marker:
             Path(marker[0]).touch()
         if kind == "kill":

@@ -15,10 +15,9 @@ from PIL import Image
 
 from pipeline.data.index import SPLITS
 from pipeline.data.photo import decode
-from pipeline.data.views import TILE_GRID, VIEW_NAMES
 from pipeline.evaluation.report import plots
 from pipeline.files import write_text
-from pipeline.vocabulary import Profile
+from pipeline.vocabulary import TILE_GRID, VIEW_NAMES, Profile
 
 if TYPE_CHECKING:
     from jinja2 import Environment
