@@ -8,19 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from pipeline.cli import help_of, parse_own
 from pipeline.config import ACCELERATE_CONFIGS, Config, find_recipe, parse_config
-from pipeline.data.index import read_index
-from pipeline.data.inputs import check_inputs
-from pipeline.distributed.settings import resolve_precision
 from pipeline.errors import EXIT_STOPPED, EXIT_USER, UserError, require, run
 from pipeline.files import render
-from pipeline.launch.plan import resolve
 from pipeline.launch.slurm import Job, Resources, submit
 from pipeline.progress import say
-from pipeline.training.run_folder import RunFolder
 
 PROG = "./launch.sh slurm"
 # SLURM gives notice this long before the time limit or a preemption; a step and a checkpoint must fit in.
@@ -78,6 +71,9 @@ def main(words: Sequence[str]) -> Path | None:
         print(help_of(SlurmOptions, PROG, usage))
         print("All other options are the configuration's; ./launch.sh train --help lists them.")
         return None
+    from pipeline.distributed.settings import resolve_precision  # seconds that --help does not wait for
+    from pipeline.launch.plan import resolve
+
     own, overrides = parse_own(SlurmOptions, list(words), PROG)
     recipe = find_recipe(overrides.pop(0) if overrides and not overrides[0].startswith("-") else None)
     require(own.nodes >= 1, "--nodes", own.nodes, "1 or more")
@@ -110,6 +106,12 @@ def main(words: Sequence[str]) -> Path | None:
 
 def find_problems(config: Config, gpus_per_node: int) -> list[str]:
     """What would end the job as soon as it starts, though it may be mended before it is submitted."""
+    import torch
+
+    from pipeline.data.index import read_index
+    from pipeline.data.inputs import check_inputs
+    from pipeline.training.run_folder import RunFolder
+
     problems = []
     if gpus_per_node and torch.version.cuda is None:
         problems.append(
