@@ -46,8 +46,11 @@ def has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def refuse_idle_gpu() -> None:
+def refuse_idle_gpu(flag: str = "--cpu") -> None:
     """Refuse to compute on the CPU beside a GPU that torch cannot use.
+
+    Args:
+        flag: The option that asks for the CPU all the same.
 
     Raises:
         UserError: With torch's own reason, and the ways out.
@@ -66,7 +69,7 @@ def refuse_idle_gpu() -> None:
     raise UserError(
         f"this machine has a GPU that torch {torch.__version__} cannot use ({reason}); update the driver, or install a "
         "torch that fits it (`.venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126` "
-        "has CUDA 12), or give --cpu, or set DS_ACCELERATOR=cpu, to compute on the CPU"
+        f"has CUDA 12), or give {flag}, or set DS_ACCELERATOR=cpu, to compute on the CPU"
     )
 
 
@@ -74,11 +77,12 @@ def pick_device(name: str) -> torch.device:
     """`auto` is a GPU where there is one; anything else is a device's name, such as `cpu` or `cuda:1`.
 
     Raises:
-        UserError: There is no such device here.
+        UserError: There is no such device here, or `auto` finds a GPU that torch cannot use.
     """
     import torch
 
     if name == "auto":
+        refuse_idle_gpu("--device cpu")
         return torch.device("cuda" if uses_gpu() else "cpu")
     try:
         device = torch.device(name)
