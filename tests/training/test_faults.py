@@ -150,7 +150,7 @@ def test_usr2_saves_through_the_launcher_and_where_accelerate_itself_is_launched
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     words += [str(ROOT / "accelerate_configs" / "cpu_2.yaml"), str(ROOT / "pipeline" / "train.py")]
     words += ["--config", str(world / "recipe.yaml"), "--run", str(run)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("w") as stream:
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=stream, stdout=stream)
         family = children_after(process, log, "step 1/")
@@ -170,13 +170,3 @@ def children_after(process: subprocess.Popen[bytes], log: Path, words: str) -> l
         assert process.poll() is None, log.read_text()
         time.sleep(0.02)
     return psutil.Process(process.pid).children(recursive=True)
-
-
-def test_no_zero_stage_takes_a_step_whose_loss_or_gradient_is_not_finite_on_one_rank():
-    worker = Path(__file__).with_name("skipping_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=180)
-    assert done.returncode == 0, done.stderr
-    said = [line for line in done.stdout.splitlines() if line.startswith("ZeRO ")]
-    assert said == [f"ZeRO {stage}, {kind}: skipped" for stage in range(4) for kind in ("loss", "gradient")]
