@@ -15,18 +15,13 @@ from accelerate import Accelerator
 from pipeline.checkpoints.checkpoints import Checkpoints
 from pipeline.config import Config
 from pipeline.data.batch import Batch
-from pipeline.distributed import (
-    Agreement,
-    EngineAverage,
-    StopSignal,
-    Watchdog,
-    create_optimizer_state,
-    expert_parallel_size,
-    skip_steps_that_are_not_finite,
-    spoil_gradient,
-    watch_routers,
-)
+from pipeline.distributed.agreement import Agreement
+from pipeline.distributed.engine_tensors import EngineAverage, create_optimizer_state
+from pipeline.distributed.experts import expert_parallel_size, watch_routers
 from pipeline.distributed.settings import Batching
+from pipeline.distributed.signals import StopSignal
+from pipeline.distributed.skipping import skip_steps_that_are_not_finite, spoil_gradient
+from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import Stopped, UserError
 from pipeline.model.config import TERMS
 from pipeline.model.losses import Targets, count_targets
@@ -84,7 +79,7 @@ class Trainer:
         self.saved_step, self.saved_s = -1, time.monotonic()
 
     def run(self, max_steps: int | None = None) -> dict[str, Any]:
-        """Train from where the run stands to its end, or to `max_steps` of it; returns the summary."""
+        """Train from the run's present step to its end, or to `max_steps`; returns the summary."""
         last = min(self.schedule.steps, max_steps or self.schedule.steps)
         with Watchdog(
             self.config.train.hang_minutes, self.folder.stacks if self.folder else None, self.rank
@@ -126,7 +121,7 @@ class Trainer:
         self._save_once()
 
     def _fetch(self, batches: Iterator[Batch]) -> tuple[list[Batch], UserError | None]:
-        """This rank's micro-batches of one step, or what is wrong with its data."""
+        """This rank's micro-batches of one step, or the error in its data."""
         with self.meter.waiting_for_data():
             try:
                 return [next(batches) for _ in range(self.batching.accumulation)], None
@@ -134,14 +129,14 @@ class Trainer:
                 return [], error
 
     def _agree(self, mine: list[Batch], problem: UserError | None) -> tuple[torch.Tensor, bool, bool]:
-        """Decide together before a step. Collective.
+        """Agree with the other ranks on what to do before a step. Collective.
 
         Returns:
             How many samples of the step have each term's target, whether to stop, and whether to save first.
 
         Raises:
-            UserError: On every rank, where one cannot read its data; the others would wait for it, or report its
-                absence instead of its reason.
+            UserError: Raised on every rank where one cannot read its data; else the others would wait for it, or report
+                its absence instead of its reason.
         """
         every_s, every = 60 * self.config.checkpoint.every_minutes, self.config.checkpoint.every_steps
         clock = self.rank == 0 and 0 < every_s <= time.monotonic() - self.saved_s
@@ -158,14 +153,14 @@ class Trainer:
         """Take one optimizer step over several micro-batches, if its loss and gradient are finite.
 
         Args:
-            batches: This rank's.
-            counts: See `_agree`.
+            batches: This rank's micro-batches.
+            counts: Counts of targets from `_agree`.
 
         Returns:
-            This rank's part of the loss, then of each term, and the answers to each micro-batch.
+            This rank's part of the loss, then of each term, and the output for each micro-batch.
         """
         step = self.state.step
-        # All randomness of a step follows from its number and the rank, so a checkpoint need not hold any.
+        # All randomness of a step follows from its number and the rank, so checkpoints store no random state.
         seeds = np.random.SeedSequence((self.config.train.seed, step, self.rank))
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         lr = lr_at(step, self.schedule.steps, self.config.optim)
@@ -180,8 +175,8 @@ class Trainer:
             with self.accelerator.accumulate(self.engine), self.meter.flops_counted(keep_all):
                 with self.meter.forward():
                     output = self.engine(batch, with_loss=True, target_counts=counts, keep_all=keep_all)
-                # The loss is this micro-batch's share of the mean over all; DeepSpeed averages over ranks and
-                # micro-batches, which would divide it once more.
+                # The loss is this micro-batch's share of the mean over all; DeepSpeed would divide it once more, by the
+                # number of ranks and micro-batches.
                 self.accelerator.backward(spoil_gradient(output.loss) * self.world_size * len(batches))
             outputs.append(output)
             sums[0] += output.loss.detach()
@@ -252,7 +247,7 @@ class Trainer:
         dist.barrier()
 
     def close(self) -> None:
-        """Wait, for a bounded time, for what is still on its way to a store; says what did not get there."""
+        """Wait for unfinished uploads of checkpoints, for a bounded time, and report those that are missing."""
         if self.checkpoints:
             self.checkpoints.close()
 
@@ -262,7 +257,7 @@ class Trainer:
         return f"{reason}{what} at step {self.state.step} of {self.schedule.steps}; the same command resumes there"
 
     def _save_once(self) -> None:
-        """Save, unless this very step is saved already."""
+        """Save a checkpoint, unless this step is saved already."""
         if self.checkpoints is None or self.saved_step == self.state.step:
             return
         with self.meter.paused():
@@ -282,6 +277,6 @@ class Trainer:
         if self.rank == 0 and self.state.is_out_of_patience(self.config.train.patience):
             say(f"stopped early: {self.state.validations_since_best} validations without a better MCC")
         if self.folder and self.state.best is None:
-            # Nothing to validate on: the last average is the best there is.
+            # There was nothing to validate on: the last average is the best model.
             self.best_model.save(self.best_model.averaged())
         return self.state.summary(self.schedule.samples_per_epoch)

@@ -1,4 +1,4 @@
-"""What all ranks must know before they go on, shared on the CPU, so that nobody waits for a GPU."""
+"""Agreement between ranks: what all must know before they continue, shared on the CPU so that no GPU is waited for."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Agreement:
     """Small sums and lists over all ranks. Every method is collective."""
 
     def __init__(self) -> None:
-        """Where tensors go over NCCL, numbers get a gloo group of their own."""
+        """Create a gloo group for these values where tensors go over NCCL."""
         self.is_first = dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Of all ranks' tensors on the CPU, element by element; `values` itself holds it afterwards."""
+        """Sum all ranks' CPU tensors element by element, in place; returns `values`."""
         dist.all_reduce(values, group=self.group)
         return values
 
@@ -34,10 +34,10 @@ class Agreement:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Let rank 0 act and every rank have the result. Collective.
+    """Run an action on rank 0 and give every rank its result. Collective.
 
     Raises:
-        UserError: On every rank, where it was raised on rank 0; the others must not wait for one that left.
+        UserError: Raised on every rank where it was on rank 0; else the others would wait for one that left.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -53,10 +53,10 @@ def on_rank_zero(action: Callable[[], T]) -> T:
 
 
 def on_all_ranks(action: Callable[[], T]) -> T:
-    """Let every rank act for itself, and end them all where one cannot go on. Collective.
+    """Run an action on every rank, and fail on all of them if it fails on one. Collective.
 
     Raises:
-        UserError: On every rank, where it was raised on one; the others would wait for that one, or report its
+        UserError: Raised on every rank where it was on one; else the others would wait for that one, or report its
             absence instead of its reason.
     """
     result, problem = None, None

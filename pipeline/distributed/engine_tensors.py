@@ -1,4 +1,4 @@
-"""Weights, optimizer state and weight average of a DeepSpeed engine by parameter name, whole, whatever the topology.
+"""Whole weights, optimizer state and weight average of a DeepSpeed engine by parameter name, in any topology.
 
 Two things spread a model over processes: ZeRO, which cuts parameters or their optimizer state into flat pieces, and
 sharded experts. Here both are undone, so that the names and shapes are those of the model as it was built.
@@ -51,8 +51,8 @@ def set_tensors(engine: Any, weights: Tensors, moments: Tensors, step: int) -> N
 def create_optimizer_state(engine: Any, step: int = 0) -> None:
     """Give the base optimizer the state that it otherwise creates at its first step, and link it to the parameters.
 
-    DeepSpeed links the moments to the parameters inside the first step, before those of the second and later
-    parameter groups exist; and before the first step there is nothing to set. So every engine starts here.
+    DeepSpeed links moments to parameters inside the first step, before the moments of the second and later parameter
+    groups exist; and before the first step there is nothing to restore into. So this is called for every engine.
     """
     optimizer = base_optimizer(engine)
     pieces = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO-3, which has groups of its own
@@ -69,7 +69,7 @@ def create_optimizer_state(engine: Any, step: int = 0) -> None:
 
 
 def held_weights(module: nn.Module) -> Tensors:
-    """What this process holds of each trained weight: under ZeRO-3 a flat piece, else all of it."""
+    """This process's part of each trained weight: under ZeRO-3 a flat piece, else all of it."""
     return {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in _trained(module)}
 
 
@@ -86,7 +86,7 @@ def load_held(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
 
 
 class EngineAverage(WeightAverage):
-    """The average of an engine's weights; each process averages what it holds, and nothing is sent until it is read."""
+    """The average of an engine's weights; each process averages its own part, and sends nothing until it is read."""
 
     def _held(self) -> Tensors:
         return held_weights(self.model)
@@ -110,7 +110,7 @@ def _trained(module: nn.Module) -> list[tuple[str, Any]]:
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The optimizer under DeepSpeed's own, which ZeRO-0 in fp32 does without."""
+    """The optimizer that DeepSpeed wraps; ZeRO-0 in fp32 has no wrapper."""
     base: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return base
 
@@ -125,7 +125,7 @@ def _gather(engine: Any, kind: str | None) -> Tensors:
 
 
 def _get(engine: Any, parameter: Any, kind: str | None) -> torch.Tensor:
-    """The fp32 weight, or a moment, of this process's experts or of any other parameter."""
+    """The whole fp32 weight or moment of a parameter; of sharded experts only this process's."""
     if not (hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")):  # ZeRO-0
         return parameter.detach() if kind is None else base_optimizer(engine).state[parameter][kind]
     whole = safe_get_full_fp32_param(parameter) if kind is None else safe_get_full_optimizer_state(parameter, kind)
@@ -145,7 +145,7 @@ def _set(engine: Any, parameter: Any, kind: str | None, value: torch.Tensor) -> 
 
 
 def _set_piece(parameter: Any, kind: str | None, value: torch.Tensor) -> None:
-    # DeepSpeed's setter of a full value does not know of the padding of a parameter's last piece.
+    # DeepSpeed's setter for full values ignores the padding of a parameter's last piece.
     parameter._z3_optimizer.set_local_hp_param(_piece(parameter, value), parameter, kind)
 
 
@@ -160,7 +160,7 @@ def _piece(parameter: Any, value: torch.Tensor) -> torch.Tensor:
 
 
 def _whole(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """Undo `_piece`; anything that is not under ZeRO-3 is whole already. Collective."""
+    """Undo `_piece`; without ZeRO-3 the value is whole already. Collective."""
     if not hasattr(parameter, "ds_tensor"):
         return value
     pieces = [torch.empty_like(value) for _ in range(dist.get_world_size(parameter.ds_process_group))]

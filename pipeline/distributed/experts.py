@@ -1,8 +1,8 @@
-"""Sharded experts: what DeepSpeed's AutoEP is told, and the way between its parameters and the model's own names.
+"""Sharded experts: the settings of DeepSpeed's AutoEP, and conversion between its parameters and the model's own names.
 
 AutoEP replaces a `Qwen3MoeSparseMoeBlock` by a layer that holds E / N of the experts, sends every token to the
-processes of its experts and back, and keeps the gate and up projections apart. Everything here that rests on how it
-does so is guarded by `check_version`.
+processes of its experts and back, and keeps the gate and up projections apart. Everything here that depends on its
+internals is guarded by `check_version`.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ EXPERT_WEIGHTS = ("w1", "w2", "w3")  # gate, down and up projection, each [E / N
 
 
 def resolve_expert_parallel(wanted: int, experts: int | None, world_size: int, stage: int, grad_clip: float) -> int:
-    """Over how many processes each layer's experts are spread; 1 means that every process has them all.
+    """The number of processes that share each layer's experts; with 1 every process has them all.
 
     Args:
         wanted: `train.expert_parallel`.
-        experts: Experts per layer; None for a head without.
+        experts: Experts per layer; None for a head without experts.
         world_size: Processes of the run.
         stage: ZeRO stage.
         grad_clip: `optim.grad_clip`.
 
     Raises:
-        UserError: It cannot be done, and why.
+        UserError: The experts cannot be spread that way; the message says why.
     """
     if wanted == 1:
         return 1
@@ -91,13 +91,13 @@ def check_version() -> None:
 
 
 def expert_parallel_size(accelerator: Accelerator) -> int:
-    """Over how many processes the experts of this run's layers are spread."""
+    """The number of processes that share the experts of a layer in this run."""
     size: int = accelerator.deepspeed_plugin.deepspeed_config.get("expert_parallel", {}).get("autoep_size", 1)
     return size
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a module is the layer that took the place of a block of experts."""
+    """Whether a module is AutoEP's replacement of a block of experts."""
     return getattr(module, "_is_autoep_layer", False)
 
 
@@ -107,7 +107,7 @@ def sharded_blocks(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def watch_routers(model: nn.Module) -> None:
-    """Take the router's logits from the layers that replaced the blocks, as `SparseExperts` does by itself."""
+    """Let `SparseExperts` read the router's logits in AutoEP's layers, as it does in its own blocks."""
     for module in model.modules():
         if isinstance(module, SparseExperts) and is_sharded(module.block):
             block: Any = module.block
@@ -115,13 +115,13 @@ def watch_routers(model: nn.Module) -> None:
 
 
 def merge_experts(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """From the parameters' names and this process's experts to the names and all experts of the unsharded model.
+    """Convert this process's experts and the engine's names to all experts and the unsharded model's names.
 
     Collective.
 
     Args:
         model: The engine's module.
-        values: Weights, or anything of their shapes, by the names of the module's parameters.
+        values: Weights, or tensors of their shapes, by the names of the module's parameters.
     """
     merged = dict(values)
     for name, block in sharded_blocks(model):
@@ -145,7 +145,7 @@ def split_experts(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[
 
 
 def whole_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Shapes of all trained parameters by the names of the unsharded model, whatever holds the pieces."""
+    """Shapes of all trained parameters by the names of the unsharded model, in any topology."""
     shapes = {name: _whole_shape(p) for name, p in model.named_parameters() if p.requires_grad}
     for name, block in sharded_blocks(model):
         (_, width, dim), _, _ = (shapes.pop(f"{name}.experts.{weight}") for weight in EXPERT_WEIGHTS)
@@ -162,11 +162,11 @@ def _whole_shape(parameter: Any) -> tuple[int, ...]:
 
 @contextmanager
 def second_derivatives(model: nn.Module) -> Iterator[None]:
-    """Let gradients of gradients pass through the layers that replaced the blocks.
+    """Let second derivatives pass through AutoEP's layers.
 
-    AutoEP's exchange of tokens sends its gradient by a collective that autograd does not see, so a second derivative
-    ends there, silently. Here the gradient is sent by the same exchange with the splits swapped, whose derivative
-    autograd knows. And the grouped product, which has no second derivative, gives way to the loop over experts.
+    AutoEP's all-to-all sends its gradient by a collective that autograd does not see, so second derivatives are lost
+    there, silently. Here the gradient goes through the same all-to-all with the splits swapped, whose derivative
+    autograd knows. And the loop over experts replaces the grouped product, which has no second derivative.
     """
     blocks = [block.experts for _, block in sharded_blocks(model)]
     if not blocks:

@@ -1,6 +1,6 @@
-"""From a configuration and a DeepSpeed file to what the engine gets, or one sentence why that cannot work.
+"""What the DeepSpeed engine gets for a configuration and a DeepSpeed file, or one sentence why they do not work.
 
-Training, `doctor` and `slurm` all go through `engine_settings`, so none of them lets pass what another refuses.
+Training, `doctor` and `slurm` all call `engine_settings`, so none of them accepts what another refuses.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from pipeline.distributed.experts import expert_settings, resolve_expert_paralle
 from pipeline.errors import UserError
 
 DEFAULT_DEEPSPEED = "ds_configs/zero2.json"
-# Sections that DeepSpeed 0.19.8 no longer has, and that it refuses at the start of a run.
+# Sections that DeepSpeed 0.19.8 has removed and refuses at the start of a run.
 REMOVED = ("amp", "eigenvalue", "elasticity", "nebula")
-# What the recipe decides, whatever the file says.
+# Keys that the recipe decides, whatever the file has.
 OF_THE_RECIPE = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
 )  # fmt: skip
@@ -27,7 +27,7 @@ OF_THE_RECIPE = (
 
 @dataclass(frozen=True)
 class Batching:
-    """batch_size = world_size * micro_batch_size * accumulation."""
+    """How a batch is split: batch_size = world_size * micro_batch_size * accumulation."""
 
     batch_size: int
     """Samples per optimizer step, over all processes."""
@@ -47,15 +47,15 @@ class Sharding:
     expert_parallel: int = 1
     """Processes that share the experts of a layer."""
     offload: bool = False
-    """Whether optimizer state waits in the host's memory."""
+    """Whether optimizer state is kept in the host's memory."""
     bucket: int = 0
     """Elements of the buffer in which gradients are reduced."""
     live: int = 0
-    """Elements of gathered parameters that stage 3 lets live at once."""
+    """Elements of gathered parameters that stage 3 keeps at once, at most."""
 
     @classmethod
     def of(cls, deepspeed: dict[str, Any], world_size: int, expert_parallel: int) -> Sharding:
-        """Read it from a DeepSpeed configuration."""
+        """Read the sharding from a DeepSpeed configuration."""
         zero = deepspeed.get("zero_optimization", {})
         buffers = 2 if zero.get("overlap_comm", False) else 1
         return cls(
@@ -73,29 +73,29 @@ class EngineSettings:
     """What the DeepSpeed engine of a run gets, and what follows from it."""
 
     file: Path
-    """The DeepSpeed configuration that was read."""
+    """The DeepSpeed file that was read."""
     deepspeed: dict[str, Any]
-    """The same with the recipe's values filled in, all of them numbers."""
+    """Its configuration with the recipe's values filled in, all of them numbers."""
     batching: Batching
     sharding: Sharding
     precision: str
     """"bf16" or "fp32"."""
     notes: tuple[str, ...]
-    """What the file or the recipe says and nobody listens to."""
+    """Settings of the file or the recipe that have no effect, one sentence each."""
 
 
 def engine_settings(config: Config, file: Path, world_size: int, precision: str) -> EngineSettings:
-    """Put a configuration and a DeepSpeed file together, and refuse what does not work.
+    """Combine a configuration and a DeepSpeed file, and refuse what does not work.
 
     Args:
-        config: The run's.
-        file: DeepSpeed's JSON file; batch size, accumulation, clipping and precision are the recipe's and are filled in
-            here, so that one file serves every recipe and world size.
+        config: The run's configuration.
+        file: DeepSpeed's JSON file. Batch size, accumulation, clipping and precision are the recipe's and are filled
+            in here, so that one file serves every recipe and world size.
         world_size: Processes of the run.
         precision: "bf16" or "fp32", see `resolve_precision`.
 
     Raises:
-        UserError: With the file, what is wrong, and what to do.
+        UserError: The two do not work together; the message says what is wrong and what to do.
     """
     deepspeed = read_deepspeed(file)
     problem = next(deepspeed_problems(deepspeed), None)
@@ -127,10 +127,10 @@ def resolve_precision(wanted: str, bf16: bool) -> str:
 
     Args:
         wanted: `train.precision`; `auto` is bf16 where the hardware computes in it.
-        bf16: Whether it does, there where the run will be; for this machine `pipeline.devices.has_bf16`.
+        bf16: Whether the hardware of the run computes in bf16; for this machine `pipeline.devices.has_bf16`.
 
     Raises:
-        UserError: bf16 is wanted and cannot be had.
+        UserError: bf16 is wanted where the hardware does not compute in it.
     """
     if wanted == "auto":
         return "bf16" if bf16 else "fp32"
@@ -145,9 +145,9 @@ def launched_file() -> Path:
 
 
 def find_deepspeed(name: str) -> Path:
-    """A DeepSpeed file by the name in an accelerate configuration.
+    """The DeepSpeed file that an accelerate configuration names.
 
-    A relative path is the project's own file, wherever the command was given, unless there is one in that place.
+    A relative path is looked up from the working directory first, then from the project's root.
     """
     path = Path(name)
     return path if path.exists() else ROOT / path
@@ -214,7 +214,7 @@ def check_stage(stage: int, precision: str, optimizer: str) -> None:
 
 
 def plan_batches(config: TrainConfig, world_size: int) -> Batching:
-    """Split `train.batch_size` evenly; the largest micro-batch that divides a process's share is taken.
+    """Split `train.batch_size` evenly, with the largest allowed micro-batch that divides a process's share.
 
     Raises:
         UserError: The batch cannot be shared evenly among the processes.
@@ -231,11 +231,11 @@ def plan_batches(config: TrainConfig, world_size: int) -> Batching:
 
 
 def check_mixup(alpha: float, batching: Batching) -> None:
-    """Refuse mixup where no photo has another one beside it.
+    """Refuse mixup where a forward pass has no second photo to mix with.
 
     Args:
         alpha: `loss.mixup_alpha`.
-        batching: The run's.
+        batching: The run's batching.
 
     Raises:
         UserError: Each forward pass has a single photo.

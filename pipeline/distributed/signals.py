@@ -12,21 +12,21 @@ import psutil
 
 from pipeline.errors import STARTED_VARIABLE
 
-PR_SET_PDEATHSIG = 1  # of Linux, prctl(2)
+PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 class StopSignal:
     """Catches SIGINT, SIGTERM and SIGUSR2, and watches the clock; a second SIGINT interrupts at once.
 
-    A launcher that dies, be it by kill -9 or by a SIGUSR2 that a bare `accelerate launch` does not catch, counts as a
-    request too: its processes would train on with nobody to answer to.
+    The launcher's death, be it by kill -9 or by a SIGUSR2 that a bare `accelerate launch` does not catch, counts as a
+    request too: else its processes would train on without it.
     """
 
     def __init__(self, max_minutes: float = 0.0):
         """Begin to listen.
 
         Args:
-            max_minutes: The time there is, counted from the launcher's start, or else this process's; 0 is no limit.
+            max_minutes: Time limit, counted from the launcher's start, or else this process's; 0 is no limit.
         """
         self.asked = False
         started = float(os.environ.get(STARTED_VARIABLE, psutil.Process().create_time()))
@@ -38,12 +38,12 @@ class StopSignal:
 
     @property
     def out_of_time(self) -> bool:
-        """The deadline has passed."""
+        """Whether the time limit has passed."""
         return time.time() >= self.deadline
 
     @property
     def received(self) -> bool:
-        """Somebody, or the clock, asks this process to stop."""
+        """Whether a signal or the time limit asks this process to stop."""
         return self.asked or self.out_of_time
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

@@ -21,10 +21,10 @@ def start(engine: EngineSettings, log_with: list[str], hang_minutes: float) -> A
     """Join the process group and return an `Accelerator` with DeepSpeed under it.
 
     Args:
-        engine: From `engine_settings`, for as many processes as were started.
+        engine: Settings from `engine_settings` for as many processes as were started.
         log_with: Accelerate trackers to start.
-        hang_minutes: How long a process may be waited for; collectives give up later than the watchdog, which can say
-            where the others stand.
+        hang_minutes: How long a process may be waited for; collectives time out later than the watchdog, which can
+            report where threads hang.
 
     Raises:
         UserError: There is a GPU that torch cannot use, or there are fewer GPUs than processes.
@@ -56,15 +56,15 @@ def start(engine: EngineSettings, log_with: list[str], hang_minutes: float) -> A
 
 
 def world_size() -> int:
-    """Processes of this launch."""
+    """The number of processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def refuse_shared_gpu() -> None:
-    """Refuse more processes on this machine than it has GPUs, of which NCCL wants one for each.
+    """Refuse more processes on this machine than it has GPUs: NCCL needs one for each.
 
     Raises:
-        UserError: With both numbers, and the ways out.
+        UserError: There are too few GPUs; the message has both numbers and the ways out.
     """
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), gpu_count()
     if processes > gpus:
@@ -76,7 +76,7 @@ def refuse_shared_gpu() -> None:
 
 
 def _without_launcher() -> None:
-    """Let `python pipeline/train.py` work as one process, as if `accelerate launch` had started it."""
+    """Let `python pipeline/train.py` run as one process, as if `accelerate launch` had started it."""
     if "WORLD_SIZE" in os.environ:
         return
     with socket.socket() as probe:
@@ -87,7 +87,7 @@ def _without_launcher() -> None:
 
 
 def _skip_shared_memory_kernel() -> None:
-    """Keep DeepSpeed from compiling its shared-memory all-reduce: a minute with g++, to gain nothing at this size."""
+    """Keep DeepSpeed from compiling its shared-memory all-reduce: a minute of g++ for no gain at this size."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,4 +1,4 @@
-"""Ends a process that makes no progress, and leaves the stacks of its threads."""
+"""A watchdog that ends a process without progress, and writes the stacks of its threads."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from pathlib import Path
 from pipeline.errors import EXIT_FAILED
 from pipeline.progress import format_seconds, say
 
-# One rank that hangs makes all of them wait, and the first to leave has the others killed: each gets this long for its
-# own stacks.
+# One rank that hangs makes all of them wait, and the others are killed when the first one ends: each gets this long to
+# write its own stacks.
 OTHERS_S = 5.0
-# Python's own thread cannot run where a library hangs with the interpreter's lock: then this much later one in C acts.
+# A thread of Python cannot run where a library hangs with the interpreter's lock; faulthandler's acts this much later.
 LATER_S = 20.0
 
 
 class Watchdog:
     """Waits for signs of life; once they fail to come, writes `rank-N.txt` and ends the process with status 1.
 
-    Status 1 and no outcome of its own: the launcher may start the run again.
+    It has status 1 and no message of `pipeline.errors`, so the launcher may restart the run.
     """
 
     def __init__(self, minutes: float, folder: Path | None, rank: int):
-        """Not yet watching; that is inside of `with`.
+        """Prepare a watchdog, which watches inside `with` only.
 
         Args:
             minutes: The longest time between two signs of life.
-            folder: For the stacks; None writes them to stderr.
-            rank: Of this process.
+            folder: Folder of the stacks; None writes them to stderr.
+            rank: This process's rank.
         """
         self.seconds, self.rank = 60 * minutes, rank
         self.path = folder and folder / f"rank-{rank}.txt"

@@ -24,23 +24,23 @@ class BestModel:
         self.model, self.average, self.folder, self.rank = model, average, folder, rank
 
     def averaged(self) -> RoadworkModel:
-        """A whole model with the averaged weights, whatever holds the pieces of the one in training. Collective.
+        """A whole model with the averaged weights, however the one in training is sharded. Collective.
 
-        A rank asks it by itself: one that has fewer photos to validate keeps no other waiting.
+        Its forward pass needs no other rank: one that has fewer photos to validate keeps nobody waiting.
         """
         model = self._whole(self.average.gathered()).attach(self.model.backbone)
         return model.to(self.model.backbone.device).to(self.model.dtype)
 
     def save(self, model: RoadworkModel) -> None:
-        """Put a model in the place of the best so far."""
+        """Replace the best model so far."""
         if self.folder and self.rank == 0:
             replace_folder(self.folder.model, model.save_pretrained)
 
     def restore(self, state: TrainState, checkpoints: Checkpoints) -> None:
-        """Write the best weights again where a checkpoint comes from a machine that kept them. Collective.
+        """Write the model folder again where the checkpoint comes from another machine. Collective.
 
         Raises:
-            UserError: They are neither here nor in a checkpoint.
+            UserError: The best weights are neither here nor in a checkpoint.
         """
         on_rank_zero(lambda: self._restore(state, checkpoints))
 

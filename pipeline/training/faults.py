@@ -1,4 +1,4 @@
-"""What a run does about steps whose loss or gradient is not finite: name the samples, skip, roll back, give up."""
+"""What a run does about a loss or gradient that is not finite: name the samples, skip, roll back, give up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from pipeline.checkpoints.checkpoints import Checkpoints
 from pipeline.config import TrainConfig
 from pipeline.data.batch import Batch
-from pipeline.distributed import Agreement, EngineAverage, count_steps
+from pipeline.distributed.agreement import Agreement
+from pipeline.distributed.engine_tensors import EngineAverage
+from pipeline.distributed.skipping import count_steps
 from pipeline.model.output import RoadworkOutput
 from pipeline.progress import say
 from pipeline.training.loader import TrainLoader
@@ -31,7 +33,7 @@ class FaultPolicy:
         loader: TrainLoader,
         agreement: Agreement,
     ):
-        """Take what a roll-back restores, and what knows the samples' names; `checkpoints` is None in a dry run."""
+        """Take what a roll-back restores, and the loader that names samples; `checkpoints` is None in a dry run."""
         self.config, self.engine, self.average = config, engine, average
         self.checkpoints, self.loader, self.agreement = checkpoints, loader, agreement
 
@@ -42,19 +44,19 @@ class FaultPolicy:
         outputs: Sequence[RoadworkOutput],
         write: Callable[[dict[str, Any]], None],
     ) -> bool:
-        """Name the samples of a step that was not taken, and roll back after several in a row. Collective.
+        """Name the samples of a skipped step, and roll back after several in a row. Collective.
 
         Args:
-            state: The run's, the step and its skip counted.
+            state: The run's state, which counts the step and its skip already.
             batches: This rank's micro-batches of the step.
-            outputs: The answers to them.
-            write: Takes a line of metrics.jsonl.
+            outputs: The model's outputs for them.
+            write: Appends a line to metrics.jsonl.
 
         Returns:
-            Whether the weights are those of a checkpoint now.
+            Whether the weights were rolled back to a checkpoint's.
 
         Raises:
-            FloatingPointError: There is nothing to roll back to, or it was done too often.
+            FloatingPointError: There is no checkpoint to roll back to, or there were too many roll-backs.
         """
         count_steps(self.engine, state.step)
         reason, names = find_bad_samples(self.agreement, self.loader, batches, outputs)
@@ -71,11 +73,11 @@ class FaultPolicy:
         return True
 
     def _roll_back(self, state: TrainState, reason: str, write: Callable[[dict[str, Any]], None]) -> None:
-        """Go on with the last checkpoint's weights, optimizer and average. Collective.
+        """Restore the last checkpoint's weights, optimizer and average, and keep the step. Collective.
 
-        The run's position stays: the samples of the failed steps would fail again, so they are passed over, and so are
-        those since the checkpoint. All that a run is then follows from its step, as ever. (PaLM passed over the batches
-        around a spike in the same way, arXiv 2204.02311, section 5.1.)
+        The samples of the failed steps would fail again, so they are passed over, and so are those since the
+        checkpoint. The order of samples thus still follows from the step alone. (PaLM passed over the batches around a
+        spike in the same way, arXiv 2204.02311, section 5.1.)
         """
         trouble = f"{state.skips} steps in a row up to step {state.step} had no finite {reason}"
         cure = (
@@ -102,13 +104,13 @@ def find_bad_samples(
     """Find the samples of a step, over all ranks, whose own losses are not finite. Collective.
 
     Args:
-        agreement: Between the ranks.
-        loader: Knows the samples' names.
+        agreement: Gathers over the ranks.
+        loader: The training loader, which knows the samples' names.
         batches: This rank's micro-batches of the step.
-        outputs: The answers to them.
+        outputs: The model's outputs for them.
 
     Returns:
-        What was not finite, "loss" or "gradient", and the samples' names: all of the step's where each loss is finite.
+        What was not finite, "loss" or "gradient", and the samples' names; where every loss is finite, all of the step.
     """
     names = [loader.name(row) for batch in batches for row in batch["row"].tolist()]
     sound = [flag for output in outputs for flag in is_finite(output).tolist()]
@@ -118,11 +120,11 @@ def find_bad_samples(
 
 
 def is_finite(output: RoadworkOutput) -> torch.Tensor:
-    """Which samples' losses are, in every term: bool [B]."""
+    """Which samples have a finite loss in every term: bool [B]."""
     assert output.loss_terms is not None
     return torch.stack([values.detach().isfinite() for values in output.loss_terms.values()]).all(dim=0)
 
 
 def in_words(names: Sequence[str]) -> str:
-    """The first few names, and whether there are more."""
+    """The first few names, and how many more there are."""
     return ", ".join(names[:NAMES_SAID]) + (f" and {len(names) - NAMES_SAID} more" if len(names) > NAMES_SAID else "")

@@ -1,8 +1,8 @@
 """Sophia's estimates of the Hessian's diagonal on a DeepSpeed engine, whatever its ZeRO stage and experts.
 
-An estimate is made the gradient of a loss: the engine then scales, reduces, shards and checks it as it does any
-gradient, and the optimizer below takes it into its mean of the diagonal instead of taking a step. The estimate of a
-batch is therefore the same for any number of processes, micro-batches and shards.
+An estimate is written as the gradient of a loss. The engine scales, reduces, shards and checks it like any gradient,
+and the optimizer averages it into its diagonal instead of taking a step. So the estimate of a batch is the same for any
+number of processes, micro-batches and shards.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 class HessianStep:
-    """Every `optim.hessian_every` steps an estimate, before the step that it serves; with AdamW none.
+    """Estimates the diagonal before every `optim.hessian_every`-th step; does nothing with AdamW.
 
     Attributes:
-        skips: Estimates that were not finite, since the last reading; none of them reaches the mean.
+        skips: Estimates since the last reading that were not finite; none of them enters the mean.
     """
 
     def __init__(self, config: Config, accelerator: Accelerator, engine: Any):
-        """Take an engine whose optimizer is the configuration's."""
+        """Take an engine whose optimizer is that of the configuration."""
         self.config, self.accelerator, self.engine = config, accelerator, engine
         self.skips = 0
         self.shapes = whole_shapes(engine.module)
@@ -49,15 +49,15 @@ class HessianStep:
         return self.config.optim.name != "adamw" and step % self.config.optim.hessian_every == 0
 
     def take(self, step: int, batches: Sequence[Batch], counts: torch.Tensor, keep_all: bool) -> None:
-        """Estimate the diagonal at the present weights, if it is due. Collective.
+        """Estimate the diagonal at the present weights, if an estimate is due. Collective.
 
-        Nothing in it is random but the probes, the drawn labels and the views of the pruning mode `random`: no dropout,
-        no exploration. The generator is left as it was, so that the step draws what it would draw without an estimate.
+        Only the probes, the drawn labels and the views of the pruning mode `random` are random: no dropout, no
+        exploration. The random generator is restored, so that the step draws what it would draw without an estimate.
 
         Args:
             step: Optimizer step about to be taken.
             batches: This rank's micro-batches of it.
-            counts: See `losses.combine`.
+            counts: Counts of targets over all ranks, see `losses.combine`.
             keep_all: Whether the step keeps all views.
         """
         if not self.due(step):
@@ -75,13 +75,13 @@ class HessianStep:
             self.skips += not self.engine.was_step_applied()
 
     def _probes(self, step: int) -> Tensors:
-        """u, by the names and in the shapes of what this process has; the same for all micro-batches of a step."""
+        """Random signs u for this process's parameters, by name; the same for all micro-batches of a step."""
         module = self.engine.module
         signs = split_experts(module, rademacher(self.shapes, self.config.train.seed, step))
         return {name: signs[name].to(p.device) for name, p in module.named_parameters() if p.requires_grad}
 
     def _products(self, probes: Tensors, batch: Batch, counts: torch.Tensor, keep_all: bool) -> torch.Tensor:
-        """A loss whose gradient is u * (H u), H that of this micro-batch's share of the loss."""
+        """A loss whose gradient is u * (H u), where H is the Hessian of this micro-batch's share of the loss."""
         module = self.engine.module
         weights = {name: p for name, p in module.named_parameters() if p.requires_grad}
         # Copies of the weights in fp32, which the engine's hooks do not know.
@@ -93,7 +93,7 @@ class HessianStep:
         return torch.stack([(products[name] * weight).sum() for name, weight in weights.items()]).sum()
 
     def _drawn(self, step: int, batch: Batch, counts: torch.Tensor, keep_all: bool) -> torch.Tensor:
-        """The loss of labels that the model draws itself, see `sampled_loss`."""
+        """The loss for labels that are drawn from the model's own predictions, see `sampled_loss`."""
         output = self.engine(batch, **_wanted(counts, keep_all))
         draws = uniform(batch["row"].tolist(), draws_needed(output), self.config.train.seed, step)
         targets = Targets.from_batch(batch).to(output.logits.device)
@@ -101,11 +101,11 @@ class HessianStep:
 
     @contextmanager
     def _apart(self) -> Iterator[None]:
-        """Let the engine take a step that is none: not clipped, not counted, in evaluation mode, its draws undone."""
+        """Run a step that changes no weights: not clipped, not counted, in evaluation mode, random state restored."""
         engine, optimizer = self.engine, base_optimizer(self.engine)
         assert isinstance(optimizer, Sophia)
         counters = {name: getattr(engine, name) for name in COUNTERS}
-        clip = getattr(engine.optimizer, "clip_grad", None)  # of ZeRO 1 to 3; at stage 0 the engine is asked
+        clip = getattr(engine.optimizer, "clip_grad", None)  # ZeRO 1 to 3; stage 0 asks the engine
         engine.gradient_clipping = lambda: 0.0
         if clip is not None:
             engine.optimizer.clip_grad = 0.0
@@ -124,10 +124,10 @@ class HessianStep:
 
     @torch.no_grad()
     def read(self) -> dict[str, float]:
-        """What the optimizer knows of curvature, over all processes; empty with AdamW. Collective.
+        """Statistics of the optimizer's curvature over all processes; empty with AdamW. Collective.
 
         Returns:
-            `clipped_share`: of the coordinates, those whose last step was clipped to the learning rate. `hessian_norm`:
+            `clipped_share`: share of coordinates whose last step was clipped to the learning rate. `hessian_norm`:
             2-norm of the mean of the diagonal. `hessian_skips`: estimates since the last reading that were not finite.
         """
         optimizer = base_optimizer(self.engine)
@@ -147,7 +147,7 @@ class HessianStep:
         return {"clipped_share": round(clipped / coordinates, 5), "hessian_norm": sqrt(square), "hessian_skips": skips}
 
     def _copies(self, piece: torch.Tensor) -> int:
-        """How many processes have the same piece of the state: one, but without ZeRO."""
+        """How many processes have the same piece of the state; more than one only without ZeRO."""
         if self.engine.zero_optimization():
             return 1
         world_size = self.accelerator.num_processes
@@ -156,5 +156,5 @@ class HessianStep:
 
 
 def _wanted(counts: torch.Tensor, keep_all: bool) -> dict[str, Any]:
-    """Ask the model for the loss that a step takes."""
+    """Arguments that ask the model for the loss of a training step."""
     return {"with_loss": True, "target_counts": counts, "keep_all": keep_all}

@@ -1,4 +1,4 @@
-"""The training loader: batches of this rank, from shards at random or streamed, from a cache, or from noise."""
+"""The training loader: this rank's batches from shards (random access or streamed), a feature cache, or noise."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class TrainLoader:
     loader: DataLoader[Batch]
     order: PositionSampler | StreamedSplit
     samples: int
-    """Of the training split."""
+    """Samples of the training split."""
     keys: tuple[str, ...] = ()
-    """Of its samples; empty for noise."""
+    """The samples' keys by row; empty for noise."""
 
     def batches(self, samples_seen: int) -> Iterator[Batch]:
-        """Endless micro-batches, from where a run stands that has seen so many samples over all ranks."""
+        """Endless micro-batches of a run that has seen `samples_seen` samples over all ranks."""
         self.order.start = samples_seen
         return iter(self.loader)
 
     def name(self, row: int) -> str:
-        """Of the sample in a row of the split."""
+        """The name of the sample in a row of the split."""
         return self.keys[row] if self.keys else f"noise {row}"
 
 
@@ -55,15 +55,15 @@ def open_loader(
     world_size: int,
     cache: FeatureCache | None = None,
 ) -> TrainLoader:
-    """The training split as `data` says; without shards, noise to try a step on.
+    """Open the training split that `data` describes; without shards, noise to try a step on.
 
     Args:
-        config: Of the run.
-        index: Of the shards, None where there are none yet.
+        config: The run's configuration.
+        index: The shards' index, None where there are no shards yet.
         batch_size: Samples of one micro-batch.
-        rank: Of this process.
+        rank: This process's rank.
         world_size: Number of processes.
-        cache: What `data.features` names.
+        cache: The feature cache that `data.features` names.
     """
     if index is None:
         if rank == 0:
@@ -84,7 +84,7 @@ def open_loader(
 
 
 def mixture_of(config: Config, data: ShardDataset) -> Mixture:
-    """The regimes that `data` asks for.
+    """The mixture of photos and their augmented copies that `data` asks for.
 
     Raises:
         UserError: The feature cache has no copies of a kind that is asked for.

@@ -26,37 +26,37 @@ ESTIMATE = 4  # fp32 numbers per weight in one of sophia_h's estimates: weight, 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Counts."""
+    """Numbers of parameters."""
 
     shared: int
-    """Trained, outside the experts."""
+    """Trained parameters outside the experts."""
     experts: int
-    """Trained, of all experts."""
+    """Trained parameters of all experts."""
     frozen: int
 
     @property
     def trained(self) -> int:
-        """All that is trained."""
+        """All trained parameters."""
         return self.shared + self.experts
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes of one process."""
+    """Bytes that one process needs."""
 
     states: float
     """Trained weights, gradients, optimizer state and average."""
     buffers: float
-    """Of communication."""
+    """Buffers of communication."""
     backbone: float
     """Frozen weights."""
     activations: float
     host: float
-    """In the host's memory, what is offloaded."""
+    """Offloaded state, in the host's memory."""
 
     @property
     def device(self) -> float:
-        """On the GPU, or where there is none, in the process."""
+        """Bytes on the GPU, or without one, in the process."""
         return self.states + self.buffers + self.backbone + self.activations
 
 
@@ -86,7 +86,7 @@ def state_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> t
 
 
 def buffer_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> float:
-    """Buckets of the reduction, and under stage 3 the parameters that are gathered at the same time."""
+    """Bytes of reduction buckets and, under stage 3, of the parameters that are gathered at the same time."""
     low = 2 if precision == "bf16" else 4
     gathered = min(parameters.trained, sharding.live) if sharding.stage == 3 else 0
     return low * ((sharding.bucket if sharding.stage > 0 else 0) + gathered)
@@ -96,10 +96,10 @@ def need(config: Config, backbone: DINOv3ViTConfig, precision: str, sharding: Sh
     """The memory of one process in training.
 
     Args:
-        config: Of the run.
-        backbone: Of the frozen backbone.
+        config: The run's configuration.
+        backbone: The frozen backbone's configuration.
         precision: "bf16" or "fp32".
-        sharding: How training is spread.
+        sharding: How the trained parameters are spread over processes.
         micro_batch: Photos of one forward pass.
     """
     low = 2 if precision == "bf16" else 4
@@ -117,7 +117,7 @@ def need(config: Config, backbone: DINOv3ViTConfig, precision: str, sharding: Sh
 
 
 def count(config: Config, backbone: DINOv3ViTConfig) -> Parameters:
-    """Parameters of the head and of the backbone; none of them is allocated."""
+    """Count the parameters of head and backbone without allocating them."""
     with torch.device("meta"):
         head, frozen = build_head(config, backbone), DINOv3ViTModel(backbone)
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
@@ -126,7 +126,7 @@ def count(config: Config, backbone: DINOv3ViTConfig) -> Parameters:
 
 
 def build_head(config: Config, backbone: DINOv3ViTConfig) -> RoadworkModel:
-    """The trained part alone."""
+    """The trained head without a backbone."""
     return RoadworkModel(RoadworkConfig(**asdict(config.model), backbone_dim=backbone.hidden_size), config.loss)
 
 
@@ -136,11 +136,11 @@ def expert_blocks(head: nn.Module) -> Iterator[nn.Module]:
 
 
 def saved_by_the_head(config: Config, backbone: DINOv3ViTConfig) -> tuple[float, float]:
-    """Elements that a training step keeps for its backward pass: a fixed number, and those of each photo.
+    """Elements that a training step keeps for its backward pass: a fixed number, and a number per photo.
 
-    With `sophia_h` those that an estimate keeps for its second backward pass, which are several times as many.
+    With `sophia_h` an estimate's second backward pass is counted instead, which keeps several times as many.
 
-    Measured with one and two photos of noise, all views kept, as every `train.distil_every`-th step has them.
+    Measured with one and two photos of noise, all views kept, as in every `train.distil_every`-th step.
     """
     head = build_head(config, backbone).train()
     twice = config.optim.name == "sophia_h"
@@ -149,7 +149,7 @@ def saved_by_the_head(config: Config, backbone: DINOv3ViTConfig) -> tuple[float,
 
 
 def noise(config: Config, backbone: DINOv3ViTConfig, photos: int) -> dict[str, torch.Tensor]:
-    """A batch for the forward pass: cached tokens of noise, boxes and targets."""
+    """A batch for the forward pass: noise as cached tokens, boxes and targets."""
     model, generator = config.model, torch.Generator().manual_seed(0)
     stand_in = StandIn(photos, replace(config.input_spec, view_side=16), model.text_dim)
     rows = [stand_in[row] for row in range(photos)]
@@ -190,8 +190,8 @@ def backbone_activations(config: Config, backbone: DINOv3ViTConfig, precision: s
     """Bytes at the peak of the frozen forward pass.
 
     The largest chunk has min(192, 11 micro-batches) views of T = (S / 16)^2 + 1 + registers tokens. A layer holds the
-    residual stream, its norm and the output of width D, and in the gated MLP three tensors of width I; the pixels are
-    there in fp32, twice while they are normalised.
+    residual stream, its norm and the output of width D, and in the gated MLP three tensors of width I. The pixels are
+    fp32, held twice while they are normalised.
     """
     low = 2 if precision == "bf16" else 4
     side = config.model.view_side

@@ -1,4 +1,4 @@
-"""What a run will do before it does it: batches, steps, learning rate, parameters and memory."""
+"""What a run will do, known before it starts: batches, steps, learning rate, parameters and memory."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Schedule:
 
     samples_per_epoch: int
     steps: int
-    """Optimizer steps in all; the last may reach a little into an epoch beyond."""
+    """Optimizer steps in all; the last may reach a little past the last epoch."""
     validation_steps: frozenset[int]
-    """After which steps the run validates."""
+    """Steps after which the run validates."""
 
 
 def plan_schedule(config: Config, samples: int) -> Schedule:
@@ -37,7 +37,7 @@ def plan_schedule(config: Config, samples: int) -> Schedule:
 
 
 def sampling_weights(config: Config, split: Split) -> np.ndarray:
-    """float64 [N], by `data.sampling`."""
+    """Sampling weight of each row of the split by `data.sampling`: float64 [N]."""
     return split.weights if config.data.sampling == "weighted" else np.ones(len(split.samples))
 
 
@@ -74,7 +74,7 @@ def describe_model(config: Config, model: RoadworkModel, engine: EngineSettings)
 
 
 def count_parameters(model: RoadworkModel) -> Parameters:
-    """Of a model as it was built, before an engine shards it."""
+    """Count the parameters of a model as it was built, before an engine shards it."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     experts = sum(p.numel() for block in expert_blocks(model) for p in block.parameters())
     return Parameters(trained - experts, experts, model.backbone.num_parameters)

@@ -1,4 +1,4 @@
-"""A run's folder: configuration, provenance, metrics, and whether there is something to go on with."""
+"""A run's folder: configuration, provenance, metrics, and whether there is a run to resume."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """The folder of a run that exists.
+        """The folder of an existing run.
 
         Raises:
-            UserError: There is none.
+            UserError: There is no such folder.
         """
         if not path.is_dir():
             raise UserError(f"no run at {path}; name the folder that training wrote")
@@ -60,7 +60,7 @@ class RunFolder:
         return model
 
     def profile(self, profile: Profile) -> Path:
-        """Where an evaluation in a profile writes: the run folder itself for `native`."""
+        """The folder that an evaluation in a profile writes to: the run folder itself for `native`."""
         return self.path if profile == "native" else self.path / profile
 
     def results(self, profile: Profile = "native") -> dict[str, Any]:
@@ -68,7 +68,7 @@ class RunFolder:
         return read_results(self.path, profile)
 
     def text_encoder(self) -> str | None:
-        """Whose vectors of descriptions the run was trained on; None where its shards had none."""
+        """The text encoder of the descriptions in the training shards; None where they had none."""
         provenance = self.path / "provenance.json"
         known = json.loads(provenance.read_text()) if provenance.is_file() else {}
         return known.get("data", {}).get("arguments", {}).get("text_encoder") or None
@@ -80,7 +80,7 @@ class RunFolder:
             Whether that run is finished.
 
         Raises:
-            UserError: It holds something else.
+            UserError: The folder holds something else.
         """
         known = self.path / "config.yaml"
         if not known.exists():
@@ -99,13 +99,13 @@ class RunFolder:
         return "steps" in self.results()
 
     def create(self, config: Config, index: Index, world_size: int) -> None:
-        """Write what a new run starts with; a run that goes on keeps what it has."""
+        """Write what a new run starts with; a resumed run keeps its files."""
         if not (self.path / "config.yaml").exists():
             write_json(self.path / "provenance.json", provenance(config, index, world_size))
             write_text(self.path / "config.yaml", to_yaml(config))
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop lines of steps after `step`, which a resumed run will take again."""
+        """Drop the lines of steps after `step`, which a resumed run takes again."""
         if self.metrics.exists():
             lines = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
             write_text(self.metrics, "".join(line + "\n" for line in lines))

@@ -1,4 +1,4 @@
-"""Where a run stands: all that a checkpoint holds beside tensors."""
+"""Where a run stands: everything in a checkpoint but tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class TrainState:
-    """The trainer's state. The same numbers on every rank."""
+    """The trainer's state, the same on every rank."""
 
     batch_size: int
     """Samples per optimizer step, over all ranks."""
@@ -20,9 +20,9 @@ class TrainState:
     validated_step: int = 0
     """The step of the last validation."""
     wall_s: float = 0.0
-    """Seconds of training, over all parts of a run that was resumed."""
+    """Seconds of training, those before a resume included."""
     skips: int = 0
-    """Steps in a row up to now that were skipped."""
+    """Skipped steps in a row up to now."""
     rollbacks: int = 0
 
     @property
@@ -36,14 +36,14 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: dict[str, Any], batch_size: int) -> TrainState:
-        """The inverse of `to_json`; what is not of the state, such as the run's configuration, is passed over."""
+        """The inverse of `to_json`; other keys, such as the run's configuration, are ignored."""
         known = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         return cls(**{**known, "batch_size": batch_size})
 
     def add_validation(self, scores: dict[str, Any]) -> bool:
-        """Take in the scores of a validation at this step; returns whether they are the best so far.
+        """Record the scores of a validation at this step; returns whether they are the best so far.
 
-        Of two equal MCCs the one with the lower loss is better.
+        At equal MCC the lower loss is better.
         """
         best = self.best
         better = best is None or (scores["mcc"], -scores["loss"]) > (best["mcc"], -best["loss"])
@@ -55,11 +55,11 @@ class TrainState:
         return better
 
     def is_out_of_patience(self, patience: int) -> bool:
-        """Whether `train.patience` validations have gone by without a better one; 0 is endless patience."""
+        """Whether the last `train.patience` validations brought no better one; 0 never runs out."""
         return 0 < patience <= self.validations_since_best
 
     def summary(self, samples_per_epoch: int) -> dict[str, Any]:
-        """What summary.json says of training."""
+        """The part of summary.json about training."""
         best = None
         if self.best is not None:
             best = {"step": self.best["step"], "val": {key: self.best[key] for key in self.best if key != "step"}}

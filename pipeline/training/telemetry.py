@@ -1,6 +1,6 @@
-"""What is seen of a run while it runs: where the time goes, on which rank, memory, expert load, FLOPs and traces.
+"""What a run reports while it runs: where the time goes, on which rank, memory, expert load, FLOPs and traces.
 
-Nothing here waits for a GPU in a step: what lies there stays there until a log line is due.
+Nothing here waits for a GPU within a step: values on the GPU stay there until a log line is due.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ GIB = 2**30
 class Meter:
     """Counts and times of this rank since the last log line.
 
-    All ranks wait for the slowest, so a step takes the same time on each. What tells them apart is the time of the
-    parts in which a rank works alone: it waits for data, and it runs forward. (Under ZeRO-3 and with sharded experts
-    the forward pass has collectives in it as well, and only data sets ranks apart.)
+    All ranks wait for the slowest, so a step takes the same time on each. Only the parts in which a rank works alone
+    tell ranks apart: waiting for data, and the forward pass. (Under ZeRO-3 and with sharded experts the forward pass
+    has collectives too, which leaves data alone.)
     """
 
     def __init__(self, device: torch.device, batch_size: int, agreement: Agreement):
         """Start at zero.
 
         Args:
-            device: Of the model.
+            device: The model's device.
             batch_size: Samples of one step, over all ranks.
-            agreement: Between the ranks.
+            agreement: Gathers over the ranks.
         """
         self.device, self.batch_size, self.agreement = device, batch_size, agreement
         self.on_gpu = device.type == "cuda"
@@ -63,21 +63,21 @@ class Meter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Around the reading of a step's micro-batches."""
+        """Time the reading of a step's micro-batches in the block."""
         start = time.monotonic()
         yield
         self.data_s += time.monotonic() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: validations and checkpoints."""
+        """Leave the time of the block out: validations and checkpoints are no training."""
         start = time.monotonic()
         yield
         self.paused_s += time.monotonic() - start
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Around a forward pass."""
+        """Time the forward pass in the block."""
         if not self.on_gpu:
             start = time.monotonic()
             yield
@@ -91,10 +91,12 @@ class Meter:
 
     @contextmanager
     def flops_counted(self, keep_all: bool) -> Iterator[None]:
-        """Around forward and backward; on a GPU the first one of each kind is counted, operation by operation.
+        """Count FLOPs of the forward and backward pass in the block, on a GPU only.
+
+        Operations are counted in the first block of each kind, and that number is taken for the later ones.
 
         Args:
-            keep_all: Whether no view is pruned: the two kinds that there are.
+            keep_all: The kind of step: whether no view is pruned.
         """
         if not self.on_gpu:
             yield
@@ -129,10 +131,11 @@ class Meter:
         """Sum up over all ranks and start anew. Collective.
 
         Returns:
-            Of the last steps: `loss` and `loss/TERM`, without those of steps that were skipped; `images_per_s`,
-            `step_s`, `data_wait_share` (of the rank that waits longest), `rank_s` (for each rank, what a step takes it
-            alone), `rss_gib` and `gpu_peak_gib` (of the largest rank), `mfu` on a GPU, `expert_load` (for each layer
-            and expert, its share of the tokens times the number of experts, 1 when even), `expert_load_max`.
+            Values over the steps since the last reading: `loss` and `loss/TERM`, skipped steps left out;
+            `images_per_s`, `step_s`, `data_wait_share` (of the rank that waits longest), `rank_s` (for each rank, the
+            seconds of a step in which it works alone), `rss_gib` and `gpu_peak_gib` (of the largest rank), `mfu` on a
+            GPU, `expert_load` (for each layer and expert, its share of the tokens times the number of experts, 1 when
+            even), `expert_load_max`.
         """
         wall_s = self.wall_s
         shared = self.losses if self.load is None else torch.cat([self.losses, self.load.flatten()])
@@ -170,7 +173,7 @@ class Meter:
         """A sentence about a rank that all others wait for, line after line; at most one in ten minutes.
 
         Args:
-            rank_s: From `read`.
+            rank_s: The value of that name from `read`.
         """
         slowest = max(range(len(rank_s)), key=rank_s.__getitem__)
         usual = sorted(rank_s)[(len(rank_s) - 1) // 2]
@@ -194,7 +197,7 @@ def expert_load(router_logits: torch.Tensor, token_mask: torch.Tensor, per_token
     Args:
         router_logits: [B, T, E].
         token_mask: bool [B, T], tokens that count.
-        per_token: Experts of a token.
+        per_token: Experts per token.
     """
     chosen = router_logits.detach().topk(per_token, dim=-1).indices
     counts = F.one_hot(chosen, router_logits.shape[-1]).sum(dim=-2)
@@ -205,13 +208,13 @@ class Profiler:
     """A torch profiler over a window of steps, whose trace goes to `profile/rank-N.json` of the run folder."""
 
     def __init__(self, window: str, folder: Path | None, rank: int):
-        """See `train.profile`; without window or folder, nothing is profiled."""
+        """Take the window of `train.profile`; without window or folder, nothing is profiled."""
         self.first, self.last = profile_window(window) if window else (-1, -1)
         self.folder, self.rank = folder, rank
         self.profile: torch.profiler.profile | None = None
 
     def step(self, number: int) -> AbstractContextManager[Any]:
-        """Around the step of this number, from 1."""
+        """A context for the step of this number (from 1), which profiles it if the window covers it."""
         if self.folder is None or not self.first <= number <= self.last:
             return nullcontext()
         return self._profiled(number, self.folder / "profile" / f"rank-{self.rank}.json")

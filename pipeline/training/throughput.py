@@ -16,10 +16,10 @@ MATMUL_ROUNDS = 3
 def flops_per_view(config: PreTrainedConfig, side: int) -> int:
     """Floating-point operations of one view, counted on tensors without content.
 
-    The attention counts whatever kernel computes it, and as the two products it is in all of them.
+    Attention counts as its two matrix products, whichever kernel computes it.
 
     Args:
-        config: Of the backbone.
+        config: The backbone's configuration.
         side: View side S in pixels.
     """
     with torch.device("meta"):
@@ -33,7 +33,7 @@ def flops_per_view(config: PreTrainedConfig, side: int) -> int:
 def matmul_rate(device: torch.device) -> float:
     """Measured FLOP/s of bf16 matrix products, the best of a few rounds; takes about a second on a GPU.
 
-    Measured, because a table's peak is for other clocks, power limits and cards.
+    Measured, because peaks in data sheets hold for other clocks, power limits and cards.
     """
     left, right = (torch.randn(MATMUL_SIDE, MATMUL_SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
     out = torch.empty_like(left)

@@ -20,7 +20,7 @@ from pipeline.model.roadwork import RoadworkModel
 
 
 class Validation:
-    """Validates a model on the rows of this rank and gathers the answers of all."""
+    """Validates a model on this rank's rows and gathers the answers of all ranks."""
 
     def __init__(self, dataset: ShardDataset, batch_size: int, workers: int, rank: int, world_size: int):
         labels = dataset.split.labels
@@ -36,10 +36,10 @@ class Validation:
         )
 
     def __call__(self, model: RoadworkModel, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """MCC and its companions with all metadata NULL, at the best threshold. Collective.
+        """MCC and the other scores with all metadata NULL, at the best threshold. Collective.
 
         Args:
-            model: To validate.
+            model: The model to validate.
             alive: Called at every batch.
         """
         model.eval()
