@@ -1,4 +1,4 @@
-"""The command line of a function: its signature and docstring are the flags and their help."""
+"""The command line of a function: its signature and docstring become flags and their help."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Parser(ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise a `UserError`: a dataclass's own if one is behind it, else the parser's, made readable."""
+        """Raise a `UserError`: a dataclass's own if there was one, else the parser's message, made readable."""
         cause: BaseException | None = ex
         while cause is not None:
             if isinstance(cause, UserError):
@@ -45,8 +45,8 @@ def explain(message: str, known: list[str]) -> str:
     """A parser's message in a user's terms; an unknown key gets the nearest known one.
 
     Args:
-        message: What jsonargparse says, on one line.
-        known: The names there are.
+        message: The message of jsonargparse, on one line.
+        known: The known names.
     """
     invalid = re.match(r'Parser key "([^"]+)": (.*)', message)
     if invalid:
@@ -64,7 +64,7 @@ def explain(message: str, known: list[str]) -> str:
 
 
 def command(function: Command) -> int:
-    """Run one function, that of the module which Python was started with, from `sys.argv`; returns the exit status."""
+    """Run a function with the arguments in `sys.argv`, as the module that Python started; returns the exit status."""
     started = sys.modules["__main__"].__spec__
     name = started.name.removesuffix(".__main__") if started else function.__name__
     return run(lambda: _call(function, sys.argv[1:], f"python -m {name}"))
@@ -74,10 +74,10 @@ def commands(places: dict[str, str], prog: str, description: str) -> int:
     """Run the function that the first word of `sys.argv` names; returns the exit status.
 
     Args:
-        places: The word for each function, and where it is, as `package.module:function`: only the one that is wanted
-            is imported, and an interrupted import ends like any other work.
+        places: Each function as `package.module:function`, by its word. Only the one that is run is imported, inside
+            of `run`, so that an interrupted import ends like any other work.
         prog: What the user typed before the word.
-        description: One line.
+        description: One line about the commands.
     """
 
     def main() -> Path | str | None:
@@ -113,8 +113,8 @@ def parse(parser: Parser, signatures: list[Callable[..., Any]], arguments: list[
     """Read a command line whose flags are the parameters of some functions or fields of some dataclasses.
 
     Args:
-        parser: Gets the flags.
-        signatures: What has the parameters, with their docstrings.
+        parser: The parser that gets the flags.
+        signatures: Functions and dataclasses with docstrings for their parameters.
         arguments: The words; `--a-b` is `--a_b`, a switch may stand alone, and a list takes several words.
         skip: Parameters that are no flags.
 
@@ -131,7 +131,7 @@ def parse(parser: Parser, signatures: list[Callable[..., Any]], arguments: list[
 
 
 def parse_own(options: type[T], arguments: list[str], prog: str) -> tuple[T, list[str]]:
-    """Take the flags of a dataclass out of a command line, and leave all others as they are.
+    """Take a dataclass's flags out of a command line, and leave all other words as they are.
 
     Args:
         options: The dataclass.
@@ -164,7 +164,7 @@ def help_of(options: type, prog: str, usage: str) -> str:
 def gather_lists(hints: dict[str, Any], arguments: list[str]) -> list[str]:
     """Let a flag of a `list` parameter take any number of words (`--input a.jpg b.jpg`) and be repeated.
 
-    jsonargparse wants one JSON list in one word, and lets a repeated flag replace what came before.
+    jsonargparse takes a list as one word of JSON, and a repeated flag replaces the earlier one.
     """
     lists = {f"--{name}" for name, hint in hints.items() if typing.get_origin(hint) is list}
     others: list[str] = []
@@ -194,7 +194,7 @@ def spell_switches(hints: dict[str, Any], arguments: list[str]) -> list[str]:
 
 
 def underscored(word: str) -> str:
-    """`--max-rejects=1` is `--max_rejects=1` too."""
+    """Spell a flag with underscores: `--max-rejects=1` becomes `--max_rejects=1`."""
     name, equals, value = word.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 

@@ -1,4 +1,4 @@
-"""The whole configuration of a run: one tree of dataclasses, recipes in YAML that state only what differs."""
+"""The whole configuration of a run: one tree of dataclasses; recipes in YAML state only what differs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RECIPES = ROOT / "pipeline" / "recipes"
 ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
 SAMPLING = ("weighted", "uniform")
 PRECISIONS = ("auto", "bf16", "fp32")
-# What may differ between the parts of one run: none of these changes what is computed.
+# Keys that a resumed run may change: none of them changes what is computed.
 FREE_KEYS = {
     "train": {
         "run", "log_every", "wandb", "micro_batch_size", "expert_parallel", "max_minutes", "max_skips", "max_rollbacks",
@@ -29,7 +29,7 @@ FREE_KEYS = {
     },
     "data": {"shards", "workers"},
 }  # fmt: skip
-# Short forms of the command line; where they stand does not matter.
+# Short forms on the command line, at any position.
 ALIASES = {
     "--epochs": "--train.epochs",
     "--shards": "--data.shards",
@@ -42,30 +42,30 @@ ALIASES = {
 
 @dataclass
 class DataConfig:
-    """Shards and the order in which training sees them."""
+    """Shards, and the order in which training sees them."""
 
     shards: str = "data/shards"
     """Folder with index.json and the tars, or its URL: `s3://`, `gs://`, or any other that fsspec knows."""
     features: str = ""
     """Folder of a feature cache, or its URL: train and validate from the backbone's tokens in it instead of the photos.
-    `./launch.sh prep features` makes one; empty computes tokens anew in every step."""
+    `./launch.sh prep features` makes one; if empty, every step computes its tokens."""
     decode_scale: str = "full"
-    """`half` decodes a JPEG at half its size where that still reaches the canvas of the views: 30 % less time, at a
-    quality that `python -m benchmarks.views` states; `full` decodes every pixel."""
+    """`half` decodes a JPEG at half its size where that is still as large as the views' canvas: 30 % less time, at a
+    quality that `python -m benchmarks.views` measures; `full` decodes every pixel."""
     streaming: bool = False
-    """Read the tars from end to end instead of photo by photo: faster from URLs, and the order is less exact."""
+    """Read the tars from end to end instead of photo by photo: faster from URLs, but the order is less random."""
     shuffle_buffer: int = 128
     """Undecoded photos that each worker holds while streaming, to draw the next one from."""
     sampling: str = "weighted"
     """`weighted` draws by the shards' GPS-cluster weights, `uniform` ignores them."""
     epoch_share: float = 0.8
-    """Share of the training split that one epoch draws, without replacement; weights decide who is left out."""
+    """Share of the training split that one epoch draws, without replacement; weights decide which are left out."""
     augment_share: float = 0.0
     """Share of training samples that are a mild copy of the photo: a part of it, perhaps mirrored, in another light."""
     streetvision_share: float = 0.0
     """Share of training samples as the live client sends them: 224 px at one of its four levels, without metadata."""
     allow_leaks: bool = False
-    """Train on metadata fields although the shards say that they give the label away."""
+    """Train on metadata fields even if they leak the label according to the shards' index."""
     workers: int = 4
     """Processes per rank that read, decode and cut views; 0 does it in the training process."""
 
@@ -83,45 +83,45 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
-    """The loop."""
+    """The training loop."""
 
     run: str = "runs/train"
-    """Run folder. Where it holds an unfinished run of the same configuration, that run goes on."""
+    """Run folder. If it holds an unfinished run of the same configuration, that run resumes."""
     epochs: int = 30
     """Passes over `data.epoch_share` of the training split."""
     batch_size: int = 64
     """Samples per optimizer step, over all processes: the world size changes the speed, not the run."""
     micro_batch_size: int = 16
-    """Most samples of one process in one forward pass; accumulation follows."""
+    """Largest number of samples of one process in one forward pass; accumulation follows from it."""
     expert_parallel: int = 1
-    """Processes that share the experts of a layer; 1 gives every process all of them. One process alone keeps them."""
+    """Processes that share the experts of a layer; 1 gives every process all of them, as does a run of one process."""
     precision: str = "auto"
     """`bf16`, `fp32`, or `auto`: bf16 where a GPU computes in it."""
     seed: int = 0
-    """Of the weights, the order of samples, dropout and exploration."""
+    """Seed of the weights, the order of samples, dropout and exploration."""
     log_every: int = 10
     """Optimizer steps between log lines."""
     validations_per_epoch: int = 1
-    """Validations, evenly spread; the last step always has one."""
+    """Validations per epoch, evenly spread; the last step always has one."""
     patience: int = 8
-    """Validations without a better MCC before the run ends early; 0 never does."""
+    """Validations without a better MCC before the run ends early; 0 never ends it early."""
     ema_decay: float = 0.9999
-    """Largest decay of the weight average that is validated and exported; 0 means the weights themselves."""
+    """Largest decay of the weight average that is validated and exported; 0 uses the weights themselves."""
     distil_every: int = 4
-    """Every n-th step keeps all views, and fusion's importance teaches the pruner; 0 never."""
+    """Every n-th step keeps all views, so that fusion's importance teaches the pruner; 0 never does."""
     wandb: bool = True
-    """Log to Weights & Biases: online with a key, offline in the run folder without."""
+    """Log to Weights & Biases: online with a key, offline in the run folder without one."""
     max_minutes: float = 0.0
     """Minutes from the launcher's start after which the run saves and ends with status 75; 0 is no limit."""
     max_skips: int = 5
-    """Steps in a row without a finite loss and gradient, which are skipped, before the run rolls back to its last
+    """Skipped steps in a row, whose loss or gradient was not finite, before the run rolls back to its last
     checkpoint."""
     max_rollbacks: int = 3
     """Roll-backs in all before the run gives up."""
     hang_minutes: float = 30.0
     """Minutes without progress after which a process writes its stacks and ends with status 1."""
     profile: str = ""
-    """Steps to trace with torch's profiler, as FIRST:LAST; empty traces none."""
+    """Steps to trace with torch's profiler, as FIRST:LAST; if empty, none."""
 
     def __post_init__(self) -> None:
         positive, counted = at_least(1), at_least(0)
@@ -136,10 +136,10 @@ class TrainConfig:
 
 
 def profile_window(text: str) -> tuple[int, int]:
-    """`10:13` becomes the first and the last step of a window.
+    """Read a window of steps: `10:13` becomes its first and last step.
 
     Raises:
-        UserError: It is no window.
+        UserError: The text is no window.
     """
     first, _, last = text.partition(":")
     if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
@@ -149,10 +149,10 @@ def profile_window(text: str) -> tuple[int, int]:
 
 @dataclass
 class CheckpointConfig:
-    """When checkpoints are written, which ones stay, and where copies go. None of it changes what is computed."""
+    """When checkpoints are written, which ones stay, and where copies go. No key here changes what is computed."""
 
     every_steps: int = 0
-    """Optimizer steps between checkpoints; 0 leaves it to the clock and the validations."""
+    """Optimizer steps between checkpoints; 0 leaves them to the clock and the validations."""
     every_minutes: float = 10.0
     """Minutes between checkpoints; 0 turns the clock off."""
     keep: int = 2
@@ -161,11 +161,11 @@ class CheckpointConfig:
     """Checkpoints of steps that this divides are kept for good; 0 keeps none for good."""
     sync: str = ""
     """URL to which finished checkpoints are copied in the background: `s3://`, `gs://`, `file://`, or any other that
-    fsspec knows. Where the run folder has no checkpoint, the newest one from there is fetched. Empty copies nothing."""
+    fsspec knows. If it has a newer checkpoint than the run folder, the run resumes from that. Empty copies nothing."""
     sync_wait_s: float = 60.0
     """Seconds that the end of a run, or a stop, waits for the last copy."""
     resume: str = ""
-    """URL to fetch the newest valid checkpoint from, where it is newer than the run folder's; empty means `sync`."""
+    """URL to fetch the newest valid checkpoint from, if it is newer than the run folder's; empty means `sync`."""
 
     def __post_init__(self) -> None:
         counted = at_least(0)
@@ -178,7 +178,7 @@ class CheckpointConfig:
 
 
 def require_plain_url(key: str, value: str) -> None:
-    """Refuse what is no URL, and one with a secret in it: the configuration is written down in many places."""
+    """Refuse a value that is no URL, or a URL with a secret in it: the configuration is written to many files."""
     parts = urlsplit(value)
     if parts.password is not None or parts.query:
         raise UserError(f"{key} has a password or a signature in it; leave credentials to the driver's environment")
@@ -188,7 +188,7 @@ def require_plain_url(key: str, value: str) -> None:
 
 @dataclass
 class Config:
-    """A run, completely."""
+    """The complete configuration of a run."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -204,13 +204,13 @@ class Config:
 
 
 def parse_config(arguments: list[str], prog: str) -> tuple[Config, bool]:
-    """Read a command line: `--config FILE` first, whatever its place, then the overrides in their order.
+    """Read a command line: `--config FILE` first, whatever its position, then the overrides in their order.
 
     Returns:
         The configuration, and whether `--dry-run` was given.
 
     Raises:
-        UserError: An unknown key, a value outside its range, or a file that cannot be read.
+        UserError: A key is unknown, a value is out of its range, or a file cannot be read.
     """
     parser = _parser(f"{prog} [--config RECIPE.yaml] [--epochs N] [--dry-run] [--room.key VALUE ...]")
     values: Any = parser.parse_args(config_first(arguments))
@@ -234,7 +234,7 @@ def _parser(usage: str) -> Parser:
 
 
 def config_first(arguments: list[str]) -> list[str]:
-    """Replace the short forms and move `--config FILE` to the front, since what comes later wins."""
+    """Replace the short forms, and move `--config FILE` to the front, since later words win."""
     expanded: list[str] = []
     for argument in arguments:
         name, equals, value = underscored(argument).partition("=")
@@ -256,7 +256,7 @@ def read_config(path: Path) -> Config:
     """Read a complete or partial configuration from YAML, such as a run's `config.yaml`.
 
     Raises:
-        UserError: It cannot be read, or does not fit.
+        UserError: The file cannot be read, or has a key or value that is refused.
     """
     if not path.is_file():
         raise UserError(f"no configuration at {path}; name a run folder or a recipe that exists")
@@ -264,14 +264,14 @@ def read_config(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """Every key with its value, in the order of the dataclasses."""
+    """The configuration as YAML: every key with its value, in the order of the dataclasses."""
     values = asdict(config)
     values["model"]["metadata"] = list(values["model"]["metadata"])
     return yaml.safe_dump(values, sort_keys=False)
 
 
 def find_recipe(name: str | None) -> Path:
-    """A recipe by name or path."""
+    """The path of a recipe that is given by name or path."""
     known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     if name is None:
         raise UserError(f"train needs a recipe: one of {', '.join(known)}, or a YAML file")
@@ -285,8 +285,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Keys that matter and differ, as `train.epochs=3 (now 5)`.
 
     Args:
-        before: Rooms of a configuration, maybe written before some keys were known: those had their defaults.
-        now: Rooms of a configuration.
+        before: Sections of a configuration; keys that an older version did not know had their defaults.
+        now: Sections of a configuration.
     """
     before, now = _complete(before), _complete(now)
     changed = []
@@ -299,7 +299,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _complete(rooms: dict[str, Any]) -> dict[str, Any]:
-    """Every key, as JSON gives it, absent ones with their defaults, and the rates that the optimizer settles."""
+    """Every key with its value as JSON has it: absent ones by default, and the optimizer's rates filled in."""
     rooms, defaults = (json.loads(json.dumps(values)) for values in (rooms, asdict(Config())))
     found = {
         room: {key: rooms.get(room, {}).get(key, default) for key, default in keys.items()}

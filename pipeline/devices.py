@@ -1,4 +1,4 @@
-"""Which device computes, and whether a GPU would stand idle because torch cannot use it."""
+"""Which device computes, and whether a GPU would be idle because torch cannot use it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:  # importing torch takes seconds, and `--help` needs none of it
     import torch
 
-# What a driver for NVIDIA, AMD, or WSL puts on a machine with a GPU.
+# Device files that the drivers for NVIDIA, AMD and WSL create on a machine with a GPU.
 DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 CPU_ONLY = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # the environment of a process that takes no GPU
 
 
 def expects_gpu() -> bool:
-    """Whether this machine has a GPU that nobody has hidden, whatever torch says. Imports no torch."""
+    """Whether this machine has a GPU that is not hidden, even if torch cannot use it. Imports no torch."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or os.environ.get("DS_ACCELERATOR") == "cpu":
         return False
     allocated = os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
@@ -33,14 +33,14 @@ def uses_gpu() -> bool:
 
 
 def gpu_count() -> int:
-    """GPUs that this process sees."""
+    """The number of GPUs that this process sees."""
     import torch
 
     return torch.cuda.device_count()
 
 
 def has_bf16() -> bool:
-    """Whether a GPU of this machine computes in bf16 by itself."""
+    """Whether a GPU of this machine computes in bf16 natively."""
     import torch
 
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -50,10 +50,10 @@ def refuse_idle_gpu(flag: str = "--cpu") -> None:
     """Refuse to compute on the CPU beside a GPU that torch cannot use.
 
     Args:
-        flag: The option that asks for the CPU all the same.
+        flag: The option that asks for the CPU all the same, for the message.
 
     Raises:
-        UserError: With torch's own reason, and the ways out.
+        UserError: There is such a GPU; the message has torch's own reason and the ways out.
     """
     if uses_gpu() or not expects_gpu():
         return
@@ -74,7 +74,7 @@ def refuse_idle_gpu(flag: str = "--cpu") -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one; anything else is a device's name, such as `cpu` or `cuda:1`.
+    """The device of a name, such as `cpu` or `cuda:1`; `auto` is a GPU where there is one.
 
     Raises:
         UserError: There is no such device here, or `auto` finds a GPU that torch cannot use.

@@ -27,10 +27,10 @@ def doctor(
         recipe: A name in pipeline/recipes, or a YAML file; `--recipe` may be left out before it.
         shards: Folder of shards, or its URL; by default the recipe's.
         out: Folder for summary.json; by default a temporary one.
-        config_file: An accelerate configuration; by default the one that this machine's hardware decides on.
-        num_machines: By default the accelerate configuration's.
-        num_processes: Over all machines; by default the accelerate configuration's.
-        gpu_gib: Memory of one GPU where training will run, such as 80, if that is not this machine.
+        config_file: An accelerate configuration; by default chosen by this machine's hardware.
+        num_machines: Number of machines; by default the accelerate configuration's.
+        num_processes: Number of processes over all machines; by default the accelerate configuration's.
+        gpu_gib: Memory of one GPU in GiB, such as 80, if training will run on another machine.
 
     Raises:
         AuditFailed: Something would fail; the table says what.

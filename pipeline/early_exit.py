@@ -1,4 +1,4 @@
-"""Let a trained model look at no more views than it needs: `python -m pipeline.early_exit --run RUN`."""
+"""Let a trained model use no more views than it needs: `python -m pipeline.early_exit --run RUN`."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def early_exit(
 ) -> Path:
     """Measure on the validation split how many views a model needs, and write the rule into its configuration.
 
-    From then on the model in RUN/model prunes this way, wherever it is used. Evaluate it again afterwards: the cut of
-    an earlier evaluation was chosen without the rule.
+    From then on the model in RUN/model prunes by that rule wherever it is used. Evaluate it again afterwards: the cut
+    of an earlier evaluation was chosen without the rule.
 
     Args:
-        run: Run folder of a model with the head `roadwork`. One trained with `model.pruning` `dynamic` has learnt to
-            answer from few views; another can be calibrated too, and stops later.
+        run: Run folder of a model with the head `roadwork`. A model trained with `model.pruning` `dynamic` has learnt
+            to answer from few views; others work too, but stop later.
         pruning: `dynamic` stops each photo when its answer is certain; `fixed`, a control, takes the views that are
             best for all photos together.
-        max_loss: Most that the validation MCC with `dynamic` may lie below the one with `keep_views` views of every
-            photo; 0.002 is 0.2 points. Found on a finite split, it holds on other photos on average only.
+        max_loss: Largest loss of validation MCC with `dynamic` against `keep_views` views of every photo; 0.002 is
+            0.2 points. It is fitted to a finite split, so on other photos it holds on average only.
         shards: Folder of shards, or its URL; by default the one that the run was trained on.
         features: Feature cache, see `evaluate`.
         batch_size: Photos in one forward pass.
@@ -39,7 +39,7 @@ def early_exit(
         device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
 
     Returns:
-        The path of summary.json in the run folder, which has what was found under `calibration`.
+        The path of summary.json in the run folder, which has the results under `calibration`.
     """
     require(0 < max_loss < 1, "--max_loss", max_loss, "in (0, 1)")
     require(batch_size >= 1, "--batch_size", batch_size, "1 or more")

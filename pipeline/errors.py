@@ -1,4 +1,4 @@
-"""What goes wrong, in one sentence, and the exit status that says whose turn it is."""
+"""Errors as one sentence each, and the exit statuses that tell a user's mistake from a stop or a failure."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ RANK_ZERO_FIRST_S = 3.0
 
 # A worker's own exit status does not survive `accelerate launch`, so it is written to this file too.
 STATE_FILE_VARIABLE = "ROADWORK_STATE_FILE"
-# When the launcher started, in seconds since 1970: a run that it starts again has what is left of its time.
+# When the launcher started, in seconds since 1970: a run that it restarts has the rest of the time.
 STARTED_VARIABLE = "ROADWORK_STARTED"
 
 
-# What the user must mend: a disk that is full or read-only, rights, a file where a folder should be.
+# Errors that the user must fix: a disk that is full or read-only, permissions, a file where a folder should be.
 OF_THE_MACHINE = frozenset(
     {
         errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
@@ -36,37 +36,37 @@ OF_THE_MACHINE = frozenset(
     }
 )  # fmt: skip
 
-# How gloo and NCCL say that another process of the run is gone, which then is the one to ask.
+# Messages of gloo and NCCL after another process of the run has ended, whose own error is the one that matters.
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset) by peer|[Bb]roken pipe|remote process exited|socketTest")
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; the message says what, where, and what to do, in one sentence."""
+    """A mistake in the user's input; the message says what, where, and what to do, in one sentence."""
 
     def __init__(self, message: str):
         if message.startswith("Caught UserError in "):
-            # A DataLoader raises a worker's error anew, with the worker's whole traceback for a message.
+            # A DataLoader raises a worker's error again, with the worker's whole traceback as its message.
             message = message.rpartition(f"{__name__}.UserError: ")[2].strip()
         super().__init__(message)
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
-    """Refuse a configuration value with the key, the value and what is allowed."""
+    """Refuse a configuration value; the message has the key, the value and what is allowed."""
     if not condition:
         raise UserError(f"{key} is {value!r}, but must be {allowed}")
 
 
-# Whether a value is allowed, and what is, in words.
+# A test of a value, and what is allowed, in words.
 Rule = tuple[Callable[[Any], bool], str]
 
 
 def check_fields(room: str, config: object, **rules: Rule) -> None:
-    """Refuse a configuration whose fields break a rule, with the key, the value and what is allowed.
+    """Refuse a configuration with a field that breaks its rule; see `require` for the message.
 
     Args:
-        room: Before the dot of each key.
-        config: Has the fields.
-        **rules: By field, from the functions below.
+        room: The part of each key before the dot.
+        config: The dataclass with the fields.
+        **rules: Rules by field, from the functions below.
     """
     for name, (is_allowed, allowed) in rules.items():
         require(is_allowed(getattr(config, name)), f"{room}.{name}", getattr(config, name), allowed)
@@ -100,7 +100,7 @@ class Stopped(Exception):
 
 
 class AuditFailed(Exception):
-    """A check ended and found something; the message says what, `summary` is the path of the whole list."""
+    """A check that found something; the message says what, `summary` is the path of the whole list."""
 
     def __init__(self, message: str, summary: Path):
         super().__init__(message)
@@ -110,10 +110,9 @@ class AuditFailed(Exception):
 def run(main: Callable[[], Path | str | None]) -> int:
     """Run a command's main function and turn its end into an exit status.
 
-    A `UserError` becomes one line on stderr and status 2, a failed audit status 3, a stop request status 75.
-    What the system refuses for a reason that the user can mend, such as a full disk, is a user's mistake too. Anything
-    else is a bug and keeps its traceback. When `main` has a summary, its path or URL is printed as the last
-    line of stdout.
+    A `UserError` becomes one line on stderr and status 2, a failed audit status 3, a request to stop status 75. System
+    errors that the user can fix, such as a full disk, have status 2 too. Anything else is a bug and keeps its
+    traceback. If `main` returns a summary, its path or URL is printed as the last line of stdout.
     """
     status, message, summary = EXIT_OK, None, None
     try:
@@ -134,14 +133,14 @@ def run(main: Callable[[], Path | str | None]) -> int:
     except RuntimeError as error:
         if not LOST_PEER.search(str(error)):
             raise
-        # No outcome of the run: the launcher knows how the other one ended, and may start all of them again.
+        # Not the run's outcome: the launcher knows how the other rank ended, and may restart all of them.
         print(f"rank {os.environ.get('RANK', '0')} lost the connection to another rank", file=sys.stderr, flush=True)
         return EXIT_FAILED
     if os.environ.get("RANK", "0") != "0":
         if status == EXIT_OK:
             return status
-        # The first rank to leave has the others killed. Rank 0 usually has the same to say and is left to say it;
-        # a rank that still lives after that failed alone, and speaks.
+        # When the first rank ends, the others are killed. Rank 0 usually has the same message and is left to print it;
+        # a rank that still lives after this wait failed alone, and prints its own.
         time.sleep(RANK_ZERO_FIRST_S)
     if message is not None:
         print(message, file=sys.stderr, flush=True)
@@ -152,7 +151,7 @@ def run(main: Callable[[], Path | str | None]) -> int:
 
 
 def explain(error: OSError) -> str:
-    """What the system refused and where, in one sentence."""
+    """A system error as one sentence: what was refused, and where."""
     reason = (error.strerror or str(error)).lower()
     if error.filename is None:
         return f"{reason}; what is done so far is kept, so mend that and give the same command again"

@@ -1,4 +1,4 @@
-"""Measure a trained run on photos it has not learnt from: `python -m pipeline.evaluate --run RUN`."""
+"""Measure a trained run on photos that it was not trained on: `python -m pipeline.evaluate --run RUN`."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def evaluate(
 ) -> Path:
     """Measure a run's best weights, with and without metadata, and write its predictions and report.
 
-    The cut is chosen on `val` with all metadata NULL, and applied everywhere. Results go into the run's
-    summary.json, beside what training wrote there; predictions.csv and report.html are written anew.
+    The cut is chosen on `val` with all metadata NULL, and applied to all splits. Results are added to the run's
+    summary.json; predictions.csv and report.html are written anew.
 
     Args:
         run: Run folder.
         shards: Folder of shards, or its URL; by default the one that the run was trained on.
-        features: Feature cache to take the tokens from, a folder or URL, or '' for the photos themselves; by default
-            the one that the run was trained from, as far as it is still there and of these shards.
-        baseline: An evaluated run on the same shards, such as one of a baseline head, to be shown beside.
-        splits: Splits to measure. Without `val`, the cut is the one of an earlier evaluation or of training.
-        profile: `native` measures the photos as they are; `streetvision` what the live client would send of each one,
-            224 px at one of its four levels and no metadata. Its cut, summary, predictions and report are in
+        features: Folder or URL of a feature cache to take the tokens from, or '' for the photos themselves; by default
+            the cache that the run was trained from, if it still exists and is of these shards.
+        baseline: Another evaluated run on the same shards, such as one of a baseline head, to show beside this one.
+        splits: Splits to measure. Without `val`, the cut is that of an earlier evaluation or of training.
+        profile: `native` measures the photos as they are; `streetvision` as the live client would send them, 224 px at
+            one of its four levels and without metadata. Its cut, summary, predictions and report are in
             RUN/streetvision, and a native report that is written later shows its scores too.
         batch_size: Photos in one forward pass.
         workers: Processes that read, decode and cut views; 0 does it in this one.
@@ -53,7 +53,7 @@ def evaluate(
             f"--features is {features!r}, but a feature cache holds what the live client sends of training photos "
             "alone; leave --features out with --profile streetvision"
         )
-    import pandas as pd  # seconds that --help does not wait for
+    import pandas as pd  # takes seconds, which --help should not wait for
 
     from pipeline.data.copies import STREETVISION
     from pipeline.data.feature_dataset import open_split
@@ -78,7 +78,7 @@ def evaluate(
     results = folder.results(profile)
     earlier = None if "val" in splits else scoring.known_threshold(run, results)
     if not native and results.get("evaluation", {}).get("source_sha256") != index.source_sha256:
-        results.clear()  # scores on other shards, which the page would show beside these
+        results.clear()  # they are of other shards, and the page would show them beside these
     copy = 0 if native else STREETVISION.first
     parts = [scoring.predict_split(model, dataset, batch_size, workers, copy) for dataset in datasets.values()]
     predictions = pd.concat(parts, ignore_index=True)

@@ -1,4 +1,4 @@
-"""Make a run's best weights a folder that anyone can load: `python -m pipeline.export --run RUN`."""
+"""Export a run's best weights as a folder that anyone can load: `python -m pipeline.export --run RUN`."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from pipeline.errors import UserError
 
 
 def export(run: Path, *, out: Path | None = None, half: bool = False) -> Path:
-    """Write a run's best weights with a model card, and with the best cut folded in so that 0.5 is right.
+    """Write a run's best weights with a model card, and with the best cut folded in, so that 0.5 is the cut.
 
-    Evaluate first: the card then shows the results. What was written is loaded again and must give the same
-    logits.
+    Evaluate first: the card then shows the results. The written folder is loaded again and must give the same logits.
 
     Args:
         run: Run folder.
         out: Folder to write; by default the run's own `model`, in place; with --half, `model-half` beside it.
-        half: Store the head's weights in 16 bits, half the size; they compute in 32 bits once loaded.
+        half: Store the head's weights in 16 bits, at half the size; once loaded they compute in 32 bits.
 
     Returns:
         The path of summary.json in the written folder.
@@ -47,7 +46,7 @@ def export(run: Path, *, out: Path | None = None, half: bool = False) -> Path:
         (fresh / "README.md").write_text(model_card(run.resolve().name, model, summary, threshold, half))
         difference = verify(model, fresh, half)
         target.mkdir(exist_ok=True)
-        # The weights move before the configuration that describes them; files that others put here stay.
+        # The weights are moved before the configuration that describes them; other files in the folder stay.
         for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):
             sync(file)
             os.replace(file, target / file.name)

@@ -1,4 +1,4 @@
-"""Whole files or none: every file that matters is written under a temporary name, synced and renamed."""
+"""Atomic writes: every file that matters is written under a temporary name, synced and renamed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a new folder, then put it in the place of `path`.
+    """Let `write` fill a new folder, then replace `path` by it.
 
     The old folder stays until the new one is complete on the disk.
     """
@@ -59,7 +59,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill in a text template of Jinja's; a value that it wants and does not get is an error."""
+    """Fill in a Jinja text template; a missing value is an error."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -67,7 +67,7 @@ def render(template: Path, **values: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` atomically as indented JSON; NaN and infinities are refused, since JSON has none."""
+    """Write `value` atomically as indented JSON; NaN and infinities, which JSON lacks, are refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

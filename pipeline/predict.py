@@ -23,7 +23,7 @@ def predict(
 
     Args:
         model: Folder of a trained or exported model.
-        input: Files, folders (searched through for images) and glob patterns.
+        input: Files, folders (which are searched for images) and glob patterns.
         output: A .csv or .jsonl file: path, probability, label, kept_views, error; one row per photo.
         batch_size: Photos in one forward pass.
         workers: Processes that read, decode and cut views; 0 does it in this one.
@@ -53,7 +53,7 @@ def predict(
     if failed:
         say(f"{failed} of {len(files)} photos could not be read; the column `error` says why")
     wall_s = time.monotonic() - start
-    # Several outputs may share a folder, such as /tmp, so the summary carries the output's name.
+    # Several outputs may share a folder, such as /tmp, so the summary has the output's name.
     summary = output.with_suffix(".summary.json").resolve()
     values = {
         "output": str(output.resolve()),

@@ -22,7 +22,7 @@ def say(text: str) -> None:
 
 
 def silence_libraries() -> None:
-    """Keep libraries' own bars and notes out of the log, where they are loaded at all."""
+    """Keep the progress bars and notes of imported libraries out of the log."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if "transformers" in sys.modules:
@@ -32,7 +32,7 @@ def silence_libraries() -> None:
 
 
 def format_seconds(seconds: float) -> str:
-    """`75.2` becomes `1m15s`."""
+    """Seconds as minutes and seconds: `75.2` becomes `1m15s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -48,15 +48,15 @@ def track(
     amount: Callable[[T], int] = lambda item: 1,
     note: Callable[[], str] = lambda: "",
 ) -> Iterator[T]:
-    """Pass `items` through and show how far they are.
+    """Pass `items` through and show the progress.
 
     Args:
-        items: What is worked on.
-        total: Sum of their amounts; None where nobody knows before the end.
-        what: Names the work.
-        unit: Names what `amount` counts.
-        amount: How much of `total` one item stands for.
-        note: What else there is to say at a moment; empty for nothing.
+        items: The items of the work.
+        total: Sum of their amounts; None if it is not known before the end.
+        what: Name of the work.
+        unit: Unit of the amounts.
+        amount: The share of `total` that one item stands for.
+        note: Gives a note to show at any moment; empty for none.
     """
     follow = _track_bar if sys.stderr.isatty() else _track_lines
     yield from follow(items, total, what, unit, amount, note)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-if __name__ == "__main__":  # started as a file: the project's root takes the place of this folder on the path
+if __name__ == "__main__":  # started as a file: the project's root replaces this folder on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
@@ -53,7 +53,7 @@ def main() -> Path | None:
 
 
 def train(config: Config, dry_run: bool) -> Path | None:
-    """Train the run that a configuration describes, or go on with it; a finished run returns at once."""
+    """Train the run that a configuration describes, or resume it; a finished run returns at once."""
     shards = config.data.shards
     index = None if dry_run and not open_folder(shards).exists(INDEX_NAME) else read_index(shards)
     if index is not None:
@@ -104,13 +104,13 @@ def train(config: Config, dry_run: bool) -> Path | None:
 
 
 def say_plan(lines: Iterable[tuple[str, str]]) -> None:
-    """Print a part of the plan."""
+    """Print lines of the plan."""
     for about, text in lines:
         say(f"{about:<10} {text}")
 
 
 def check_cache(cache: FeatureCache | None, model: RoadworkModel, config: Config) -> None:
-    """Refuse a cache of other tokens than the model would compute itself. Collective."""
+    """Refuse a cache whose tokens differ from those that the model would compute. Collective."""
     if cache is not None:
         on_rank_zero(lambda: cache.check(feature_key(model.backbone, config.input_spec, config.model.pool_grid)))
 

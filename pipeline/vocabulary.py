@@ -1,9 +1,9 @@
-"""The words that metadata may hold, in the order of their ids, matched without regard to case; and other names."""
+"""The words of metadata in the order of their ids, matched without regard to case; and other names."""
 
 from typing import Literal
 
 TILE_GRID = 3
-# The views of a photo, in the order of their numbers; `pipeline.data.views` cuts them.
+# Names of the views by number; `pipeline.data.views` cuts them.
 VIEW_NAMES = (
     "global",
     *(f"tile_{row}_{column}" for row in range(TILE_GRID) for column in range(TILE_GRID)),
@@ -25,6 +25,6 @@ MASK_CLASSES = (
     "construction vehicle",
     "construction equipment",
 )
-# What is measured: photos as they are, or as the live client sends them.
+# What an evaluation measures: photos as they are, or as the live client sends them.
 Profile = Literal["native", "streetvision"]
 LABEL_NAMES = {0: "None", 1: "Roadwork"}

@@ -1,11 +1,11 @@
-"""Checkpoints as named tensors: nothing pickled, and nothing of the world size in the files.
+"""Checkpoints as named tensors: nothing pickled, and independent of the world size.
 
-Where the tensors come from is `engine_tensors`' business, what is in a checkpoint's folder that of `checkpoint_files`,
-which ones stay that of `retention`, and copies behind a URL that of `sync`.
+`distributed.engine_tensors` gathers the tensors, `files` defines a checkpoint's folder, `retention` decides which
+checkpoints stay, and `sync` copies them to a URL.
 
 No random state is stored, since none outlives a step: the order of samples follows from the seed and the epoch, and
-dropout and exploration of a step from (seed, step, rank). So any number of processes may go on from any checkpoint, and
-the same number goes on bit for bit.
+dropout and exploration of a step from (seed, step, rank). So any number of processes may resume from any checkpoint,
+and the same number resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from pipeline.optim.config import MOMENTS
 from pipeline.optim.ema import WeightAverage
 from pipeline.progress import say
 
-# A checkpoint that meets one of these is given up, and training goes on: EFBIG is the limit of `ulimit -f`.
+# On these errors a checkpoint is given up and training continues; EFBIG is the limit of `ulimit -f`.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG})
 
 
@@ -56,12 +56,12 @@ class Checkpoints:
     """Saves and restores a DeepSpeed engine, its weight average and the trainer's state; rank 0 writes.
 
     Attributes:
-        unsaved: The step of a checkpoint that could not be written, until a later one was.
-        fetched: Whether the run goes on from a checkpoint that came from behind the URL, known to rank 0.
+        unsaved: The step of the last checkpoint if it could not be written, else None.
+        fetched: Whether the run resumes from a checkpoint that was fetched from the URL; known to rank 0 alone.
     """
 
     def __init__(self, folder: Path, config: Config, rank: int):
-        """Keep the checkpoints of a run in `folder`, and in step with a URL where the configuration names one."""
+        """Keep the checkpoints of a run in `folder`, and copy them to the URL that the configuration may name."""
         settings = config.checkpoint
         self.folder, self.rank, self.settings = folder, rank, settings
         self.run, self.optimizer = _comparable(config), config.optim.name
@@ -77,12 +77,12 @@ class Checkpoints:
     def save(self, step: int, engine: Any, average: WeightAverage, state: dict[str, Any]) -> None:
         """Write a checkpoint. Collective: all ranks call it.
 
-        A full or failing disk costs this checkpoint and nothing else: the earlier ones stay, and `unsaved` is set.
+        A full or failing disk costs this checkpoint only: the earlier ones stay, and `unsaved` is set.
 
         Args:
             step: Optimizer steps taken.
             engine: The DeepSpeed engine.
-            average: Of the engine's weights.
+            average: The average of the engine's weights.
             state: JSON values of the trainer; `best` is None or has the `step` of the best validation.
         """
         weights, moments = gather_tensors(engine)
@@ -95,14 +95,14 @@ class Checkpoints:
     def restore(self, engine: Any, average: WeightAverage) -> dict[str, Any] | None:
         """Restore the newest valid checkpoint. Collective: all ranks call it.
 
-        The first time it also looks behind the URL of `checkpoint.resume`, or else of `checkpoint.sync`, and starts
-        the upload of what is missing there.
+        The first call also looks at the URL of `checkpoint.resume`, or else of `checkpoint.sync`, and starts the upload
+        of what is missing at the latter.
 
         Returns:
             The trainer's state, or None when there is no checkpoint.
 
         Raises:
-            UserError: The checkpoint is that of another run or model; nothing has been set then.
+            UserError: The checkpoint is of another run or model; nothing was changed.
         """
         path = on_rank_zero(self._choose)
         if path is None:
@@ -115,7 +115,7 @@ class Checkpoints:
         return state
 
     def best_average(self) -> dict[str, Any] | None:
-        """The averaged weights of the best validation, from here or from behind the URL; None if they are lost."""
+        """The averaged weights of the best validation, from here or from the URL; None if they are lost."""
         if self.retention.best is None:
             return None
         path = self.folder / name_of(self.retention.best)
@@ -129,14 +129,14 @@ class Checkpoints:
         return read_tensors(path / AVERAGE)
 
     def close(self) -> None:
-        """Say what is not saved, and wait for the upload as long as `checkpoint.sync_wait_s` allows."""
+        """Report what is not saved, and wait for the upload for at most `checkpoint.sync_wait_s`."""
         if self.rank == 0 and self.unsaved is not None:
             say(f"the state of step {self.unsaved} is not saved; {self._remaining()}")
         if self.uploader:
             self.uploader.close(self.settings.sync_wait_s)
 
     def _write(self, step: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> str | None:
-        """Write, then remove what need not stay; returns why there was no room, None when all is well."""
+        """Write a checkpoint, then remove old ones; returns why it could not be written, or None."""
         self.retention.best = state["best"] and state["best"]["step"]
         try:
             write_checkpoint(self.folder, step, tensors, state)
@@ -144,19 +144,19 @@ class Checkpoints:
             if error.errno in NO_ROOM:
                 return (error.strerror or str(error)).lower()
             raise UserError(explain(error)) from error
-        # What is being uploaded stays until it is.
+        # A checkpoint that is being uploaded stays until it is uploaded.
         with self.uploader.holding() if self.uploader else nullcontext(frozenset[str]()) as busy:
             names = self._names()
             for name in set(names) - self.retention.kept(names) - busy:
-                shutil.rmtree(self.folder / name, ignore_errors=True)  # an old one in the way is no reason to end
-        with suppress(OSError):  # without room for it the list of names still tells
+                shutil.rmtree(self.folder / name, ignore_errors=True)  # failing to remove an old one ends no run
+        with suppress(OSError):  # on a full disk the folders' names must do
             write_json(self.folder / POINTERS, self.retention.pointers(self._names()))
         if self.uploader:
             self.uploader.notify()
         return None
 
     def _choose(self) -> Path | None:
-        """The checkpoint to go on from, on this machine."""
+        """The checkpoint to resume from, on this machine."""
         for leftover in self.folder.glob(".step-*"):
             shutil.rmtree(leftover)
         name = self._newest_valid()
@@ -190,13 +190,13 @@ class Checkpoints:
         return None
 
     def _set_aside(self, name: str) -> None:
-        """Keep a damaged checkpoint for whoever wants to look at it, but out of the count of those that are kept."""
+        """Keep a damaged checkpoint under another name, so that it does not count among those that stay."""
         aside = self.folder / f"{name}.damaged"
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(self.folder / name, aside)
 
     def _fetch_newer(self, than: str | None) -> str | None:
-        """The newest valid checkpoint behind the URL, fetched, where it is newer than the one that is here."""
+        """Fetch the newest valid checkpoint at the URL if it is newer than the one here; returns its name."""
         try:
             return Remote(self.source).fetch_newest(self.folder, -1 if than is None else step_of(than))
         except UserError as error:
@@ -214,7 +214,7 @@ class Checkpoints:
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    """What of a configuration makes a run what it is, as it comes back from JSON."""
+    """The part of a configuration that a resumed run must share, as it comes back from JSON."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
     del values["checkpoint"]
     return {
@@ -227,7 +227,7 @@ def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], optimizer: str
     """Compare a checkpoint's names, shapes and types with those of the model and optimizer in training.
 
     Raises:
-        UserError: It is of another model or optimizer.
+        UserError: The checkpoint is of another model or optimizer.
     """
     moments = {f"{name}/{kind}": shape for name, shape in shapes.items() for kind in MOMENTS[optimizer]}
     # The weights first: where only the optimizer's tensors differ, the model is the same.

@@ -1,14 +1,14 @@
-"""What a checkpoint is on a disk or in a store: its files, how they come to be whole, and how damage is found.
+"""A checkpoint on a disk or in an object store: its files, how they are written whole, and how damage is found.
 
-A checkpoint is a folder `step-00001234`. Its files are safetensors and JSON, so reading one never runs what is in it,
-and they say nothing of the processes that wrote them:
+A checkpoint is a folder `step-00001234`. Its files are safetensors and JSON, so reading one never runs code from it,
+and they do not depend on the processes that wrote them:
 
     weights.safetensors      fp32 master weights by parameter name
-    optimizer.safetensors    `<parameter>/exp_avg` and `<parameter>/exp_avg_sq`, of Sophia `<parameter>/hessian`
+    optimizer.safetensors    `<parameter>/exp_avg` and `<parameter>/exp_avg_sq`, with Sophia `<parameter>/hessian`
     average.safetensors      the average of the weights, by the same names
-    state.json               where the trainer stands
+    state.json               the trainer's state
     manifest.json            bytes and SHA-256 of each of the four
-    complete.json            SHA-256 of the manifest; written last, so that without it there is no checkpoint
+    complete.json            SHA-256 of the manifest; written last: without it a checkpoint is incomplete
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Damaged(Exception):
 
 @dataclass(frozen=True)
 class Entry:
-    """What the manifest says of a file."""
+    """A file's entry in the manifest."""
 
     bytes: int
     sha256: str
 
 
 def name_of(step: int) -> str:
-    """The name of a step's checkpoint."""
+    """The folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
@@ -64,28 +64,28 @@ def step_of(name: str) -> int:
 
 
 def newest_first(names: Iterable[str]) -> list[str]:
-    """Those of some names that are checkpoints'."""
+    """The names of checkpoints among `names`, newest first."""
     return sorted((name for name in names if re.fullmatch(r"step-\d{8}", name)), reverse=True)
 
 
 def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> Path:
-    """Write a checkpoint under a hidden name, and give it its own when it is whole and on the disk.
+    """Write a checkpoint under a hidden name, and rename it once it is whole and on the disk.
 
     Args:
-        folder: Of all checkpoints.
+        folder: Folder of all checkpoints.
         step: Optimizer steps taken.
         tensors: File name to tensors.
         state: JSON values.
 
     Raises:
-        OSError: It could not be written; nothing of it remains, and what was there before is untouched.
+        OSError: The checkpoint could not be written; nothing of it remains, and older ones are untouched.
     """
     final = folder / name_of(step)
     temporary, old = (folder / f".{final.name}.{kind}" for kind in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        with ThreadPoolExecutor() as pool:  # one file is hashed while another goes to the disk: training waits
+        with ThreadPoolExecutor() as pool:  # hashes one file while another is written: training waits
             written = pool.map(lambda name: _write(temporary / name, save(_contiguous(tensors[name]))), tensors)
             entries = dict(zip(tensors, written, strict=True))
         entries[STATE] = _write(temporary / STATE, to_json({"step": step, **state}))
@@ -93,7 +93,7 @@ def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensors], st
         listed = _write(temporary / MANIFEST, to_json(manifest))
         _write(temporary / MARKER, to_json({"manifest_sha256": listed.sha256}))
         sync(temporary)
-        if final.exists():  # of a part of the run that was taken back
+        if final.exists():  # of a step that a resumed run takes again
             os.rename(final, old)
         os.rename(temporary, final)
         sync(folder)
@@ -105,7 +105,7 @@ def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensors], st
 
 
 def to_json(values: dict[str, Any]) -> bytes:
-    """Indented JSON; NaN and infinities are refused, since JSON has none."""
+    """Indented JSON; NaN and infinities, which JSON lacks, are refused."""
     return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
 
 
@@ -114,7 +114,7 @@ def _contiguous(tensors: Tensors) -> dict[str, torch.Tensor]:
 
 
 def _write(path: Path, data: bytes) -> Entry:
-    # The library's own writer would report a full disk as text without a number; bytes are ours to write.
+    # Not by the library's own writer, which reports a full disk as text without an error number.
     with path.open("wb") as stream:
         stream.write(data)
         stream.flush()
@@ -123,13 +123,13 @@ def _write(path: Path, data: bytes) -> Entry:
 
 
 def read_manifest(read: Callable[[str], bytes]) -> dict[str, Entry]:
-    """File name to what the manifest says of it.
+    """Read the manifest: file name to entry.
 
     Args:
-        read: Gives a file of the checkpoint by name.
+        read: Reads a file of the checkpoint by name.
 
     Raises:
-        Damaged: The checkpoint was not finished, or its manifest is not the one that was written.
+        Damaged: The checkpoint is incomplete, or its manifest is not the one that was written.
     """
     marker, manifest = (_present(name, read) for name in (MARKER, MANIFEST))
     if _parse(MARKER, marker).get("manifest_sha256") != hashlib.sha256(manifest).hexdigest():
@@ -183,7 +183,7 @@ def check_file(path: Path, entry: Entry) -> None:
     """Compare a file with its line of the manifest.
 
     Raises:
-        Damaged: It differs.
+        Damaged: The file differs.
     """
     if not path.is_file():
         raise Damaged(f"{path.name} is missing")
@@ -211,7 +211,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def difference(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """How the tensors of a safetensors file differ from what they must be, in a few words; reads its header only.
+    """How the tensors of a safetensors file differ from those expected, or None; reads its header only.
 
     Args:
         path: The file.

@@ -10,7 +10,7 @@ from pipeline.checkpoints.files import name_of, newest_first, step_of
 
 @dataclass
 class Retention:
-    """Keeps the latest ones, every so many steps one for good, and the one with the best validation."""
+    """Keeps the latest checkpoints, one every so many steps for good, and the one of the best validation."""
 
     latest: int
     """How many of the latest stay."""
@@ -27,7 +27,7 @@ class Retention:
         return {*ordered[: self.latest], *for_good, *best}
 
     def pointers(self, names: Iterable[str]) -> dict[str, str | None]:
-        """What `last` and `best` stand for among `names`; None for what is not there."""
+        """The checkpoints that `last` and `best` point to among `names`; None where there is none."""
         ordered = newest_first(names)
         best = self._best_name
         return {"last": next(iter(ordered), None), "best": best if best in ordered else None}

@@ -1,4 +1,4 @@
-"""Copies of the checkpoints behind a URL, made by a thread of rank 0 while training goes on."""
+"""Copies of the checkpoints at a URL, made by a thread of rank 0 while training continues."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ PROBE = "roadwork-write-test"
 
 
 class Remote:
-    """The checkpoints behind a URL, each in a folder of its own. What goes wrong is a `UserError`."""
+    """The checkpoints at a URL, each in a folder of its own. Failures raise `UserError`."""
 
     def __init__(self, url: str):
-        """Name the place; nothing is read yet."""
+        """Take the URL; nothing is read yet."""
         self.url = url.rstrip("/")
         self.root = open_folder(self.url)
 
@@ -66,10 +66,10 @@ class Remote:
             return None
 
     def check_writable(self, local: Path) -> None:
-        """Write a small file and remove it again, so that a run that cannot be synced says so in its first minute.
+        """Write a small file and remove it again, so that a run that cannot be synced fails in its first minute.
 
         Args:
-            local: Folder for the small file on this side.
+            local: Folder for the small file on this machine.
         """
         local.mkdir(parents=True, exist_ok=True)
         probe = local / f".{PROBE}"
@@ -81,9 +81,9 @@ class Remote:
             probe.unlink()
 
     def upload(self, path: Path) -> None:
-        """Make a checkpoint whole behind the URL: its files, read back and compared, then manifest, then marker.
+        """Upload a checkpoint: its files, read back and compared, then the manifest, then the completion marker.
 
-        Files that an earlier attempt brought there stay. Without a marker nobody takes the rest for a checkpoint.
+        Files that an earlier attempt uploaded stay. Without its marker a checkpoint is ignored.
         """
         there = self._folder(path.name)
         entries = read_manifest(lambda name: (path / name).read_bytes())
@@ -96,13 +96,13 @@ class Remote:
             _put(there, path / name, Entry(len(data), hashlib.sha256(data).hexdigest()))
 
     def delete(self, name: str) -> None:
-        """Remove a checkpoint, the marker first; a file that is not a checkpoint's stays."""
+        """Remove a checkpoint, the marker first; files that do not belong to a checkpoint stay."""
         there = self._folder(name)
         for file in reversed(IN_ORDER):
             there.delete(file)
         with suppress(OSError), explained(there.place):
             fs, path = fsspec.url_to_fs(there.place)
-            for file in fs.ls(path, detail=False):  # what an upload that was cut off left under a temporary name
+            for file in fs.ls(path, detail=False):  # an interrupted upload's temporary files
                 if Path(file).name.startswith(tuple(f".{known}." for known in IN_ORDER)):
                     fs.rm_file(file)
             fs.rmdir(path)
@@ -125,7 +125,7 @@ class Remote:
         """Fetch one checkpoint into `folder`, whole or not at all.
 
         Raises:
-            Damaged: It is not whole, or differs from its manifest.
+            Damaged: The checkpoint is incomplete, or differs from its manifest.
         """
         there, temporary = self._folder(name), folder / f".{name}.tmp"
         read_manifest(there.read)  # before anything large is asked for
@@ -147,7 +147,7 @@ class Remote:
 
 
 def _put(there: Folder, path: Path, entry: Entry) -> None:
-    """Bring a file there, and compare what is there then: a store's own checksum says what arrived, not what stays."""
+    """Upload a file, and compare what is read back: a store's own checksum covers what arrived, not what is kept."""
     if _entry(there, path.name) == entry:
         return
     there.put(path, path.name)
@@ -188,14 +188,14 @@ def _blocks(stream: BinaryIO, place: str) -> Iterator[bytes]:
 
 
 class Uploader:
-    """Keeps a URL in step with a run's checkpoints, newest first, from a thread that no step waits for.
+    """Uploads a run's checkpoints to a URL, newest first, from a thread that no step waits for.
 
-    There is no queue that could grow: the thread looks at what is here and what is there, so that a checkpoint that was
-    replaced meanwhile is never sent, and one that an earlier process left half sent is completed.
+    There is no queue that could grow: the thread compares both sides, so that a checkpoint that was replaced meanwhile
+    is never sent, and one that an earlier process left half sent is completed.
     """
 
     def __init__(self, remote: Remote, folder: Path, retention: Retention):
-        """Upload the checkpoints in `folder`; those that do not stay here do not stay there."""
+        """Upload the checkpoints in `folder`; `retention` holds for both sides."""
         self.remote, self.folder, self.retention = remote, folder, retention
         self._lock = threading.Lock()
         self._busy: frozenset[str] = frozenset()
@@ -203,14 +203,14 @@ class Uploader:
         self._changed = threading.Condition()
         self._asked = self._answered = 0
         self._given_up = threading.Event()
-        # A daemon, so that a store that does not answer cannot keep a finished run from ending.
+        # A daemon thread, so that a store that does not answer cannot keep a finished run from ending.
         self._thread = threading.Thread(target=self._loop, name="checkpoint-sync", daemon=True)
 
     def start(self, new: bool) -> None:
-        """Begin, with what an earlier process left undone.
+        """Start the thread, first with what an earlier process left undone.
 
         Args:
-            new: Whether the run begins here, so that a wrong URL should end it now.
+            new: Whether this is a new run, which a wrong URL should end now.
 
         Raises:
             UserError: A new run cannot write to the URL.
@@ -221,24 +221,24 @@ class Uploader:
         self.notify()
 
     def notify(self) -> None:
-        """Say that there is another checkpoint; returns at once."""
+        """Tell the thread of a new checkpoint; returns at once."""
         with self._changed:
             self._asked += 1
             self._changed.notify_all()
 
     @contextmanager
     def holding(self) -> Iterator[frozenset[str]]:
-        """Let no upload begin in the body; gives the name of the one that is under way."""
+        """Let no upload begin in the block; yields the name of the checkpoint that is being uploaded."""
         with self._lock:
             yield self._busy
 
     def wait(self, seconds: float) -> bool:
-        """Wait until nothing is left to do, for a bounded time; returns whether that came."""
+        """Wait until nothing is left to do, for at most `seconds`; returns whether that was reached."""
         with self._changed:
             return self._changed.wait_for(lambda: self._answered == self._asked, seconds)
 
     def close(self, wait_s: float) -> None:
-        """Wait for the uploads for at most `wait_s` seconds, and say what is missing then."""
+        """Wait for the uploads for at most `wait_s` seconds, then report what is missing."""
         done = self.wait(wait_s)
         self._given_up.set()
         missing = [path.name for path, marker in self._local() if (path.name, marker) not in self._synced]
@@ -247,7 +247,7 @@ class Uploader:
             say(f"not in {self.remote.url}{why}: {', '.join(missing)}; the same command goes on from what is here")
 
     def _loop(self) -> None:
-        with suppress(OSError):  # on Linux a thread has a priority of its own: training goes first
+        with suppress(OSError):  # on Linux a thread has its own priority: training goes first
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
         while not self._given_up.is_set():
             with self._changed:
@@ -270,7 +270,7 @@ class Uploader:
         self._retried(self._tidy)
 
     def _next(self) -> tuple[Path, bytes] | None:
-        """The newest checkpoint that is not known to be there; it stays here until the next one is asked for."""
+        """The newest checkpoint that is not known to be at the URL; it is kept here until the next call."""
         with self._lock:
             missing = [(path, marker) for path, marker in self._local() if (path.name, marker) not in self._synced]
             self._busy = frozenset({missing[0][0].name} if missing else ())
@@ -286,9 +286,9 @@ class Uploader:
             self.remote.upload(path)
 
     def _tidy(self) -> None:
-        """Remove old checkpoints there, and write what `last` and `best` stand for.
+        """Remove old checkpoints at the URL, and write what `last` and `best` point to.
 
-        What is ahead of this run is not its own and stays.
+        Checkpoints of later steps than this run's are not its own and stay.
         """
         with self._lock:
             here = [path.name for path, _ in self._local()]
@@ -306,7 +306,7 @@ class Uploader:
                 self.remote.delete(name)
 
     def _retried(self, action: Callable[[], None]) -> None:
-        """Try several times, with growing pauses, and no longer once the run has ended."""
+        """Retry with growing pauses, and stop once the run has ended."""
         retrying = Retrying(
             stop=stop_after_attempt(ATTEMPTS) | stop_when_event_set(self._given_up),
             wait=wait_exponential_jitter(multiplier=FIRST_WAIT_S, max=LONGEST_WAIT_S),

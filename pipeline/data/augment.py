@@ -1,4 +1,4 @@
-"""Altered copies of a photo: what the live client makes of one before it sends it, and mild ones for training."""
+"""Altered copies of a photo: what the live client sends of it, and mild ones for training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 CLIENT_SIDE = 224
-"""Side in pixels of what the client sends."""
+"""Side of the image that the client sends, in pixels."""
 LEVELS = 4
 """Levels of `streetvision`; the client draws each of them equally often."""
 MAX_ROTATION_DEG = 20.0
@@ -19,9 +19,9 @@ SATURATION = (0.3, 1.0)
 CONTRAST = (0.6, 1.0)
 JPEG_QUALITY = (20, 80)
 NOISE_SIGMA = (2.0, 12.0)
-"""Of the noise, in grey levels of 255."""
+"""Standard deviation of the noise, in grey levels of 255."""
 BLUR_SIGMA_PX = (0.5, 1.5)
-# A mild copy must stay a photo that a camera could have taken, with nothing of the label lost.
+# A mild copy must stay a photo that a camera could have taken, and keep what its label rests on.
 COPY_AREA = (0.7, 1.0)
 COPY_CHANGE = 0.2
 """Largest relative change of brightness, contrast and saturation in `augmented_copy`."""
@@ -33,17 +33,17 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 @dataclass(frozen=True)
 class Placement:
-    """Which part of a photo a copy shows, and how it lies."""
+    """Which part of a photo a copy shows, and how it is turned and mirrored."""
 
     window: tuple[float, float, float, float]
     """x0, y0, x1, y1 in pixels of the photo."""
     size: tuple[int, int]
     """Width and height of the copy in pixels."""
     angle_deg: float = 0.0
-    """Before the window is cut, `frame` is turned counterclockwise by so much about its centre; its corners are black
-    where nothing of it comes to lie."""
+    """Counterclockwise turn of `frame` about its centre before the window is cut; corners that it leaves empty are
+    black."""
     frame: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """The part of the photo that is turned, with the window in it; without a turn it does not matter."""
+    """The part of the photo that is turned, with the window in it; unused without a turn."""
     mirrored: bool = False
     upside_down: bool = False
 
@@ -70,14 +70,14 @@ class Placement:
         return np.array(cut)
 
     def _turned(self, source: Image.Image, resample: Image.Resampling) -> Image.Image:
-        """Shrink the frame to the copy's scale first, with a filter that does not alias, then turn at scale 1."""
+        """Shrink the frame to the copy's scale with an antialiasing filter, then turn it at scale 1."""
         x0, y0, x1, y1 = self.window
         across, down = self.size[0] / (x1 - x0), self.size[1] / (y1 - y0)
         left, top, right, bottom = self.frame
         width, height = round((right - left) * across), round((bottom - top) * down)
         frame = source.resize((width, height), resample, box=self.frame, reducing_gap=REDUCING_GAP)
         cos, sin = math.cos(math.radians(self.angle_deg)), math.sin(math.radians(self.angle_deg))
-        # From a point of the copy to where it was in the frame before the turn, both relative to the frame's centre.
+        # Maps a point of the copy to its position in the frame before the turn, relative to the frame's centre.
         x, y = (x0 - left) * across - width / 2, (y0 - top) * down - height / 2
         matrix = (cos, -sin, cos * x - sin * y + width / 2, sin, cos, sin * x + cos * y + height / 2)
         smooth = Image.Resampling.NEAREST if resample == Image.Resampling.NEAREST else Image.Resampling.BICUBIC
@@ -85,13 +85,13 @@ class Placement:
 
 
 def streetvision(image: np.ndarray, level: int, rng: np.random.Generator) -> np.ndarray:
-    """What the live client sends of a photo.
+    """The copy that the live client sends of a photo.
 
     Args:
         image: uint8 [H, W, 3], RGB.
-        level: 0 is the centre square; 1 turns, crops and flips it; 2 also takes colour away and compresses; 3 also adds
+        level: 0 is the centre square; 1 turns, crops and flips it; 2 also removes colour and compresses; 3 also adds
             noise and blurs. The strengths are ours.
-        rng: The copy is a function of its state.
+        rng: Random generator whose state determines the copy.
 
     Returns:
         uint8 [224, 224, 3].
@@ -107,13 +107,13 @@ def streetvision(image: np.ndarray, level: int, rng: np.random.Generator) -> np.
 
 
 def streetvision_placement(width: int, height: int, level: int, rng: np.random.Generator) -> Placement:
-    """The geometry of `streetvision`, which takes it from the same state of `rng`.
+    """The geometry that `streetvision` draws from the same state of `rng`.
 
     Args:
-        width: Of the photo, in pixels.
-        height: Of the photo, in pixels.
+        width: Width of the photo in pixels.
+        height: Height of the photo in pixels.
         level: See `streetvision`.
-        rng: Advanced by what is drawn.
+        rng: Random generator, which is advanced.
     """
     short = min(width, height)
     left, top = (width - short) / 2, (height - short) / 2
@@ -127,11 +127,11 @@ def streetvision_placement(width: int, height: int, level: int, rng: np.random.G
 
 
 def augmented_copy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A mild copy at the photo's own resolution: a part of it, perhaps mirrored, in another light.
+    """A mild copy at the photo's own resolution: a part of it, perhaps mirrored, in other light.
 
     Args:
         image: uint8 [H, W, 3], RGB.
-        rng: The copy is a function of its state.
+        rng: Random generator whose state determines the copy.
 
     Returns:
         uint8 [h, w, 3], with 70 to 100 % of the photo's pixels and its aspect.
@@ -150,7 +150,7 @@ def copy_placement(width: int, height: int, rng: np.random.Generator) -> Placeme
 def random_window(
     frame: tuple[float, float, float, float], area: tuple[float, float], rng: np.random.Generator
 ) -> tuple[float, float, float, float]:
-    """A window of the frame's aspect, anywhere in it, whose share of the area is drawn evenly from a range."""
+    """A window anywhere in the frame, with its aspect and a share of its area drawn evenly from a range."""
     x0, y0, x1, y1 = frame
     share = math.sqrt(rng.uniform(*area))
     width, height = share * (x1 - x0), share * (y1 - y0)
@@ -159,15 +159,15 @@ def random_window(
 
 
 def recoloured(image: np.ndarray, contrast: float, saturation: float, brightness: float = 1.0) -> np.ndarray:
-    """Scale brightness, the distance from the mean grey, and that of each pixel from its own grey, all in one pass.
+    """Scale brightness, contrast (distance from the mean grey) and saturation (from each pixel's grey) in one pass.
 
     Args:
         image: uint8 [H, W, 3].
-        contrast: 0 leaves the mean grey of the photo, 1 the photo.
-        saturation: 0 leaves greys, 1 the photo.
-        brightness: 1 leaves it.
+        contrast: 1 keeps the photo; 0 leaves its mean grey.
+        saturation: 1 keeps the photo; 0 leaves greys.
+        brightness: 1 keeps the photo.
     """
-    # A photo's mean from every 16th pixel of every 16th row is good to a grey level, and a hundred times faster.
+    # The mean of every 16th pixel in every 16th row is within a grey level of the photo's, a hundred times faster.
     mean = float(image[::16, ::16].reshape(-1, 3).mean(axis=0) @ LUMA)
     matrix = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * LUMA)
     offset = brightness * (1 - contrast) * mean
@@ -176,7 +176,7 @@ def recoloured(image: np.ndarray, contrast: float, saturation: float, brightness
 
 
 def compressed(image: np.ndarray, quality: int) -> np.ndarray:
-    """What is left of uint8 [H, W, 3] after JPEG at this quality."""
+    """Encode uint8 [H, W, 3] as JPEG at this quality and decode it again."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "JPEG", quality=quality)
     return np.array(Image.open(stream))

@@ -1,4 +1,4 @@
-"""Augmented copies of a photo: a function of the photo and the copy's number, wherever they are made."""
+"""Augmented copies of a photo: a function of the photo and the copy's number, the same on every machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Kind:
 
     name: str
     first: int
-    """The lowest of their numbers."""
+    """The lowest number of a copy of this kind."""
 
     def number(self, place: int) -> int:
         """Number of the copy of this kind that comes after `place` others."""
@@ -34,9 +34,9 @@ class Kind:
 
 
 STREETVISION = Kind("streetvision", 1)
-"""What the live client sends, 224 px at one of its levels, and without metadata."""
+"""Copies as the live client sends them: 224 px at one of its levels, without metadata."""
 AUGMENTED = Kind("augmented", 2)
-"""Mild ones, which keep the photo's resolution."""
+"""Mild copies, which keep the photo's resolution."""
 
 
 def is_streetvision(copy: int) -> bool:
@@ -49,8 +49,8 @@ def make_copy(image: np.ndarray, sha256: str, copy: int) -> np.ndarray:
 
     Args:
         image: uint8 [H, W, 3].
-        sha256: Of the photo's bytes, in hexadecimal.
-        copy: 1 or more.
+        sha256: SHA-256 of the photo's bytes, in hexadecimal.
+        copy: Number of the copy, 1 or more.
 
     Returns:
         uint8 [h, w, 3].
@@ -65,10 +65,10 @@ def placement_of(width: int, height: int, sha256: str, copy: int) -> Placement:
     """Which part of the photo `make_copy` shows, for its mask; see there.
 
     Args:
-        width: Of the photo, or of a mask in another resolution, in pixels.
-        height: Of the same.
-        sha256: Of the photo's bytes.
-        copy: 1 or more.
+        width: Width of the photo, or of a mask in another resolution, in pixels.
+        height: Height of the same.
+        sha256: SHA-256 of the photo's bytes, in hexadecimal.
+        copy: Number of the copy, 1 or more.
     """
     generator = _generator(sha256, copy)
     if is_streetvision(copy):

@@ -39,7 +39,7 @@ def prepare(data: bytes, spec: InputSpec) -> dict[str, torch.Tensor]:
 
     Args:
         data: The photo's file, of any format.
-        spec: The model's, `model.config.input_spec`.
+        spec: The model's input spec, `model.config.input_spec`.
 
     Returns:
         views uint8 [V, 3, S, S], channels last in memory, boxes float32 [V, 4] and view_mask bool [V].
@@ -52,15 +52,15 @@ def prepare(data: bytes, spec: InputSpec) -> dict[str, torch.Tensor]:
 
 
 def decode_scaled(data: bytes, spec: InputSpec, scratch: Scratch | None = None) -> tuple[np.ndarray, tuple[int, int]]:
-    """Decode a photo at the scale that `InputSpec.decode_scale` says.
+    """Decode a photo at the scale of `InputSpec.decode_scale`.
 
     Args:
         data: The photo's file.
-        spec: The model's.
+        spec: The model's input spec.
         scratch: See `pipeline.data.photo.decode`.
 
     Returns:
-        uint8 [H, W, 3], and width and height of the photo in its full size.
+        uint8 [H, W, 3], and width and height of the photo at full size.
 
     Raises:
         BadPhoto: The bytes are no usable photo.
@@ -79,8 +79,8 @@ def prepare_image(image: np.ndarray, spec: InputSpec, size: tuple[int, int] | No
 
     Args:
         image: uint8 [H, W, 3], RGB, contiguous.
-        spec: The model's.
-        size: Width and height of the photo, where `image` is smaller than that.
+        spec: The model's input spec.
+        size: Width and height of the photo at full size, where `image` is smaller.
     """
     size = size or (image.shape[1], image.shape[0])
     return {
@@ -93,10 +93,10 @@ def prepare_image(image: np.ndarray, spec: InputSpec, size: tuple[int, int] | No
 def metadata_tensors(
     metadata: Metadata, text_vector: Sequence[float] | None = None, text_dim: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Metadata as the model takes it.
+    """Metadata as the model's input tensors.
 
     Args:
-        metadata: Of one photo.
+        metadata: Metadata of one photo.
         text_vector: Embedding of its description, or None for NULL.
         text_dim: Length of an embedding; 0 where there are none.
 
@@ -123,7 +123,7 @@ def decode_mask(data: bytes) -> np.ndarray:
     """A mask PNG, whose value c + 1 marks class c, as uint8 [H, W].
 
     Raises:
-        BadPhoto: It is no image.
+        BadPhoto: The bytes are no image.
     """
     try:
         return np.asarray(Image.open(io.BytesIO(data)).convert("L"))
@@ -135,7 +135,7 @@ def mask_targets(mask: np.ndarray | None, side: int) -> torch.Tensor:
     """Share of each cell that each class covers: float32 [6, side, side], all NaN without a mask.
 
     Args:
-        mask: See `decode_mask`, or None.
+        mask: A mask from `decode_mask`, or None.
         side: Cells per side.
     """
     if mask is None:
@@ -143,16 +143,16 @@ def mask_targets(mask: np.ndarray | None, side: int) -> torch.Tensor:
     targets = torch.zeros(len(MASK_CLASSES), side, side)
     for class_, target in enumerate(targets):
         covered = mask == class_ + 1
-        if covered.any():  # most classes are in few photos
+        if covered.any():  # most classes occur in few photos
             target.copy_(F.adaptive_avg_pool2d(torch.from_numpy(covered)[None].float(), side)[0])
     return targets
 
 
 class ShardDataset(Dataset[dict[str, torch.Tensor]]):
-    """One split of a folder of shards, any sample in one read; the tars are never scanned.
+    """One split of a folder of shards; reads any sample at once, without scanning the tars.
 
-    What is read is checked on the way: a tar's length and layout, each member's header, the photo's hash, and the
-    record against the index. Anything but what the index promises is a `UserError` that names tar and sample.
+    Reads are checked: a tar's length and layout, each member's header, the photo's hash, and the record against the
+    index. Anything that differs from the index is a `UserError` that names tar and sample.
     """
 
     def __init__(self, place: Path | str, index: Index, name: str, spec: InputSpec):
@@ -160,9 +160,9 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
 
         Args:
             place: Folder or URL of the shards.
-            index: Theirs.
-            name: The split's.
-            spec: The model's.
+            index: The shards' index.
+            name: Name of the split.
+            spec: The model's input spec.
         """
         self.place, self.folder = place, open_folder(place)
         self.name, self.split = name, index.split(name)
@@ -189,19 +189,19 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         """Read a photo, or an augmented copy of it.
 
         Args:
-            number: `copy * len(self) + row`, with copy 0 for the photo itself, and see `make_copy` for others.
+            number: `copy * len(self) + row`; copy 0 is the photo itself, see `make_copy` for others.
 
         Returns:
-            Its record, and views, metadata and targets.
+            The photo's record, and views, metadata and targets.
         """
         copy, row = divmod(number, len(self))
         return self.assemble(row, self._read(row, self.split.samples[row].members), copy)
 
     def assemble(self, row: int, members: Mapping[str, bytes], copy: int = 0) -> tuple[Record, dict[str, torch.Tensor]]:
-        """See `load`: for a sample whose members, by extension, were read already.
+        """Do what `load` does for a sample whose members were read already; they are given by extension.
 
         Raises:
-            UserError: They are not what the index says, or cannot be decoded.
+            UserError: The members are not those of the index, or cannot be decoded.
         """
         sample = self.split.samples[row]
         with self.naming(sample.shard, sample):
@@ -217,10 +217,10 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
 
         Args:
             image: uint8 [H, W, 3], see `decode_scaled`.
-            size: Width and height of the photo in its full size.
-            mask: See `decode_mask`, or None.
-            record: Of the photo.
-            copy: 0 for the photo itself, see `make_copy`.
+            size: Width and height of the photo at full size.
+            mask: A mask from `decode_mask`, or None.
+            record: The photo's record.
+            copy: 0 for the photo itself, see `make_copy` for others.
         """
         if copy:
             image = make_copy(image, record.sha256, copy)
@@ -231,11 +231,11 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         return {**views, "mask_targets": mask_targets(mask, self.spec.mask_side)}
 
     def about(self, row: int, record: Record, copy: int = 0) -> dict[str, torch.Tensor]:
-        """What is known of a sample beside its photo and its mask.
+        """A sample's tensors beside those from photo and mask.
 
         Returns:
-            Metadata, `labels` int64 [], -1 where unknown, `row` int64 [], its place in the split, and `null_metadata`
-            bool [], whether the metadata is a target alone: the live client sends none.
+            Metadata, `labels` int64 [], -1 where unknown, `row` int64 [], its position in the split, and
+            `null_metadata` bool [], whether the metadata is a target only: the live client sends none.
         """
         label = self.split.samples[row].label
         return {
@@ -246,7 +246,7 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         }
 
     def mask(self, row: int) -> np.ndarray | None:
-        """The sample's mask, see `decode_mask`; None where it has none."""
+        """The sample's mask, see `decode_mask`; None if it has no mask."""
         sample = self.split.samples[row]
         if "mask.png" not in sample.members:
             return None
@@ -273,7 +273,7 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
 
     @contextmanager
     def naming(self, shard: int, sample: Sample | None = None) -> Iterator[None]:
-        """Name the shard, and the sample, in what is said about data that is damaged."""
+        """Name the shard, and the sample, in errors about damaged data."""
         try:
             yield
         except (Damage, BadPhoto, FileNotFoundError) as problem:
@@ -285,7 +285,7 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
             ) from problem
 
     def _read(self, row: int, extensions: Iterable[str]) -> dict[str, bytes]:
-        """Members of a sample in one read: they lie side by side."""
+        """Members of a sample in one read: they are adjacent in the tar."""
         sample = self.split.samples[row]
         with self.naming(sample.shard, sample):
             self._check_shard(sample.shard)
@@ -301,7 +301,7 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
             return members
 
     def _check_shard(self, number: int) -> None:
-        """Before a shard's first read in each process: nothing lies in it that the index does not name."""
+        """Check before a shard's first read in each process that it holds nothing that the index does not list."""
         if number in self._checked_shards:
             return
         with self.naming(number):

@@ -16,14 +16,14 @@ from pipeline.model.config import InputSpec
 
 
 class FeatureDataset(ShardDataset):
-    """A split of the shards whose photos and masks are never opened.
+    """A split of the shards with tokens from a feature cache; photos and masks are never opened.
 
-    A photo has several rows in the cache, itself and its augmented copies: of the numbers that `ShardDataset` takes,
-    only those up to `copies * len(self) - 1` are there.
+    A photo has several rows in the cache, itself and its augmented copies. Of the numbers that `ShardDataset` takes,
+    only those up to `copies * len(self) - 1` exist.
     """
 
     def __init__(self, *shards: Any, cache: FeatureCache, **options: Any):
-        """See `ShardDataset`, which gets all but the cache.
+        """Open a split; the arguments but `cache` are those of `ShardDataset`.
 
         Raises:
             UserError: The cache lacks photos of the split, or is damaged.
@@ -37,7 +37,7 @@ class FeatureDataset(ShardDataset):
         return self.reader.copies
 
     def load(self, number: int) -> tuple[Record, dict[str, torch.Tensor]]:
-        """The record, and tokens, metadata and targets; see `ShardDataset`, and `PhotoTokens` in the place of views."""
+        """The record, and tokens, metadata and targets; see `ShardDataset`, with `PhotoTokens` instead of views."""
         copy, row = divmod(number, len(self))
         sample, record = self.split.samples[row], self.record(row)
         if record.sha256 != self.reader.photo(row).sha256:
@@ -53,14 +53,14 @@ class FeatureDataset(ShardDataset):
 def open_split(
     shards: Path | str, index: Index, name: str, spec: InputSpec, cache: FeatureCache | None = None
 ) -> ShardDataset:
-    """The samples of a split as a model wants them, from the cache where there is one.
+    """Open a split's samples as a model takes them, from the feature cache if there is one.
 
     Args:
-        shards: Folder or URL.
-        index: Theirs.
-        name: The split's.
-        spec: The model's.
-        cache: Of the photos in the shards, with the model's key.
+        shards: Folder or URL of the shards.
+        index: The shards' index.
+        name: Name of the split.
+        spec: The model's input spec.
+        cache: Feature cache of the photos in the shards, with the model's key.
     """
     if cache is None:
         return ShardDataset(shards, index, name, spec)

@@ -1,4 +1,4 @@
-"""What a feature cache depends on beside photos and masks; one made with anything else is stale, and says with what."""
+"""What a feature cache depends on beside photos and masks; a cache that differs is refused, with the reason."""
 
 from __future__ import annotations
 
@@ -12,39 +12,39 @@ from pipeline.data.views import CANVAS_RATIO, TORCH_LANCZOS, canvas_boxes, usefu
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.config import InputSpec
 
-# Raise it when the pixels of a view change while boxes and resize kernel stay what they are.
+# Raise it when the pixels of a view change while boxes and resize kernel stay the same.
 PIXELS_VERSION = 1
 STORED_DTYPE = torch.bfloat16
 PROBED_SIZES = ((4032, 3024), (3024, 4032), (1920, 1080), (640, 640), (224, 224), (3000, 400))
-# Of a transformers configuration, what says nothing about the computation.
+# Keys of a transformers configuration that do not change the computation.
 BOOKKEEPING = frozenset({"transformers_version", "architectures", "dtype"})
 
 
 @dataclass(frozen=True)
 class FeatureKey:
-    """Equal keys, photos and masks give equal rows."""
+    """What a row depends on: equal keys, photos and masks give equal rows."""
 
     backbone: str
-    """Name, for people; `weights` is what counts."""
+    """Name of the backbone, for messages only; `weights` is compared."""
     weights: str
     """Fingerprint of the backbone's configuration and weights."""
     view_side: int
     num_views: int
     pool_grid: int
     mask_side: int
-    """Cells per side of the mask targets that lie beside the tokens."""
+    """Cells per side of the mask targets that are stored with the tokens."""
     geometry: str
-    """Fingerprint of the places of the views, and which of them are useful."""
+    """Fingerprint of the views' boxes, and of which views are useful."""
     resize: str
-    """Whose Lanczos kernel."""
+    """Library whose Lanczos kernel resizes the views."""
     decode_scale: str
     dtype: str
-    """Of the stored tokens."""
+    """Type of the stored tokens."""
 
     def difference(self, wanted: FeatureKey) -> str | None:
-        """Why tokens of this key are none of `wanted`, in a few words; None where they are.
+        """Why tokens with this key do not serve `wanted`, in a few words; None if they do.
 
-        Fewer views are found among more: they are numbered alike.
+        A cache with more views serves a model with fewer: their numbers are the same.
         """
         for field in fields(self):
             mine, other = getattr(self, field.name), getattr(wanted, field.name)
@@ -72,9 +72,9 @@ def feature_key(backbone: FrozenBackbone, spec: InputSpec, pool_grid: int) -> Fe
     """The key of the tokens that a model reads on this machine.
 
     Args:
-        backbone: The loaded one.
-        spec: The model's.
-        pool_grid: The model's.
+        backbone: The loaded backbone.
+        spec: The model's input spec.
+        pool_grid: The model's cells per side.
     """
     return FeatureKey(
         backbone=backbone.name,
@@ -91,9 +91,9 @@ def feature_key(backbone: FrozenBackbone, spec: InputSpec, pool_grid: int) -> Fe
 
 
 def weights_fingerprint(backbone: FrozenBackbone) -> str:
-    """SHA-256 of the configuration and of all weights, rounded to bf16 so that every device finds the same.
+    """SHA-256 of the configuration and of all weights, rounded to bf16 so that it is the same on every device.
 
-    Weights that differ by less than that give tokens that differ by less than what is stored.
+    Weights that differ by less give tokens that differ by less than the stored precision.
     """
     settings = {key: value for key, value in backbone.config.to_diff_dict().items() if key not in BOOKKEEPING}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -104,7 +104,7 @@ def weights_fingerprint(backbone: FrozenBackbone) -> str:
 
 
 def geometry_fingerprint(side: int) -> str:
-    """SHA-256 of where the views lie, and which add something, in photos of several shapes."""
+    """SHA-256 of the views' boxes, and of which are useful, in photos of several shapes."""
     places = [
         (canvas_boxes(width, height, side), useful_views(width, height, side).tolist())
         for width, height in PROBED_SIZES

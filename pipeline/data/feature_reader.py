@@ -1,4 +1,4 @@
-"""Reading a feature cache: any row in a few reads at known offsets, checked on the way; nothing is unpickled."""
+"""Read a feature cache: any row in a few reads at known offsets, each row checked; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from pipeline.errors import UserError
 from pipeline.vocabulary import MASK_CLASSES
 
 MOST_HEADER_BYTES = 1 << 20
-LENGTH_BYTES = 8  # of the number, little-endian, that a safetensors file begins with
+LENGTH_BYTES = 8  # of the little-endian number that a safetensors file starts with
 DTYPES = {"BF16": STORED_DTYPE, "F16": MASK_DTYPE, "F32": torch.float32, "BOOL": torch.bool}
 SMALL = ("boxes", "view_mask", "mask_classes", "has_mask")  # tensors that are read whole, once
 
@@ -41,9 +41,9 @@ class FeatureReader:
         """Find the photos of a split in the cache.
 
         Args:
-            cache: See there.
-            split: Name of the split, for what is said.
-            keys: Of its samples, in their order.
+            cache: The feature cache.
+            split: Name of the split, for messages.
+            keys: Keys of the split's samples, in their order.
 
         Raises:
             UserError: The cache lacks photos, or is damaged.
@@ -66,19 +66,19 @@ class FeatureReader:
                     raise Damage(f"it is missing or not {shards[number].bytes} bytes long")
 
     def photo(self, row: int) -> FeaturePhoto:
-        """What the cache knows about a photo of the split."""
+        """The cache's entry for a photo of the split."""
         shard, place = self.places[row]
         return self.index.shards[shard].photos[place]
 
     def read(self, row: int, copy: int) -> CachedRow:
-        """A row of a photo of the split.
+        """Read one copy of a photo of the split.
 
         Args:
-            row: Of the photo in the split.
+            row: The photo's row in the split.
             copy: 0 for the photo itself, up to `copies` - 1 for an augmented one.
 
         Raises:
-            UserError: They are damaged.
+            UserError: The data is damaged.
         """
         number, place = self.places[row]
         photo = self.photo(row)
@@ -129,7 +129,7 @@ class FeatureReader:
         return self._heads[number]
 
     def _expected(self, number: int, views: int, masks: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and shape of every tensor of a file that holds so many views and masks."""
+        """Type and shape of every tensor of a file that holds this many views and masks."""
         key, dim = self.index.key, self.index.dim
         rows = sum(len(photo.checksums) for photo in self.index.shards[number].photos)
         return {
@@ -159,7 +159,7 @@ class FeatureReader:
 
     @contextmanager
     def _naming(self, number: int, key: str = "") -> Iterator[None]:
-        """Name the file, and the sample, in what is said about damage."""
+        """Name the file, and the sample, in errors about damage."""
         try:
             yield
         except (Damage, FileNotFoundError) as problem:
@@ -170,27 +170,27 @@ class FeatureReader:
 
 @dataclass(frozen=True)
 class _Head:
-    """What is kept in memory of a file."""
+    """The part of a file that is kept in memory."""
 
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
     starts: dict[str, int]
-    """Where each tensor begins, in bytes from the file's start."""
+    """Start of each tensor, in bytes from the file's start."""
     small: dict[str, torch.Tensor]
     """The tensors that `SMALL` names, whole."""
 
     @cached_property
     def view_ends(self) -> np.ndarray:
-        """int [rows + 1], where each row's views begin among all."""
+        """Position of each row's first view among all of the file's views: int [rows + 1]."""
         return _ends(self.small["view_mask"])
 
     @cached_property
     def class_ends(self) -> np.ndarray:
-        """int [rows + 1], where each row's masks begin among all."""
+        """Position of each row's first mask among all of the file's masks: int [rows + 1]."""
         return _ends(self.small["mask_classes"])
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    """A tensor's values as they lie in a file."""
+    """A tensor's values as they are stored in a file."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -199,7 +199,7 @@ def _ends(present: torch.Tensor) -> np.ndarray:
 
 
 def spread(rows: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """Put the rows of what is there into their places, with zeros between.
+    """Put the stored rows at their positions, with zeros between.
 
     Args:
         rows: [M, ...].

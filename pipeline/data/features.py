@@ -1,8 +1,8 @@
-"""The feature cache: the backbone's tokens of every photo, computed once; its index, and what one row holds.
+"""The feature cache: the backbone's tokens of every photo, computed once; its index, and the content of a row.
 
-A cache is a folder with safetensors files and an `index.json`, which is written last. A file holds a stretch of one
-split, each photo with all of its copies. One row is one copy; views that add nothing and classes that are not in the
-photo's mask take no room.
+A cache is a folder with safetensors files and an `index.json`, which is written last. A file holds consecutive photos
+of one split, each with all of its copies. One row is one copy; views that add nothing and classes that are not in the
+photo's mask take no space.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class FeaturePhoto:
     """One photo of a cache."""
 
     key: str
-    """Of the sample in the shards."""
+    """The sample's key in the shards."""
     sha256: str
-    """Of the photo's bytes."""
+    """SHA-256 of the photo's bytes."""
     checksums: tuple[int, ...]
     """CRC-32 of each row: the photo itself, then its augmented copies."""
 
@@ -46,18 +46,18 @@ class FeatureShard:
     bytes: int
     sha256: str
     photos: tuple[FeaturePhoto, ...]
-    """In the order of their rows; all have as many copies."""
+    """The file's photos in the order of their rows; all have the same number of copies."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> FeatureShard:
-        """The inverse of `asdict` after a trip through JSON."""
+        """The inverse of `asdict`, from what JSON makes of it."""
         photos = (FeaturePhoto(photo["key"], photo["sha256"], tuple(photo["checksums"])) for photo in values["photos"])
         return cls(values["name"], values["bytes"], values["sha256"], tuple(photos))
 
 
 @dataclass(frozen=True)
 class FeatureIndex:
-    """The whole of a cache's `index.json`."""
+    """The content of a cache's `index.json`."""
 
     key: FeatureKey
     dim: int
@@ -65,11 +65,11 @@ class FeatureIndex:
     source_sha256: str
     """Fingerprint of the photos' shards."""
     copies: int
-    """Augmented ones of each training photo."""
+    """Augmented copies of each training photo."""
     precision: str
-    """That the backbone computed in."""
+    """Precision in which the backbone computed."""
     version: str
-    """Of the program that made the cache."""
+    """Version of the program that made the cache."""
     shards: tuple[FeatureShard, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -86,10 +86,10 @@ class FeatureCache:
     index: FeatureIndex
 
     def check(self, wanted: FeatureKey) -> None:
-        """Refuse a cache that was made with anything else than what is wanted.
+        """Refuse a cache that was made for another key.
 
         Raises:
-            UserError: With what differs.
+            UserError: The key differs; the message says in what.
         """
         difference = self.index.key.difference(wanted)
         if difference is not None:
@@ -99,7 +99,7 @@ class FeatureCache:
         """Refuse a cache of other photos.
 
         Raises:
-            UserError: The shards are not those that it was made from.
+            UserError: The cache was made from other shards.
         """
         mine, other = self.index.source_sha256, shards.source_sha256
         if mine != other:
@@ -108,14 +108,14 @@ class FeatureCache:
 
 @dataclass(frozen=True)
 class PhotoTokens:
-    """What the backbone says about one photo, or about one augmented copy."""
+    """The backbone's tokens of one photo, or of one augmented copy."""
 
     cls: torch.Tensor
     """[V, D]."""
     cells: torch.Tensor
     """[V, g*g, 2D], see `pool_cells`."""
     regions: torch.Tensor
-    """[V, D], of the global view under each view's box, see `pool_regions`."""
+    """[V, D], mean of the global view's tokens under each view's box, see `pool_regions`."""
     boxes: torch.Tensor
     """float32 [V, 4]."""
     view_mask: torch.Tensor
@@ -124,7 +124,7 @@ class PhotoTokens:
 
 @dataclass(frozen=True)
 class CachedRow:
-    """All that training wants of one photo's file and mask, or of one augmented copy's."""
+    """All that training needs from one photo and its mask, or from one augmented copy."""
 
     tokens: PhotoTokens
     mask_targets: torch.Tensor
@@ -132,10 +132,10 @@ class CachedRow:
 
 
 def open_cache(place: str, shards: Index) -> FeatureCache | None:
-    """The cache at a folder or URL, if it is of the photos in `shards`; None where no place is given.
+    """Open the cache of the photos in `shards` at a folder or URL; None if `place` is empty.
 
     Raises:
-        UserError: There is none, or it is of other photos.
+        UserError: There is no cache, or it is of other photos.
     """
     if not place:
         return None
@@ -148,7 +148,7 @@ def read_features(place: Path | str) -> FeatureIndex:
     """Read the index of a cache in a folder or at a URL.
 
     Raises:
-        UserError: There is none, or it cannot be read.
+        UserError: The index is missing, or cannot be read.
     """
     try:
         values = json.loads(open_folder(place).read(INDEX_NAME))
@@ -173,7 +173,7 @@ def read_features(place: Path | str) -> FeatureIndex:
 
 
 def stale(place: str, why: str) -> UserError:
-    """What is said about a cache that must not be used."""
+    """The error about a cache that must not be used."""
     return UserError(f"the feature cache {place} is stale: {why}; {remedy(place)}")
 
 
@@ -186,7 +186,7 @@ def remedy(place: str) -> str:
 
 
 def checksum(*parts: bytes) -> int:
-    """CRC-32 of several stretches of bytes, one after the other."""
+    """CRC-32 of the given bytes, one part after the other."""
     value = 0
     for part in parts:
         value = zlib.crc32(part, value)

@@ -1,4 +1,4 @@
-"""`index.json`, which lies beside the tars: all the trainer needs to plan an epoch without opening one."""
+"""`index.json`, the file beside the tars with all that the trainer needs to plan an epoch without opening one."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample and where its members lie."""
+    """One sample and the positions of its members."""
 
     key: str
     shard: int
     """Position in the split's list of shards."""
     members: dict[str, tuple[int, int]]
-    """Extension (`jpg`, `json`, `mask.png`) to offset of the data in the tar and size, in bytes."""
+    """Offset in the tar and size, in bytes, by extension (`jpg`, `json`, `mask.png`)."""
     label: int | None
     group: int
     """Near-duplicates share a group; intervals are bootstrapped over groups."""
@@ -53,7 +53,7 @@ class Sample:
 
     @property
     def photo_extension(self) -> str:
-        """Of the photo among the members."""
+        """Extension of the photo among the members."""
         return next(extension for extension in PHOTO_EXTENSIONS if extension in self.members)
 
 
@@ -82,7 +82,7 @@ class Cluster:
     centre: tuple[float, float] | None
     """Latitude and longitude in degrees."""
     split: str
-    """Where its photos went; `mixed` where one cluster serves several splits."""
+    """Split of its photos; `mixed` where they are in several."""
     samples: int
     roadwork: int
     none: int
@@ -95,38 +95,38 @@ class Field:
     null_rate: float
     """Share of NULL among all samples."""
     null_mcc: float | None
-    """Matthews correlation of "is not NULL" with roadwork; None where one of both never varies."""
+    """Matthews correlation of "is not NULL" with roadwork; None where one of the two never varies."""
     cramers_v: float | None
-    """Association of the known values with the label, corrected for bias; None where it means nothing."""
+    """Association of the known values with the label (Cramer's V), corrected for bias; None where it has no meaning."""
     leaks: str
     """Why the field must not be a model input, in a few words; empty where it may be."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The whole of `index.json`."""
+    """The content of `index.json`."""
 
     splits: dict[str, Split]
     clusters: tuple[Cluster, ...]
     fields: dict[str, Field]
     """Metadata fields by the names of the record, and columns that only the source has."""
     arguments: dict[str, Any]
-    """What the shards were made with; only what changes their content."""
+    """Arguments with which the shards were made, those that change their content."""
     version: str
-    """Of the program that made them."""
+    """Version of the program that made the shards."""
     source_sha256: str
     """Fingerprint of everything that was read."""
     rejected: dict[str, int]
-    """Reason to number of inputs that were not written."""
+    """Number of inputs that were not written, by reason."""
     unknown_words: dict[str, dict[str, int]]
-    """Metadata field to the words that the vocabulary lacks, with their counts."""
+    """Words that the vocabulary lacks, with their counts, by metadata field."""
 
     def to_json(self) -> str:
-        """The text of `index.json`: one line, since indented it takes ten times as long and twice the space."""
+        """The text of `index.json`: one line, since indenting takes ten times as long and twice the space."""
         return json.dumps({"format_version": FORMAT_VERSION, **vars(self)}, default=vars, allow_nan=False) + "\n"
 
     def split(self, name: str) -> Split:
-        """A split by name; an absent or empty one is a `UserError`."""
+        """A split by name; if it is absent or empty, a `UserError`."""
         split = self.splits.get(name)
         if split is None or not split.samples:
             filled = [key for key, value in self.splits.items() if value.samples]
@@ -138,7 +138,7 @@ def read_index(folder: Path | str) -> Index:
     """Read and check `index.json` in a folder or at a URL.
 
     Raises:
-        UserError: It is missing, malformed, of another version, or names a path outside the folder.
+        UserError: The index is missing, malformed, of another version, or names a path outside the folder.
     """
     path = f"{str(folder).rstrip('/')}/{INDEX_NAME}"
     try:
@@ -186,9 +186,9 @@ def _from_json(values: dict[str, Any]) -> Index:
 
 
 def _check_split(path: str, split: Split) -> None:
-    """An index may come from elsewhere: its names must not lead out of its folder, nor its offsets out of its tars.
+    """Check that names do not lead out of the folder, nor offsets out of the tars: an index may come from elsewhere.
 
-    Every sample has a record, one photo, and a weight by which it can be drawn.
+    Every sample must have a record, one photo, and a weight above 0.
     """
     for shard in split.shards:
         if not SAFE_SHARD.fullmatch(shard.name):

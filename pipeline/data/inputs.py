@@ -1,4 +1,4 @@
-"""Whether shards can feed a model: the metadata that it reads must be there, and must not give the label away."""
+"""Whether shards suit a model: the metadata that it reads must be there, and must not leak the label."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from pipeline.data.index import Index
 from pipeline.errors import UserError
 from pipeline.model.config import ModelConfig
 
-RECORD_FIELDS = {"text": "description"}  # where the record has another name for the model's field
+RECORD_FIELDS = {"text": "description"}  # names of the record that differ from the model's
 
 
 def check_inputs(index: Index, model: ModelConfig, allow_leaks: bool, text_encoder: str | None = None) -> None:
     """Refuse a model whose metadata fields leak the label in these shards, or are not in them.
 
     Args:
-        index: Of the shards.
-        model: What is to be trained on them, or was trained.
-        allow_leaks: The user knows, and insists.
-        text_encoder: The encoder, by `Index.arguments`, that the model was trained with; None for a new model.
+        index: The shards' index.
+        model: Configuration of the model that reads them.
+        allow_leaks: Whether fields that leak are allowed all the same.
+        text_encoder: The text encoder that the model was trained with, as in `Index.arguments`; None for a new model.
 
     Raises:
-        UserError: With the field, what is wrong with it, and the ways out.
+        UserError: A field leaks or is missing; the message names it and the ways out.
     """
     leaks = leaking_inputs(index, model)
     if leaks and not allow_leaks:
@@ -50,11 +50,11 @@ def check_inputs(index: Index, model: ModelConfig, allow_leaks: bool, text_encod
 
 
 def leaking_inputs(index: Index, model: ModelConfig) -> dict[str, str]:
-    """The fields that the model reads and that leak the label in these shards, with how they do it."""
+    """The fields that the model reads and that leak the label in these shards, each with the reason."""
     reports = {name: index.fields.get(RECORD_FIELDS.get(name, name)) for name in fields_read(model)}
     return {name: report.leaks for name, report in reports.items() if report is not None and report.leaks}
 
 
 def fields_read(model: ModelConfig) -> tuple[str, ...]:
-    """Metadata fields that a model looks at; the baselines look at photos alone."""
+    """Metadata fields that a model reads; baselines read none."""
     return model.metadata if model.head == "roadwork" else ()

@@ -1,4 +1,4 @@
-"""Whether what lies in a tar is what the index says: one set of rules for both readers and for `verify`."""
+"""Checks of a tar's content against the index: one set of rules for both readers and for `verify`."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from collections.abc import Mapping, Sequence
 from pipeline.data.index import HEADER_BYTES, Sample, Shard
 from pipeline.data.record import Record
 
-# A tar ends with two empty blocks, and is then filled up to a multiple of RECORDSIZE.
+# A tar ends with two empty blocks, padded to a multiple of RECORDSIZE.
 MOST_TAIL_BYTES = 2 * HEADER_BYTES + tarfile.RECORDSIZE
 
 
 class Damage(ValueError):
-    """Data that is not what the index says; the message says how, in a few words."""
+    """Data that differs from the index; the message says how, in a few words."""
 
 
 def members_in_order(samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
-    """Sample and extension of every member of a tar, in the order in which they lie there.
+    """Sample and extension of every member of a tar, in the tar's order.
 
     Args:
-        samples: All those of the tar.
+        samples: All samples of the tar.
     """
     members = [(sample, extension) for sample in samples for extension in sample.members]
     return sorted(members, key=lambda member: member[0].members[member[1]])
 
 
 def check_layout(shard: Shard, samples: Sequence[Sample]) -> int:
-    """Check that a tar's members, as the index places them, follow each other without room for others.
+    """Check that a tar's members, by the offsets in the index, follow each other without room for others.
 
     Args:
         shard: The tar.
-        samples: What the index lists for it.
+        samples: The samples that the index lists for it.
 
     Returns:
-        Where the last member ends and only zeros may follow, in bytes.
+        End of the last member in bytes; only zeros may follow.
 
     Raises:
-        Damage: There is a gap or an overlap, or another number of samples than the shard should have.
+        Damage: There is a gap or an overlap, or the number of samples is not the shard's.
     """
     if len(samples) != shard.samples:
         raise Damage(f"the index lists {len(samples)} of its {shard.samples} samples")
@@ -58,7 +58,7 @@ def check_tail(tail: bytes) -> None:
     """Check that nothing follows a tar's last member.
 
     Raises:
-        Damage: Something does; a member is named.
+        Damage: Something follows; the message names the member.
     """
     if not any(tail):
         return
@@ -73,7 +73,7 @@ def check_header(block: bytes, name: str, size: int) -> None:
     """Check that the block before a member's data announces this member and nothing else.
 
     Raises:
-        Damage: It does not.
+        Damage: The header is another one.
     """
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -88,15 +88,15 @@ def check_header(block: bytes, name: str, size: int) -> None:
 
 
 def read_record(sample: Sample, split: str, data: bytes) -> Record:
-    """A sample's record, if it says what the index says.
+    """Read a sample's record, and check that it agrees with the index.
 
     Args:
-        sample: What the index says.
+        sample: The sample's entry in the index.
         split: The split that is read.
         data: The member `json`.
 
     Raises:
-        Damage: It cannot be read, or says something else.
+        Damage: The record cannot be read, or disagrees with the index.
     """
     try:
         record = Record.from_json(json.loads(data))
@@ -119,10 +119,10 @@ def read_record(sample: Sample, split: str, data: bytes) -> Record:
 
 
 def check_sample(sample: Sample, split: str, members: Mapping[str, bytes]) -> Record:
-    """A sample's record, if record and photo are those of the index.
+    """Read a sample's record, and check that record and photo are those of the index.
 
     Raises:
-        Damage: They are not.
+        Damage: One of them is not.
     """
     record = read_record(sample, split, members["json"])
     if hashlib.sha256(members[sample.photo_extension]).hexdigest() != record.sha256:

@@ -1,4 +1,4 @@
-"""The mixture of regimes that training sees: photos, mild copies of them, and what the live client would send."""
+"""The mixture that training sees: photos, mild copies of them, and copies as the live client would send them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.data.copies import AUGMENTED, STREETVISION
 from pipeline.data.sampler import PositionSampler
 
-# Apart from the draws of `order` and of a stream's passes, which begin with the same numbers.
+# Keeps these draws apart from those of `order` and of a stream's passes, whose seeds start with the same numbers.
 STREAM = 0x6D697874757265
 
 
@@ -18,23 +18,23 @@ class Mixture:
     """Which copy of each photo an epoch sees: a pure function of the seed, the epoch and the photo's row."""
 
     seed: int = 0
-    """Of the run."""
+    """The run's seed."""
     augment_share: float = 0.0
     """Share of samples that are mild copies."""
     streetvision_share: float = 0.0
-    """Share of samples that are as the live client sends them."""
+    """Share of samples that are copies as the live client sends them."""
     copies: int | None = None
-    """Copies of each photo that there are, see `make_copy`; None where they are made when they are wanted."""
+    """Number of stored copies of each photo, see `make_copy`; None where copies are made on demand."""
 
     def copies_at(self, epoch: int, photos: int) -> np.ndarray:
         """The copy of each photo that an epoch sees.
 
-        Its kind is drawn for each photo anew in every epoch. The copies of a kind come in turn, one epoch after the
-        other, so a cache that has fewer of them than there are epochs begins again with the first one.
+        The kind is drawn anew for each photo and epoch. The copies of a kind take turns from epoch to epoch, so a cache
+        with fewer copies than there are epochs starts again with the first one.
 
         Args:
-            epoch: From 0.
-            photos: N, of the training split.
+            epoch: Number of the epoch, from 0.
+            photos: Photos N of the training split.
 
         Returns:
             int64 [N], 0 for the photo itself, else a number for `make_copy`.
@@ -50,9 +50,9 @@ class Mixture:
 
 
 class MixtureSampler(PositionSampler):
-    """Numbers `copy * N + row` in place of rows, with the copies that a mixture chooses.
+    """Samples numbers `copy * N + row` instead of rows, with the copies that a mixture chooses.
 
-    The copy follows from the position in the sequence alone, as the photo does.
+    Like the photo, the copy follows from the position in the sequence alone.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""From the bytes of a photo to RGB pixels, whatever was in them."""
+"""Decode the bytes of a photo to RGB pixels, whatever the format."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ except ImportError:  # no wheel for this platform: Pillow decodes JPEG too, at a
 
 MIN_SIDE_PX = 32
 MAX_PIXELS = 100_000_000
-MAX_SCRATCH_BYTES = 100_000_000  # 33 million pixels; what is larger is rare, and not worth holding memory for
+MAX_SCRATCH_BYTES = 100_000_000  # 33 million pixels; larger photos are rare, and not worth holding memory for
 ORIENTATION_TAG = 274
-# What Pillow raises on broken input, depending on format and on where it broke.
+# Exceptions of Pillow on broken input; they depend on the format and on the position of the damage.
 PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
@@ -28,18 +28,18 @@ class BadPhoto(ValueError):
 
 
 class Scratch(threading.local):
-    """Memory that a thread decodes one JPEG after the other into.
+    """Memory of a thread, into which it decodes one JPEG after the other.
 
-    A 12-megapixel photo is 36 MB, which the system hands out page by page, each one cleared, and takes back when the
-    photo is forgotten: a tenth of the time that decoding takes.
+    A 12-megapixel photo is 36 MB, which the system would clear page by page for each photo and take back afterwards:
+    a tenth of the time that decoding takes.
     """
 
     def __init__(self) -> None:
-        """Empty; it grows with the photos."""
+        """Start empty; the memory grows with the photos."""
         self._memory = np.empty(0, dtype=np.uint8)
 
     def take(self, size: int) -> np.ndarray | None:
-        """Memory for so many bytes, until the next call; None where the decoder should get its own."""
+        """Memory of `size` bytes, valid until the next call; None where the decoder should allocate its own."""
         if size > MAX_SCRATCH_BYTES:
             return None
         if size > len(self._memory):
@@ -51,7 +51,7 @@ def probe(data: bytes) -> tuple[int, int]:
     """Width and height in pixels after EXIF orientation, read from the header alone.
 
     Raises:
-        BadPhoto: No image, or a size that is refused: a side under 32 px, or more than 100 million pixels.
+        BadPhoto: The bytes are no image, or its size is refused: a side under 32 px, or over 100 million pixels.
     """
     return upright_size(open_header(data))
 
@@ -63,12 +63,12 @@ def decode(data: bytes, at_least_px: int | None = None, scratch: Scratch | None 
 
     Args:
         data: The photo's file.
-        at_least_px: Both sides need no more than this: a JPEG is then decoded at a fraction of its size, in eighths,
+        at_least_px: Size that both sides need at least: a JPEG is then decoded at a fraction of its size, in eighths,
             which is faster and finds the same damage. None for full size.
-        scratch: Memory for a JPEG, whose pixels are then gone with the next photo that is decoded into it.
+        scratch: Memory for a JPEG; the next photo that is decoded into it overwrites the pixels.
 
     Raises:
-        BadPhoto: Not an image, truncated, too small or too large.
+        BadPhoto: The bytes are no image, or it is truncated, too small or too large.
     """
     image = open_header(data)
     orientation = _orientation(image)
@@ -78,7 +78,7 @@ def decode(data: bytes, at_least_px: int | None = None, scratch: Scratch | None 
             buffer = scratch.take(3 * image.width * image.height) if scratch else None
             return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=buffer, **small)
         except ValueError:
-            pass  # strict refuses harmless warnings too, and Pillow tells those from a truncated file
+            pass  # strict refuses harmless warnings too; Pillow distinguishes them from a truncated file
     try:
         if at_least_px is not None:
             image.draft(None, (at_least_px, at_least_px))
@@ -90,16 +90,16 @@ def decode(data: bytes, at_least_px: int | None = None, scratch: Scratch | None 
 
 
 def open_header(data: bytes) -> Image.Image:
-    """Read an image's header and no pixels.
+    """Read an image's header, without pixels.
 
     Raises:
-        BadPhoto: See `probe`.
+        BadPhoto: The image is refused, see `probe`.
     """
     if not data:
         raise BadPhoto("the file is empty")
     try:
         with warnings.catch_warnings():
-            # Pillow's own limit is a warning at 89 million pixels; ours, below, is a refusal at 100.
+            # Pillow warns from 89 million pixels on; the check below refuses from 100 million on.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
     except Image.DecompressionBombError as error:
@@ -136,5 +136,5 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         grey = np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=-1)
     if image.mode == "P":
-        image = image.convert("RGBA")  # a palette may hold transparency, which convert("RGB") warns about
+        image = image.convert("RGBA")  # a palette may have transparency, of which convert("RGB") warns
     return np.array(image.convert("RGB"))

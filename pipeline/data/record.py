@@ -1,4 +1,4 @@
-"""One sample of a shard: what stands in `<key>.json` beside `<key>.jpg`."""
+"""One sample of a shard: the content of `<key>.json` beside `<key>.jpg`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metadata:
-    """What is known of a photo beside its pixels; None is NULL. Words are those of `vocabulary`, in lower case."""
+    """Facts about a photo that are not in its pixels; None is NULL. Words are those of `vocabulary`, in lower case."""
 
     gps: tuple[float, float] | None = None
     """Latitude and longitude in degrees."""
@@ -20,7 +20,7 @@ class Metadata:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Metadata:
-        """The inverse of `asdict` after a trip through JSON, where tuples became lists."""
+        """The inverse of `asdict`, from JSON, where tuples became lists."""
         gps, weather = values["gps"], values["weather"]
         return cls(
             gps=None if gps is None else (float(gps[0]), float(gps[1])),
@@ -34,7 +34,7 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Record:
-    """A sample's description. The photo's own bytes lie beside it, untouched."""
+    """A sample's description; the photo's bytes are stored beside it, unchanged."""
 
     key: str
     label: int | None
@@ -43,23 +43,23 @@ class Record:
     source: str
     """Where the photo came from, relative to the source that was read."""
     sha256: str
-    """Of the photo's bytes."""
+    """SHA-256 of the photo's bytes."""
     width: int
-    """In pixels, after EXIF orientation."""
+    """Width in pixels, after EXIF orientation."""
     height: int
     group: int
-    """Near-duplicates (one video, one place) share a group; a group lies in one split."""
+    """Near-duplicates (one video, one place) share a group; a group is in one split."""
     gps_cluster: int
     sample_weight: float
     video: str | None = None
     """Name of the video that the photo is a frame of."""
     metadata: Metadata = field(default_factory=Metadata)
     text_vector: tuple[float, ...] | None = None
-    """Embedding of the description by the sentence encoder that the index names; None where NULL."""
+    """Embedding of the description by the text encoder that the index names; None for NULL."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
-        return {**vars(self), "metadata": vars(self.metadata)}  # `asdict` copies deeply, and takes ten times as long
+        return {**vars(self), "metadata": vars(self.metadata)}  # `asdict` copies deeply and takes ten times as long
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Record:

@@ -11,13 +11,13 @@ from torch.utils.data import Sampler
 def order(seed: int, epoch: int, weights: np.ndarray, samples: int) -> np.ndarray:
     """Rows of one epoch, drawn without replacement in proportion to their weights.
 
-    Efraimidis & Spirakis 2006: row i gets the key u_i ** (1 / w_i) with u_i uniform, and the rows of the largest keys
-    are taken, largest first. In logarithms, since u ** (1 / w) underflows for a small w. An epoch shorter than the
-    split leaves out mostly rows of low weight, others each time; with equal weights it is a shuffle.
+    Efraimidis & Spirakis 2006: row i gets the key u_i ** (1 / w_i) with u_i uniform, and the rows with the largest keys
+    are taken, largest first. Computed in logarithms, since u ** (1 / w) underflows for a small w. An epoch shorter than
+    the split leaves out mostly rows of low weight, others each time; with equal weights it is a shuffle.
 
     Args:
-        seed: Of the run.
-        epoch: From 0.
+        seed: The run's seed.
+        epoch: Number of the epoch, from 0.
         weights: float [N], above 0.
         samples: Rows to draw, at most N.
 
@@ -30,7 +30,7 @@ def order(seed: int, epoch: int, weights: np.ndarray, samples: int) -> np.ndarra
 
 
 class PositionSampler(Sampler[list[int]]):
-    """Micro-batches of one rank, from a place in the endless sequence epoch 0, epoch 1, ...
+    """Micro-batches of one rank, from a position in the endless sequence epoch 0, epoch 1, ...
 
     Rank r of W takes the positions start + r, start + r + W, ... so that every optimizer step of all ranks together
     covers one stretch of the sequence, whatever W is. The number of samples seen is therefore the whole data state.
@@ -59,5 +59,5 @@ class PositionSampler(Sampler[list[int]]):
 
 
 def share_of(rows: int, rank: int, world_size: int) -> list[int]:
-    """Rows of a split that one rank evaluates: every row is some rank's, once; ranks may differ by one row."""
+    """Rows of a split that one rank evaluates: each row belongs to one rank; counts differ by one at most."""
     return list(range(rank, rows, world_size))

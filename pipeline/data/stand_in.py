@@ -1,4 +1,4 @@
-"""Noise in the shape of photos, for a dry run where no shards exist yet."""
+"""Noise in the shape of photos, for a dry run before shards exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PHOTO_SIZE = (4032, 3024)
 
 
 class StandIn(Dataset[dict[str, torch.Tensor]]):
-    """Samples as `ShardDataset` gives them, of noise, half of them labelled roadwork."""
+    """Samples of noise in the form of `ShardDataset`'s, half of them labelled roadwork."""
 
     def __init__(self, samples: int, spec: InputSpec, text_dim: int):
         self.samples, self.spec, self.text_dim = samples, spec, text_dim

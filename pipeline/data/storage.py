@@ -1,4 +1,4 @@
-"""A folder of files, on this machine or behind any URL that fsspec knows: `s3://`, `gs://`, `abfs://`, `sftp://`."""
+"""A folder of files, on this machine or at any URL that fsspec knows: `s3://`, `gs://`, `abfs://`, `sftp://`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import fsspec
 from pipeline.errors import UserError
 from pipeline.files import sync
 
-# A store of objects shows an upload when it is whole; anything else gets a temporary name and a move.
+# An object store shows an upload once it is complete; anything else gets a temporary name and a move.
 OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss", "r2"})
 MOST_OPEN_FILES = 256  # per process and folder, far under the usual limit of 1,024
 
 
 class Folder(Protocol):
-    """Flat: names have no slashes. They are trusted, so check those that come from a file before they get here.
+    """A flat folder: names have no slashes. They are trusted, so names from a file must be checked before.
 
-    An absent file is a `FileNotFoundError`; everything else that goes wrong is a `UserError`.
+    An absent file is a `FileNotFoundError`; all other failures are a `UserError`.
     """
 
     place: str
@@ -32,10 +32,10 @@ class Folder(Protocol):
         """Whether there is a file of that name."""
 
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Size of a file in bytes."""
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """Bytes of many files, asked for at the same time where that is faster; None for an absent one."""
+        """Sizes of many files in bytes, asked for concurrently where that is faster; None for an absent one."""
 
     def read(self, name: str) -> bytes:
         """A whole file."""
@@ -44,21 +44,21 @@ class Folder(Protocol):
         """Bytes from `start` up to `end`; fewer where the file is shorter."""
 
     def stream(self, name: str) -> BinaryIO:
-        """A file to be read from its beginning to its end. Its reads raise what the driver raises: see `explained`."""
+        """A file to be read from start to end. Reads raise the driver's own exceptions, see `explained`."""
 
     def put(self, local: Path, name: str) -> None:
-        """Make `local` the file `name`: whole or not at all, in the place of an older one.
+        """Copy `local` to the file `name`, whole or not at all; an older file is replaced.
 
-        On one disk the file gets a second name instead of a copy, so it must not be written to afterwards; it may
-        be deleted.
+        On the same disk the file is hard-linked instead of copied, so it must not be written to afterwards; it may be
+        deleted.
         """
 
     def delete(self, name: str) -> None:
-        """Remove a file; an absent one is no mistake."""
+        """Remove a file; an absent one is no error."""
 
 
 def is_url(place: Path | str) -> bool:
-    """Whether a folder is reached through fsspec; `file://` is too."""
+    """Whether a folder is accessed through fsspec, as `file://` is too."""
     return "://" in str(place)
 
 
@@ -66,24 +66,24 @@ def open_folder(place: Path | str) -> Folder:
     """The folder at a path or URL; nothing is read yet, and it need not exist.
 
     Raises:
-        UserError: The URL's driver is not installed, or there is none.
+        UserError: The URL's driver is not installed, or no driver exists.
     """
     return UrlFolder(str(place)) if is_url(place) else LocalFolder(Path(place))
 
 
 @contextmanager
 def explained(place: str, *, may_be_absent: bool = True) -> Iterator[None]:
-    """Turn whatever a driver raises into one sentence, but leave the absence of a file a `FileNotFoundError`.
+    """Turn a driver's exceptions into a `UserError` of one sentence, except `FileNotFoundError`.
 
     Args:
-        place: What is being used.
-        may_be_absent: If not, that is one sentence too: where a file is written, a bucket is what is absent.
+        place: Folder or URL in use, for the message.
+        may_be_absent: False turns `FileNotFoundError` too: where a file is written, it is the bucket that is absent.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # every driver has exceptions of its own, and few of them are OSErrors
+    except Exception as error:  # drivers have their own exceptions, and few are OSErrors
         if may_be_absent and isinstance(error, FileNotFoundError):
             raise
         text = str(getattr(error, "strerror", None) or next(iter(error.args), "")) or repr(error)
@@ -93,7 +93,7 @@ def explained(place: str, *, may_be_absent: bool = True) -> Iterator[None]:
 
 
 class LocalFolder:
-    """A folder of this machine. Files stay open between reads; each process opens its own."""
+    """A folder on this machine. Files stay open between reads; each process opens its own."""
 
     def __init__(self, path: Path):
         self.path, self.place = path, str(path)
@@ -152,7 +152,7 @@ class LocalFolder:
         self._close(name)
 
     def _descriptor(self, name: str) -> int:
-        """Of the file, which becomes the most recently used; the least recently used is closed where there are many."""
+        """Descriptor of an open file; where too many are open, the least recently used one is closed."""
         descriptor = self._descriptors.pop(name, None)
         if descriptor is None:
             descriptor = os.open(self.path / name, os.O_RDONLY)
@@ -171,15 +171,15 @@ class LocalFolder:
             self._close(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Descriptors do not travel to spawned workers.
+        # Descriptors cannot be sent to spawned workers.
         return {**self.__dict__, "_descriptors": {}}
 
 
 class UrlFolder:
-    """A folder behind fsspec. It holds nothing open, so it can be sent to any process; fsspec keeps the connections.
+    """A folder that fsspec accesses. It holds nothing open, so any process can have it; fsspec keeps the connections.
 
-    The file system is asked for at every call: fsspec gives back the one it has, or a new one after a fork, where the
-    old one's thread is gone.
+    Every call asks for the file system anew: fsspec returns the one it has, or a new one after a fork, where the old
+    one's thread is gone.
     """
 
     def __init__(self, url: str):
@@ -204,7 +204,7 @@ class UrlFolder:
             with explained(self.place):
                 fs, root = self._locate("")
                 return list(fs.sizes([f"{root}{name}" for name in names]))
-        except FileNotFoundError:  # of some; now it matters which
+        except FileNotFoundError:  # some are absent; find out which
             return [self.size(name) if self.exists(name) else None for name in names]
 
     def read(self, name: str) -> bytes:
@@ -246,14 +246,14 @@ class UrlFolder:
                 fs.rm_file(path)
 
     def _locate(self, name: str) -> tuple[Any, str]:
-        """The file system, and the path that it has for a name."""
+        """The file system, and its path for a name."""
         try:
             fs, root = fsspec.url_to_fs(self.place)
-        except ImportError as error:  # the message is the driver's: which package to install
+        except ImportError as error:  # the driver's message names the package to install
             raise UserError(f"{self.place} needs a driver that is not installed: {error}") from error
         except ValueError as error:
             raise UserError(f"{self.place} is no folder that can be opened: {error}") from error
-        fs.invalidate_cache()  # other processes write here too, and a listing from before would hide it
+        fs.invalidate_cache()  # other processes write here too; an old listing would hide that
         return fs, f"{root}/{name}"
 
 

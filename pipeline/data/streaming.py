@@ -1,4 +1,4 @@
-"""Training from tars that are read from end to end with `webdataset`: for shards that lie in an object store."""
+"""Training from tars that are read from end to end with `webdataset`: for shards in an object store."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Visit(NamedTuple):
 
     shard: int
     drawn: np.ndarray
-    """bool [N], which rows of the split belong to this pass."""
+    """Which rows of the split belong to this pass: bool [N]."""
     copies: np.ndarray
-    """int64 [N], which copy of each photo this pass sees, see `Mixture`."""
+    """Which copy of each photo this pass sees, see `Mixture`: int64 [N]."""
 
 
 class Drawn(NamedTuple):
-    """An undecoded sample on its way."""
+    """A sample that was drawn but not decoded yet."""
 
     row: int
     members: dict[str, bytes]
-    """By extension."""
+    """The sample's members by extension."""
     copy: int
 
 
@@ -44,12 +44,12 @@ def inclusion(weights: np.ndarray, samples: int) -> np.ndarray:
     """Probability of each row to be drawn in a pass, for `samples` rows on average.
 
     `sampler.order` gives row i an arrival time that is exponential with rate w_i, and takes the first `samples` to
-    arrive. A reader that cannot choose where to go next takes those that arrive before a fixed time t instead, which
-    it can tell row by row: 1 - exp(-w_i t), with t such that the probabilities add up to `samples`.
+    arrive. A sequential reader takes those that arrive before a fixed time t instead, which it can decide row by row:
+    1 - exp(-w_i t), with t such that the probabilities add up to `samples`.
 
     Args:
         weights: float [N], above 0.
-        samples: At most N.
+        samples: Rows to draw on average, at most N.
 
     Returns:
         float64 [N].
@@ -64,13 +64,13 @@ def inclusion(weights: np.ndarray, samples: int) -> np.ndarray:
 
 
 class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
-    """An endless sequence of samples, one pass over the tars after the other; other passes in every process.
+    """An endless sequence of samples, one pass over the tars after the other.
 
-    In each pass the tars are dealt out anew among all workers of all ranks, and every row is in it with the probability
-    `inclusion`. Both follow from the seed and the number of the pass. A buffer of undecoded photos mixes them.
+    In each pass the tars are dealt out anew among all workers of all ranks, and each row is drawn with the probability
+    `inclusion`. Both follow from the seed and the number of the pass. A buffer of undecoded photos shuffles them.
 
-    Every member that arrives must be the next one of the index, and at the end of a tar none may be missing, so that
-    no photo is lost or added in silence.
+    Every member that arrives must be the next one of the index, and none may be missing at the end of a tar, so that no
+    photo is lost or added silently.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
         rank: int,
         world_size: int,
     ):
-        """There must be a tar for every worker of every rank.
+        """Take a split that has at least one tar for every worker of every rank.
 
         Args:
             data: The split, for random access.
             probabilities: `inclusion` of each row.
-            mixture: Of photos and copies; its seed is the run's.
+            mixture: The mixture of photos and copies, with the run's seed.
             buffer: Photos that each worker holds to draw the next one from.
-            rank: Of this process.
+            rank: This process's rank.
             world_size: Number of processes.
         """
         self.data, self.probabilities, self.buffer = data, probabilities, buffer
@@ -98,7 +98,7 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
         self.rank, self.world_size = rank, world_size
         self.row_of_key = {sample.key: row for row, sample in enumerate(data.split.samples)}
         self.start = 0
-        """Samples seen by the run before; other starts give other sequences."""
+        """Samples that the run has seen before; other starts give other sequences."""
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
@@ -115,8 +115,8 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
         return iter(webdataset.DataPipeline(lambda: self.visits(lane, lanes), *stages))
 
     def visits(self, lane: int, lanes: int) -> Iterator[Visit]:
-        """The tars that one of `lanes` readers takes, pass after pass; all readers together take each tar once."""
-        passed = int(self.start / self.probabilities.sum() + 1e-6)  # rounding aside; the copies go on in turn
+        """The tars that one of `lanes` readers takes, pass after pass; together they take each tar once a pass."""
+        passed = int(self.start / self.probabilities.sum() + 1e-6)  # epochs seen, so that copies continue their turns
         for number in count():
             generator = np.random.default_rng([self.seed, self.start, number])
             order = generator.permutation(len(self.data.split.shards))
@@ -125,7 +125,7 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
             yield from (Visit(int(shard), drawn, copies) for shard in order[lane::lanes])
 
     def _members(self, visits: Iterator[Visit]) -> Iterator[dict[str, Any]]:
-        """The files in the tars, each one checked, with the empty one that webdataset puts at the end of a tar."""
+        """The checked files of the tars, and the empty one that webdataset adds at the end of a tar."""
         for visit in visits:
             name = self.data.split.shards[visit.shard].name
             with (
@@ -152,7 +152,7 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
             raise Damage(f"it is no readable tar from {next(expected, 'its end')} on") from error
 
     def _drawn(self, samples: Iterator[dict[str, Any]]) -> Iterator[Drawn]:
-        """The samples that belong to their pass."""
+        """The samples that were drawn for their pass."""
         for sample in samples:
             row, visit = self.row_of_key[sample["__key__"]], sample["__url__"]
             if visit.drawn[row]:
@@ -165,7 +165,7 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
 
 
 def _difference(name: str | None, awaited: str | None, order: dict[str, int]) -> str:
-    """Why a member, or the end, must not come where the index awaits another."""
+    """Why a member, or a tar's end, must not come where the index expects another member."""
     if name is None:
         return f"{awaited} is missing"
     if name not in order:

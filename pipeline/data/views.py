@@ -18,14 +18,14 @@ TORCH_LANCZOS = tuple(int(part) for part in torch.__version__.split(".")[:2]) >=
 
 
 def canvas_boxes(width: int, height: int, side: int) -> list[tuple[int, int, int, int]]:
-    """Each view's place on the square canvas of side 2.5 S, as x0, y0, x1, y1 in canvas pixels.
+    """Each view's box on the square canvas of side 2.5 S, as x0, y0, x1, y1 in canvas pixels.
 
     The crops are the squares of side min(width, height) at both ends of the long side. On the canvas, whose axes are
     scaled independently, they are rectangles, snapped to whole canvas pixels.
 
     Args:
-        width: Of the photo, in pixels.
-        height: Of the photo, in pixels.
+        width: Width of the photo in pixels.
+        height: Height of the photo in pixels.
         side: View side S in pixels.
     """
     canvas, stride = canvas_side(side), round(TILE_STRIDE * side)
@@ -46,26 +46,26 @@ def canvas_side(side: int) -> int:
 
 
 def view_boxes(width: int, height: int, side: int) -> torch.Tensor:
-    """Each view's place in the photo: float32 [12, 4] as x0, y0, x1, y1 in [0, 1]."""
+    """Each view's box in the photo: float32 [12, 4] as x0, y0, x1, y1 in [0, 1]."""
     return torch.tensor(canvas_boxes(width, height, side), dtype=torch.float32) / canvas_side(side)
 
 
 def useful_views(width: int, height: int, side: int, num_views: int = NUM_VIEWS) -> torch.Tensor:
-    """Which views show pixels that no coarser view shows already without shrinking them: bool [num_views].
+    """Which views show pixels that no coarser view shows unshrunk already: bool [num_views].
 
     From coarse to fine:
 
-    - The global view always counts. Where the photo is no larger than a view, it holds every pixel, and the others
-      would only enlarge them.
-    - The crops of a square photo are the global view again.
-    - Where the short side is no longer than a view, the crops hold every pixel of their squares, and the tiles inside
-      them add nothing: all of them up to an aspect of 2, all but the middle ones up to 2.5.
+    - The global view always counts. If the photo is no larger than a view, it has every pixel, and the others would
+      only enlarge them.
+    - The crops of a square photo are the same as the global view.
+    - If the short side is no longer than a view, the crops have every pixel of their squares, and the tiles inside them
+      add nothing: all of them up to an aspect of 2, all but the middle ones up to 2.5.
 
     Args:
-        width: Of the photo, in pixels.
-        height: Of the photo, in pixels.
+        width: Width of the photo in pixels.
+        height: Height of the photo in pixels.
         side: View side S in pixels.
-        num_views: How many of the views there are, from the first.
+        num_views: Number of views, from the first.
     """
     useful = torch.full((NUM_VIEWS,), max(width, height) > side)
     useful[0] = True
@@ -87,17 +87,17 @@ def _inside_crops(boxes: torch.Tensor) -> torch.Tensor:
 def extract_views(
     image: np.ndarray, side: int, num_views: int = NUM_VIEWS, size: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Cut the useful views: the photo is resized once, to the canvas.
+    """Cut the useful views from the photo, which is resized once, to the canvas.
 
-    Tiles are slices of the canvas, the rest is resized from it. All nine tiles share one scale, so no pixel of theirs
-    is resampled twice. The global view and the crops are: they match a resize from the photo itself at 52 dB PSNR or
-    better, in a sixth of the time.
+    Tiles are slices of the canvas; the other views are resized from it. All nine tiles share one scale, so none of
+    their pixels is resampled twice. Those of the global view and the crops are: they match a resize from the photo
+    itself at 52 dB PSNR or better, in a sixth of the time.
 
     Args:
         image: uint8 [H, W, 3], RGB, contiguous.
         side: View side S in pixels, a multiple of 16.
-        num_views: How many of the views V, from the first; 1 is the global view alone.
-        size: Width and height of the photo in pixels, where it was decoded to a smaller image than that.
+        num_views: Number of views V, from the first; 1 is the global view alone.
+        size: Width and height of the photo in pixels, where `image` was decoded smaller.
 
     Returns:
         uint8 [V, 3, S, S], channels last in memory; zeros where a view is not useful.
@@ -112,10 +112,10 @@ def extract_views(
         return views
     lying, whole = width > height, canvas_side(side)
     canvas = resize(pixels, whole, whole)
-    # The global view and both crops show the photo's whole short side: it is shrunk once for the three of them.
+    # The global view and both crops show the photo's whole short side, which is shrunk once for all three.
     strip = resize(canvas, side, whole) if lying else resize(canvas, whole, side)
     boxes = canvas_boxes(width, height, side)
-    for number in (0, *CROPS, *TILES):  # first what is cut from the strip, while the processor's cache holds it
+    for number in (0, *CROPS, *TILES):  # views from the strip first, while it is in the processor's cache
         if number >= num_views or not useful[number]:
             continue
         x0, y0, x1, y1 = boxes[number]
@@ -139,7 +139,7 @@ def resize(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """
     channels_last = image.permute(1, 2, 0)
     if TORCH_LANCZOS:
-        # The batch axis goes in front of the rows. In front of the channels, its stride would hide the layout.
+        # The batch axis goes before the rows: before the channels, its stride would hide the memory layout.
         batch = channels_last[None].permute(0, 3, 1, 2)
         return F.interpolate(batch, (height, width), mode="lanczos", antialias=True)[0]
     resized = Image.fromarray(channels_last.numpy()).resize((width, height), Image.Resampling.LANCZOS)

@@ -1,4 +1,4 @@
-"""What a validation split says about pruning: when an answer is certain enough, and which views are best for all."""
+"""Fit pruning to a validation split: when an answer is certain enough, and which views are best for all photos."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Photos:
     """B photos on the model's device."""
 
     source: TokenSource
-    """Of their tokens."""
+    """Where the photos' tokens are read."""
     boxes: torch.Tensor
     """[B, V, 4]."""
     view_mask: torch.Tensor
@@ -46,14 +46,14 @@ class Photos:
 
 @dataclass(frozen=True)
 class RoundAnswers:
-    """What a model answers after each round of views, for N labelled photos."""
+    """A model's answers after each round of views, for N labelled photos."""
 
     labels: np.ndarray
     """0 or 1, [N]."""
     log_odds: np.ndarray
-    """Of roadwork, [N, R]; the last round has all the views that the model may keep."""
+    """Log-odds of roadwork, [N, R]; the last round has all the views that the model may keep."""
     views: np.ndarray
-    """How many views each answer rests on, [N, R]; no more than the photo has."""
+    """Number of views that each answer rests on, [N, R]; no more than the photo has."""
 
     def stopped(self, rule: StoppingRule) -> tuple[np.ndarray, np.ndarray]:
         """The answers under a rule: log-odds [N] and views [N]."""
@@ -64,19 +64,19 @@ class RoundAnswers:
         return self.log_odds[rows, rounds], self.views[rows, rounds]
 
     def mcc(self, log_odds: np.ndarray, cut: float) -> float:
-        """Of answers [N]."""
+        """Matthews correlation of answers with log-odds [N], above `cut` for roadwork."""
         return float(mcc_of(*confusion_counts(self.labels, log_odds, cut).sum(axis=0)))
 
 
 def answer_rounds(
     model: RoadworkModel, photos: Photos, order: torch.Tensor | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a model answers after each round of the mode `dynamic`, were it never to stop.
+    """A model's answers after each round of the mode `dynamic`, as if it never stopped early.
 
     Args:
-        model: With the head `roadwork`.
-        photos: B of them.
-        order: int64 [B, V], the view to take first first; by default that of the scores.
+        model: A model with the head `roadwork`.
+        photos: B photos.
+        order: int64 [B, V], views in the order in which they are taken; by default by their scores.
 
     Returns:
         `log_odds` and `views` of `RoundAnswers`.
@@ -103,16 +103,16 @@ def answer_from(model: RoadworkModel, photos: Photos, views: torch.Tensor) -> np
 def fit_rule(answers: RoundAnswers, cut: float, max_loss: float) -> StoppingRule:
     """The rule that stops a photo once more views would hardly change its answer.
 
-    Of balanced classes a share x of answers that turn wrong costs 2x of MCC. So a photo may stop where the chance that
-    its answer still changes is `max_loss` / 2; most that stop are far surer than that, and some changes are for the
-    better. Should it cost more on the photos at hand all the same, as it may with rare classes, the chance is lowered
-    until it does not.
+    With balanced classes, a share x of answers that turn wrong costs 2x of MCC. So a photo may stop where the chance
+    that its answer still changes is `max_loss` / 2; most that stop are far surer than that, and some changes are for
+    the better. If this still costs more on the photos at hand, as it may with rare classes, the chance is lowered until
+    it does not.
 
     Args:
-        answers: Of the validation split.
+        answers: Answers on the validation split.
         cut: Log-odds at which the answer changes.
-        max_loss: Of MCC against the last round, above 0; 0.002 is 0.2 points. Less than one photo's worth cannot be
-            measured, so in the check it is that.
+        max_loss: Largest loss of MCC against the last round, above 0; 0.002 is 0.2 points. Less than one photo's worth
+            cannot be measured, so the check allows at least that.
     """
     risks = Risks.fit(answers, cut)
     full = answers.mcc(answers.log_odds[:, -1], cut)
@@ -135,7 +135,7 @@ class Risks:
 
     @classmethod
     def fit(cls, answers: RoundAnswers, cut: float) -> Risks:
-        """From what changed between each round and the last."""
+        """Fit the chances to the answers that changed between each round and the last."""
         above = answers.log_odds[:, :-1] - cut
         changes = (answers.log_odds[:, -1:] > cut) != (above > 0)
         none, roadwork = (
@@ -148,7 +148,7 @@ class Risks:
         return cls(cut, none, roadwork)
 
     def rule(self, chance: float) -> StoppingRule:
-        """Stop where the chance is no larger."""
+        """The rule that stops where the chance of a change is at most `chance`."""
         none, roadwork = ([risk.distance(chance) for risk in side] for side in (self.none, self.roadwork))
         return StoppingRule(self.cut, none, roadwork)
 
@@ -180,7 +180,7 @@ class Risk:
         return cls(float(offset), float(np.exp(log_slope)))
 
     def distance(self, chance: float) -> float:
-        """From which distance on the chance is no larger."""
+        """The distance from which on the chance of a change is at most `chance`."""
         return max(0.0, (self.offset + math.log((1 - chance) / chance)) / self.slope)
 
 
@@ -188,12 +188,12 @@ def best_order(answer: Callable[[Sequence[int]], np.ndarray], labels: np.ndarray
     """The order of the views that is best for all photos together, by greedy choice.
 
     Args:
-        answer: Log-odds [N] of the answers from the given views.
+        answer: Gives log-odds [N] from the given views.
         labels: 0 or 1, [N].
         views: How many views there are, the global one (0) among them.
 
     Returns:
-        The views from 1 on. Each is the one that, beside 0 and those before it, gives the lowest cross entropy.
+        The views from 1 on. Each gives the lowest cross entropy together with view 0 and those before it.
     """
     sign = 1 - 2 * np.asarray(labels)
     order: list[int] = []
@@ -210,15 +210,15 @@ def open_validation(
     """The labelled photos of the validation split.
 
     Args:
-        model: The one that will answer.
-        shards: Folder or URL.
+        model: The model that will answer.
+        shards: Folder or URL of the shards.
         given: See `find_cache`.
         features: See `find_cache`.
         batch_size: Photos in one forward pass.
-        workers: Processes that read; 0 does it in this one.
+        workers: Processes that read; 0 reads in this one.
 
     Raises:
-        UserError: They are not of both classes.
+        UserError: The photos are not of both classes.
     """
     index = read_index(shards)
     labels = index.split("val").labels
@@ -232,7 +232,7 @@ def open_validation(
 
 @torch.inference_mode()
 def fit_dynamic(model: RoadworkModel, loader: Loader, max_loss: float) -> dict[str, Any]:
-    """Set the model's stopping rule; returns it with what it does on the validation split."""
+    """Set the model's stopping rule; returns it with its effect on the validation split."""
     parts = [(labels, *answer_rounds(model, photos)) for photos, labels in opened(model, loader, "answering")]
     answers = RoundAnswers(*(np.concatenate(part) for part in zip(*parts, strict=True)))
     cut = best_threshold(answers.labels, answers.log_odds[:, -1])

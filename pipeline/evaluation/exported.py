@@ -1,4 +1,4 @@
-"""Writing a model as a folder that anyone can load, and checking that it is the same."""
+"""Write a model as a folder that anyone can load, and check that the copy answers alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.model.roadwork import RoadworkModel
 
 
 def save(model: RoadworkModel, folder: Path, half: bool) -> None:
-    """Write weights and configuration; halved weights keep its float32, in which they load."""
+    """Write weights and configuration; halved weights keep the configuration's float32, in which they load."""
     weights = {name: value.half() if half else value for name, value in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=weights)
 
@@ -23,7 +23,7 @@ def verify(model: RoadworkModel, folder: Path, half: bool) -> float:
     """Load what was written and compare it with the model on one fixed photo of noise.
 
     Returns:
-        The largest difference of a logit; 0 for weights of full size, or the export is broken.
+        The largest difference of a logit; with weights of full size anything but 0 means a broken export.
     """
     batch = collate([StandIn(1, model.config.input_spec, model.config.text_dim)[0]])
     expected = model(batch).logits

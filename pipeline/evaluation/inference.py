@@ -1,4 +1,4 @@
-"""What evaluation, prediction and export share: a loaded model, and its answers as plain values."""
+"""Shared by evaluation, prediction and export: loading a model, and its answers as plain values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def load_model(folder: Path, device: torch.device) -> RoadworkModel:
     """A trained or exported model in evaluation mode.
 
     Raises:
-        UserError: The folder holds none.
+        UserError: The folder holds no model.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"no model in {folder}; training leaves one in RUN/model, `export` writes one anywhere")
@@ -24,14 +24,14 @@ def load_model(folder: Path, device: torch.device) -> RoadworkModel:
 
 
 def probability_of(model: RoadworkModel, output: RoadworkOutput, decision_bias: float | None = None) -> list[float]:
-    """Per photo the probability of roadwork; see `RoadworkModel.probability` for the bias."""
+    """The probability of roadwork per photo; see `RoadworkModel.probability` for the bias."""
     assert output.logits is not None
     probabilities: list[float] = model.probability(output.logits, decision_bias).tolist()
     return probabilities
 
 
 def kept_views(output: RoadworkOutput) -> list[list[str]]:
-    """Per photo the names of the views that the answer rests on."""
+    """The names of the views that each photo's answer rests on."""
     assert output.view_indices is not None
     assert output.view_mask is not None
     numbers, present = output.view_indices.tolist(), output.view_mask.tolist()

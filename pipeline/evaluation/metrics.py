@@ -17,16 +17,16 @@ INTERVAL_NAMES = ("mcc", "accuracy", "f1", "auroc", "average_precision")
 def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, Any]:
     """Every headline number of one set of predictions.
 
-    A photo counts as roadwork where its probability is above `threshold`; exactly at it, as none.
+    A photo counts as roadwork where its probability is above `threshold`, and as none where it equals it.
 
     Args:
         labels: 0 or 1, [N], N >= 1.
-        probabilities: Of roadwork, [N].
+        probabilities: Probability of roadwork, [N].
         threshold: The cut.
 
     Returns:
-        mcc, auroc, average_precision, accuracy, f1, ece, n, threshold and confusion {tn, fp, fn, tp}. Where
-        one class is absent, mcc is 0, auroc and average_precision are None, since JSON has no NaN.
+        mcc, auroc, average_precision, accuracy, f1, ece, n, threshold and confusion {tn, fp, fn, tp}. Where one class
+        is absent, mcc is 0, and auroc and average_precision are None, since JSON has no NaN.
     """
     tn, fp, fn, tp = confusion_counts(labels, probabilities, threshold).sum(axis=0)
     both = has_both(labels)
@@ -49,7 +49,7 @@ def has_both(labels: np.ndarray) -> bool:
 
 
 def confusion_counts(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> np.ndarray:
-    """One-hot int64 [N, 4] that says for each prediction whether it is a tn, fp, fn or tp."""
+    """Whether each prediction is a tn, fp, fn or tp: one-hot int64 [N, 4]."""
     outcome = 2 * (np.asarray(labels) == 1) + (np.asarray(probabilities, dtype=np.float64) > threshold)
     return np.eye(4, dtype=np.int64)[outcome]
 
@@ -75,7 +75,7 @@ def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """The cut with the highest MCC, in O(N log N).
 
     Only the gaps between neighbouring distinct probabilities matter. Neighbouring gaps that tie form a
-    plateau; the cut is the middle of the widest, the place least sensitive to which photos were at hand.
+    plateau; the cut is the middle of the widest, which depends least on which photos were at hand.
 
     Args:
         labels: 0 or 1, [N].
@@ -89,7 +89,7 @@ def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
         return DEFAULT_THRESHOLD
     ones = np.bincount(position, weights=labels == 1)
     zeros = np.bincount(position, weights=labels == 0)
-    fn, tn = np.cumsum(ones)[:-1], np.cumsum(zeros)[:-1]  # at gap i, the values up to i are called none
+    fn, tn = np.cumsum(ones)[:-1], np.cumsum(zeros)[:-1]  # at gap i, the values up to i are predicted as none
     scores = mcc_of(tn, zeros.sum() - tn, fn, ones.sum() - fn)
     best = np.concatenate(([False], scores >= scores.max() - TIE, [False])).astype(np.int8)
     starts, ends = np.flatnonzero(np.diff(best) == 1), np.flatnonzero(np.diff(best) == -1)
@@ -98,10 +98,10 @@ def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, float]]:
-    """What the reliability diagram draws: the non-empty ones of 15 equal bins of the probability of roadwork.
+    """The bars of the reliability diagram: the non-empty ones of 15 equal bins of the probability of roadwork.
 
     Returns:
-        Per bin low, high, n, the mean probability and the share of roadwork, in ascending order.
+        Low, high, n, the mean probability and the share of roadwork of each bin, in ascending order.
     """
     number = np.minimum((np.asarray(probabilities) * BINS).astype(np.int64), BINS - 1)
     n = np.bincount(number, minlength=BINS)
@@ -140,22 +140,21 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float] | None]:
     """Percentile intervals by the cluster bootstrap: whole groups are drawn with replacement.
 
-    Frames of one video are near-duplicates; drawing photos one by one would count each of them as news and
-    give intervals that are too narrow. The threshold stays fixed: it was chosen on other data.
+    Frames of one video are near-duplicates; drawing photos one by one would treat them as independent, and give
+    intervals that are too narrow. The threshold stays fixed: it was chosen on other data.
 
     Args:
         labels: 0 or 1, [N].
         probabilities: [N].
-        groups: Any labels of the groups, [N].
+        groups: The group of each photo, as any value, [N].
         threshold: The cut.
-        seed: Of the draws; the same for two sets of predictions gives the same draws.
-        rounds: Draws.
+        seed: Seed of the draws; two sets of predictions with the same seed get the same draws.
+        rounds: Number of draws.
         level: Probability mass inside an interval.
 
     Returns:
-        (low, high) for mcc, accuracy, f1, auroc and average_precision. Draws that lack a class do not count
-        for mcc, auroc and average_precision. None where no draw counts, or with one group, which says nothing
-        of others.
+        (low, high) for mcc, accuracy, f1, auroc and average_precision. Draws that lack a class do not count for mcc,
+        auroc and average_precision. None where no draw counts, or with one group, which says nothing about others.
     """
     drawn: dict[str, list[float]] = {name: [] for name in INTERVAL_NAMES}
     outcomes = confusion_counts(labels, probabilities, threshold)
@@ -202,7 +201,7 @@ class Ranking:
         self._last_of_tie = np.flatnonzero(np.append(np.diff(ordered) != 0, True))
 
     def _cumulative(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Weight of the positives and of all photos from each distinct probability up, in falling order."""
+        """Weight of the positives and of all photos at or above each distinct probability, in falling order."""
         ordered = np.asarray(weights, dtype=np.float64)[self._descending]
         positives = np.cumsum(ordered * self._positive)[self._last_of_tie]
         return positives, np.cumsum(ordered)[self._last_of_tie]

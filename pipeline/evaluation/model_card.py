@@ -9,7 +9,7 @@ from pipeline.files import render
 from pipeline.model.roadwork import RoadworkModel
 
 CARD = Path(__file__).with_name("model_card.md")
-# Start of a backbone's name to what is to be said of its weights.
+# The licence of a backbone's weights by the start of its name.
 LICENCES = {
     "scenes-tiny": "The backbone comes with the code, under the same licence.",
     "facebook/": "The backbone's weights are not in this folder: they are loaded by their name, under\n"
@@ -19,12 +19,12 @@ LICENCES = {
 
 
 def model_card(name: str, model: RoadworkModel, summary: dict[str, Any], threshold: float, half: bool) -> str:
-    """Describe a model and how it did.
+    """Describe a model and its scores.
 
     Args:
-        name: Of the run.
+        name: The run's name.
         model: Its weights and configuration.
-        summary: The run's, with or without an evaluation.
+        summary: The run's summary, with or without an evaluation.
         threshold: The cut that was folded into the probability.
         half: Whether the weights are stored in 16 bits.
     """

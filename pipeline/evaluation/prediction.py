@@ -1,4 +1,4 @@
-"""Predictions for files: what is found, read, answered and written."""
+"""Predictions for files: find photos, read them, answer, write the answers."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from pipeline.vocabulary import LABEL_NAMES
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 COLUMNS = ("path", "probability", "label", "kept_views", "error")
 Row = dict[str, Any]
-# Views and an empty reason, or the reason why there are none.
+# A photo's views and an empty reason, or None and the reason why there are none.
 Prepared = tuple[dict[str, torch.Tensor] | None, str]
 Batch = tuple[dict[str, torch.Tensor] | None, list[str]]
 
 
 def find_photos(inputs: list[str]) -> list[Path]:
-    """Files, folders and patterns to files, in the order given, sorted within a folder or pattern, each once.
+    """The files that paths, folders and patterns name: in the order given, sorted within each, each file once.
 
     Raises:
-        UserError: One of them leads to nothing.
+        UserError: One of them matches nothing.
     """
     require(bool(inputs), "--input", inputs, "files, folders or glob patterns")
     found: dict[Path, None] = {}
     for name in inputs:
-        # A file may have a pattern's characters in its name, so what exists goes first.
+        # A file's name may contain a pattern's characters, so existing paths go first.
         places = [Path(name)] if Path(name).exists() else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
         photos = [photo for place in places for photo in (_images_under(place) if place.is_dir() else [place])]
         if not photos:
@@ -74,13 +74,13 @@ class PhotoFiles(Dataset[Prepared]):
 
 
 def collate_readable(samples: list[Prepared]) -> Batch:
-    """Stack the photos that have views; the reasons keep the places of all."""
+    """Stack the photos that have views; the list of reasons has an entry for every photo."""
     readable = [views for views, _ in samples if views is not None]
     return collate(readable) if readable else None, [reason for _, reason in samples]
 
 
 def answers(model: RoadworkModel, files: list[Path], batch_size: int, workers: int) -> Iterator[Row]:
-    """One row per file, in their order."""
+    """One row per file, in the order of the files."""
     dataset = PhotoFiles(files, model.config.input_spec)
     loader = DataLoader(
         dataset, batch_size, num_workers=workers, collate_fn=collate_readable, worker_init_fn=keep_freed_memory
@@ -98,7 +98,7 @@ def score(model: RoadworkModel, views: dict[str, torch.Tensor]) -> list[Row]:
     """Probability, label and kept views of each photo of a batch."""
     output = model(views, null_metadata=True)
     return [
-        # Nine digits give back every float32; exactly 0.5 counts as none.
+        # Nine digits restore every float32; exactly 0.5 counts as none.
         {"probability": float(f"{p:.9g}"), "label": LABEL_NAMES[int(p > 0.5)], "kept_views": kept}
         for p, kept in zip(probability_of(model, output), kept_views(output), strict=True)
     ]
@@ -106,7 +106,7 @@ def score(model: RoadworkModel, views: dict[str, torch.Tensor]) -> list[Row]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file that appears under its name once the block has ended without an error."""
+    """A text file that gets its name only once the block has ended without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -118,14 +118,14 @@ def whole_file(path: Path) -> Iterator[TextIO]:
 
 
 def csv_writer(stream: TextIO) -> Callable[[Row], object]:
-    """Writes the header now, and later rows; views are joined by semicolons."""
+    """Write a CSV header now; returns what writes a row. Views are joined by semicolons."""
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
     return lambda row: writer.writerow({**row, "kept_views": ";".join(row["kept_views"] or ())})
 
 
 def jsonl_writer(stream: TextIO) -> Callable[[Row], object]:
-    """Writes a JSON object per line; views are a list."""
+    """Returns what writes a row as one line of JSON. Views are a list."""
     return lambda row: stream.write(json.dumps(row) + "\n")
 
 

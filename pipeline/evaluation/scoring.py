@@ -1,4 +1,4 @@
-"""What a model answers on a split, and how good that is: predictions, the cut, metrics with intervals."""
+"""A model's answers on a split, and how good they are: predictions, the cut, metrics with intervals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALLEST_CLUSTER = 20  # labelled photos; an MCC of fewer is noise
 
 
 class WithSource(Dataset[tuple[Batch, str]]):
-    """The samples of a split, or a copy of each, together with the names of the photos."""
+    """The samples of a split, or a copy of each, together with each photo's source."""
 
     def __init__(self, data: ShardDataset, copy: int = 0):
         self.data, self.first = data, copy * len(data)
@@ -57,8 +57,7 @@ def predict_split(
     """Probabilities with and without metadata for every sample of a split, or for a copy of each, labelled or not.
 
     Returns:
-        The columns of predictions.csv but `prediction`, in the order of the shards; `label` is NA where
-        unknown.
+        The columns of predictions.csv but `prediction`, in the order of the shards; `label` is NA where unknown.
     """
     loader: Any = DataLoader(
         WithSource(dataset, copy),
@@ -88,10 +87,10 @@ def predict_split(
 def answers(
     model: RoadworkModel, loader: DataLoader[tuple[Batch, list[str]]]
 ) -> Iterator[tuple[str, float, float, list[str]]]:
-    """Per photo its source, the probability with metadata NULL, that with metadata, and the kept views.
+    """The source, the probability with metadata NULL, that with metadata, and the kept views of each photo.
 
-    One pass of the backbone serves both. The probabilities are those before the decision bias, so that an
-    exported model gets the same evaluation.
+    One pass of the backbone serves both. The decision bias is not in the probabilities, so that an exported model gets
+    the same evaluation.
     """
     for batch, sources in loader:
         encoded = model.encode(batch)
@@ -108,7 +107,7 @@ def check_labelled(folder: str, index: Index, name: str) -> None:
 
 
 def check_metadata(index: Index, model: ModelConfig, text_encoder: str | None) -> None:
-    """See `check_inputs`. A leak is told and no more: the headline is the score with all metadata NULL."""
+    """Check the metadata as `check_inputs` does, but only warn of a leak: the headline has all metadata NULL."""
     check_inputs(index, model, allow_leaks=True, text_encoder=text_encoder)
     for name, why in leaking_inputs(index, model).items():
         say(f"do not trust the score with metadata: in these shards {name} gives the label away ({why})")
@@ -118,13 +117,13 @@ def find_cache(given: str | None, features: str, index: Index, model: RoadworkMo
     """The feature cache to evaluate from; None where the tokens are to be computed.
 
     Args:
-        given: What the user asked for; None leaves it to the run.
+        given: The user's choice; None leaves it to the run.
         features: The run's `data.features`.
-        index: Of the shards.
-        model: The one to be evaluated.
+        index: The shards' index.
+        model: The model to evaluate.
 
     Raises:
-        UserError: The user asked for a cache that does not fit. The run's own is then passed over, with a word.
+        UserError: The user's choice does not fit. (A run's own cache that does not fit is ignored with a message.)
     """
     try:
         cache = open_cache(features if given is None else given, index)
@@ -142,7 +141,7 @@ def known_threshold(run: Path, results: dict[str, Any]) -> float:
     """The cut of an earlier evaluation, or of the best validation in training.
 
     Raises:
-        UserError: The run knows none.
+        UserError: The run has no threshold yet.
     """
     if "evaluation" in results:
         return float(results["evaluation"]["threshold"])
@@ -152,7 +151,7 @@ def known_threshold(run: Path, results: dict[str, Any]) -> float:
 
 
 def choose_threshold(predictions: pd.DataFrame) -> float:
-    """The cut with the best MCC on validation, metadata NULL, as for the headline."""
+    """The cut with the best MCC on validation, with metadata NULL as in the headline."""
     rows = predictions[predictions["split"] == "val"].dropna(subset=["label"])
     return best_threshold(rows["label"].to_numpy(np.int64), rows["probability_null"].to_numpy())
 
@@ -180,7 +179,7 @@ def score_split(rows: pd.DataFrame, threshold: float) -> dict[str, Any]:
 
 
 def score_clusters(rows: pd.DataFrame, threshold: float, index: Index) -> list[dict[str, Any]]:
-    """MCC and accuracy of each GPS cluster that is large enough, metadata NULL, worst first.
+    """MCC and accuracy of each GPS cluster that is large enough, with metadata NULL, worst first.
 
     Clusters with one class have no MCC and come last.
     """
@@ -207,7 +206,7 @@ def compare(run: Path, results: dict[str, Any], index: Index, profile: Profile) 
     """The headline of another run in the same profile, for the summary of this one.
 
     Raises:
-        UserError: It is not evaluated on the test split, or its shards are others.
+        UserError: That run was not evaluated on the test split, or was evaluated on other shards.
     """
     flags = "" if profile == "native" else f" --profile {profile}"
     if "test" not in results:
@@ -225,15 +224,15 @@ def compare(run: Path, results: dict[str, Any], index: Index, profile: Profile) 
 def describe(
     index: Index, place: str, threshold: float, from_earlier: bool, photos: int, wall_s: float
 ) -> dict[str, Any]:
-    """What summary.json says of an evaluation as a whole.
+    """The part of summary.json about an evaluation as a whole.
 
     Args:
-        index: Of the shards.
-        place: Where they are.
+        index: The shards' index.
+        place: Folder or URL of the shards.
         threshold: The cut.
-        from_earlier: Whether it is that of an earlier evaluation or of training.
-        photos: How many were answered.
-        wall_s: In how many seconds.
+        from_earlier: Whether the cut is that of an earlier evaluation or of training.
+        photos: Number of photos that were evaluated.
+        wall_s: Seconds that it took.
     """
     return {
         "data": index.arguments.get("source_kind", PurePosixPath(place).name),
@@ -249,7 +248,7 @@ def describe(
 
 
 def in_words(name: str, scores: dict[str, Any]) -> str:
-    """A split's scores in a line for a person."""
+    """A split's scores in one readable line."""
     bounds = scores["ci95"]["mcc_null_metadata"]
     interval = f", 95 % interval {bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else ""
     return (

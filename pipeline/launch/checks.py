@@ -1,4 +1,4 @@
-"""What `doctor` looks at: machine, installation, configurations, backbone, data, and what a launch comes to."""
+"""The checks of `doctor`: machine, installation, configurations, backbone, data, and what a launch would do."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ GOOD, NOTE, BAD = "good", "note", "bad"
 COLOURS = {GOOD: "green", NOTE: "yellow", BAD: "red"}
 SMALL_DISK_GB = 5
 GIB = 2**30
-ROOM = 0.9  # of a GPU's memory; the context, the allocator's gaps and cuBLAS take the rest
+ROOM = 0.9  # share of a GPU's memory; the context, the allocator's gaps and cuBLAS take the rest
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Finding:
     """One line of the table."""
 
     verdict: str
-    """good, note (works, but look) or bad (will fail)."""
+    """`good`, `note` (works, but worth a look) or `bad` (will fail)."""
     about: str
     text: str
 
@@ -61,10 +61,10 @@ def check(
     num_processes: int | None,
     gpu_gib: float | None,
 ) -> tuple[list[Finding], dict[str, Any]]:
-    """Look at everything; see the command `doctor` for the arguments.
+    """Run all checks; see the command `doctor` for the arguments.
 
     Returns:
-        The lines of the table, and what the DeepSpeed engine gets, empty where no engine can be made.
+        The lines of the table, and the DeepSpeed engine's configuration, empty where no engine can be made.
     """
     findings = [*machine(), *installation(), *configurations(), *backbone(config), *data(config)]
     elsewhere = gpu_gib is not None and not uses_gpu()
@@ -89,7 +89,7 @@ def print_findings(findings: list[Finding]) -> None:
 
 
 def machine() -> Iterator[Finding]:
-    """Cores, memory, GPUs, disk."""
+    """Check cores, memory, GPUs and disk."""
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
     yield Finding(
         GOOD, "machine", f"{cores} cores, {memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free"
@@ -111,7 +111,7 @@ def machine() -> Iterator[Finding]:
 
 
 def installation() -> Iterator[Finding]:
-    """Python, and every dependency against what pyproject.toml asks for."""
+    """Check Python, and every dependency against pyproject.toml."""
     yield Finding(GOOD, "python", platform.python_version())
     wrong = []
     for line in requires("roadwork") or []:
@@ -132,7 +132,7 @@ def installation() -> Iterator[Finding]:
 
 
 def configurations() -> Iterator[Finding]:
-    """Every file in accelerate_configs, ds_configs and recipes."""
+    """Check every file in accelerate_configs, ds_configs and recipes."""
     problems = []
     for path in sorted(ACCELERATE_CONFIGS.glob("*.yaml")):
         settings = yaml.safe_load(path.read_text())
@@ -154,7 +154,7 @@ def configurations() -> Iterator[Finding]:
 
 
 def backbone(config: Config) -> Iterator[Finding]:
-    """Whether the recipe's weights are at hand, without loading or fetching them."""
+    """Check that the recipe's backbone is on this machine, without loading or fetching it."""
     name = config.model.backbone
     folder = SCENES_TINY if name == "scenes-tiny" else Path(name)
     if (folder / "config.json").is_file():
@@ -170,7 +170,7 @@ def backbone(config: Config) -> Iterator[Finding]:
 
 
 def data(config: Config) -> Iterator[Finding]:
-    """The index, and one sample of each split through decoding and views."""
+    """Check the index, and decode one sample of each split into its views."""
     folder = config.data.shards
     if not is_url(folder) and not Path(folder).exists():
         yield Finding(NOTE, "data", f"no shards at {folder} yet; `./launch.sh prep shard` makes them from photos")
@@ -189,7 +189,7 @@ def data(config: Config) -> Iterator[Finding]:
 
 
 def inputs(config: Config, index: Index) -> Finding:
-    """Whether the shards have the metadata that the model reads, and whether it leaks the label."""
+    """Check that the shards have the metadata that the model reads, and whether it leaks the label."""
     try:
         check_inputs(index, config.model, config.data.allow_leaks)
     except UserError as error:
@@ -200,7 +200,7 @@ def inputs(config: Config, index: Index) -> Finding:
 
 
 def own_gpu_gib() -> float | None:
-    """Memory of this machine's smallest GPU; None without one."""
+    """Memory of this machine's smallest GPU in GiB; None without a GPU."""
     if not uses_gpu():
         return None
     cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -223,7 +223,7 @@ def plan(config: Config, launch: LaunchPlan) -> Iterator[Finding]:
 
 
 def memory(config: Config, launch: LaunchPlan, gpu_gib: float | None) -> Iterator[Finding]:
-    """Of one process, and whether a GPU has it."""
+    """Estimate the memory of one process, and check that a GPU has it."""
     backbone = backbone_config(config.model.backbone)
     if backbone is None:
         yield Finding(NOTE, "memory", f"not known before {config.model.backbone} is on this machine")
@@ -257,7 +257,7 @@ def memory(config: Config, launch: LaunchPlan, gpu_gib: float | None) -> Iterato
 
 
 def deepspeed_estimate(trained: int, launch: LaunchPlan) -> float | None:
-    """GiB of one GPU by DeepSpeed's estimator, which knows stages 2 and 3, 16-bit weights and no sharded experts."""
+    """GiB of one GPU by DeepSpeed's estimator; None but for stages 2 and 3 in bf16 without sharded experts."""
     sharding, per_machine = launch.engine.sharding, launch.world_size // launch.machines
     if launch.engine.precision != "bf16" or sharding.stage < 2 or sharding.expert_parallel > 1:
         return None
@@ -270,7 +270,7 @@ def deepspeed_estimate(trained: int, launch: LaunchPlan) -> float | None:
 
 
 def backbone_config(name: str) -> DINOv3ViTConfig | None:
-    """The backbone's configuration if it is at hand, or known; None otherwise."""
+    """The backbone's configuration if it is known or on this machine; None otherwise."""
     if name == VITH16PLUS:
         return vith16plus_config()
     folder = str(SCENES_TINY) if name == "scenes-tiny" else name

@@ -1,4 +1,4 @@
-"""Start training on the hardware at hand, and give its outcome an exit status: `./launch.sh train RECIPE`.
+"""Start training on the hardware at hand, and turn its outcome into an exit status: `./launch.sh train RECIPE`.
 
 `./launch.sh prep features` is started in the same way.
 """
@@ -36,37 +36,37 @@ from pipeline.errors import (
 from pipeline.launch.rank_logs import LOG_FOLDER_VARIABLE
 from pipeline.progress import say
 
-# Workers get this long to reach a step boundary and save after a request to stop.
+# After a request to stop, workers have this long to reach a step boundary and save.
 SHUTDOWN_S = 120
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
-# What `pipeline.errors.run` says last. Around it the launcher speaks about its workers' end.
+# Starts of the last line of `pipeline.errors.run`. The lines around it are the launcher's, about its workers' end.
 OUTCOMES = ("error: ", "stopped: ", "failed: ")
-# The second of these comes where machine 0 has ended before this one, which is no fault.
+# The second appears where machine 0 ends before this one, which is no fault.
 CHATTER = re.compile(r"torch/distributed/elastic/.*(failed|[Ss]ignal)|TCPStore.cpp.*recvValueWithTimeout failed")
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """The launcher's own options; all others are those of what it launches."""
+    """The launcher's own options; all others go to the program that it launches."""
 
     config_file: Path | None = None
     """An accelerate configuration; by default the hardware decides."""
     cpu: bool = False
-    """Compute on the CPU, though there is a GPU."""
+    """Compute on the CPU even if there is a GPU."""
     num_processes: int | None = None
-    """Processes, over all machines; by default the accelerate configuration decides."""
+    """Processes over all machines; by default the accelerate configuration decides."""
     max_restarts: int = 0
-    """Start again from the last checkpoint, up to so many times, after a process died or hung."""
+    """Restart up to so many times from the last checkpoint, after a process died or hung."""
     num_machines: int = 1
     """Machines, each with a launcher of its own."""
     machine_rank: int = 0
-    """Which of them this is, from 0."""
+    """This machine's number, from 0."""
     main_process_ip: str = "127.0.0.1"
     """Address of machine 0."""
     main_process_port: int = 29500
-    """A port that is free there."""
+    """A free port on machine 0."""
     log_folder: Path | None = None
-    """Where each rank but 0 writes to a file of its own."""
+    """Folder in which each rank but 0 writes its own log file."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -91,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def prep(arguments: Sequence[str]) -> int:
-    """Run `accelerate launch -m data_prep COMMAND` for a command that shares its work among processes; see `main`."""
+    """Run `accelerate launch -m data_prep COMMAND` for a command that runs in several processes; see `main`."""
     prog = f"./launch.sh prep {arguments[0]}"
     if {"-h", "--help"} & set(arguments):
         print(help_of(LaunchOptions, prog, f"{prog} [options]"), flush=True)
@@ -112,22 +112,22 @@ def launch_words(config_file: Path | None, num_processes: int | None, cpu: bool 
     config_file, num_processes = choose_launch(config_file, num_processes)
     words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config_file)]
     words += ["--num_processes", str(num_processes)] if num_processes else []
-    # Of two launches on one machine the second would find accelerate's usual port taken. A configuration of several
-    # machines names one that they all know.
+    # Accelerate's usual port would be taken for the second of two launches on one machine. A configuration for several
+    # machines names a port that all of them know.
     return words if names_a_port(config_file) else [*words, f"--main_process_port={free_port()}"]
 
 
 def names_a_port(config_file: Path) -> bool:
-    """Whether an accelerate configuration says which port its processes meet at."""
+    """Whether an accelerate configuration names the port at which its processes meet."""
     try:
         settings = yaml.safe_load(config_file.read_text())
     except (OSError, ValueError, yaml.YAMLError):
-        return False  # accelerate says what is wrong with it
+        return False  # accelerate reports what is wrong with it
     return isinstance(settings, dict) and settings.get("main_process_port") is not None
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
+    """A TCP port of this machine that is not in use now."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port: int = taken.getsockname()[1]
@@ -137,15 +137,18 @@ def free_port() -> int:
 def choose_launch(
     config_file: Path | None, num_processes: int | None, idle_gpu: bool = False
 ) -> tuple[Path, int | None]:
-    """The accelerate configuration that is given or that the hardware decides on, and how many processes if not its.
+    """Choose the accelerate configuration, by the hardware unless one is given, and the number of processes.
 
     Args:
-        config_file: What the user gave.
-        num_processes: What the user gave.
-        idle_gpu: Whether a GPU that torch cannot use may be passed over.
+        config_file: The user's choice, or None.
+        num_processes: The user's choice, or None.
+        idle_gpu: Whether a GPU that torch cannot use may be ignored.
+
+    Returns:
+        The configuration, and the number of processes; None for the configuration's own.
 
     Raises:
-        UserError: There is no such file, or such a GPU.
+        UserError: There is no such file, or there is a GPU that torch cannot use.
     """
     if not idle_gpu:
         refuse_idle_gpu()
@@ -160,7 +163,7 @@ def choose_launch(
 
 
 def machine_words(own: LaunchOptions) -> list[str]:
-    """Where this machine stands among several; `--num_processes` is then the sum over all of them."""
+    """Accelerate's options for one of several machines; `--num_processes` is then the sum over all of them."""
     if own.num_machines == 1:
         return []
     if not own.num_processes or own.num_processes % own.num_machines:
@@ -169,15 +172,15 @@ def machine_words(own: LaunchOptions) -> list[str]:
         )
     place = {name: getattr(own, name) for name in ("num_machines", "machine_rank", "main_process_ip")}
     words = [f"--{name}={value}" for name, value in (place | {"main_process_port": own.main_process_port}).items()]
-    # `standard` starts the processes of this machine alone; the default would start all of them over ssh.
+    # `standard` starts this machine's processes only; the default would start all of them over ssh.
     return [*words, "--same_network", "--deepspeed_multinode_launcher=standard"]
 
 
 class StopRequest:
-    """Hands a request to stop on to the launch that is running, once; a second Ctrl-C kills it."""
+    """Passes a request to stop on to the running launch, once; a second Ctrl-C kills it."""
 
     def __init__(self, farewell: str):
-        """Listen; `farewell` is what is said about the workers' end when a stop is asked for."""
+        """Start to listen; `farewell` completes the message "stopping ..." and says how the workers end."""
         self.farewell, self.asked = farewell, False
         self.process: subprocess.Popen[str] | None = None
         for number in SIGNALS:
@@ -197,12 +200,12 @@ class StopRequest:
 def supervise(
     command: list[str], farewell: str = "at the next step boundary, with a checkpoint", restarts: int = 0
 ) -> int:
-    """Run a launch to its end, and again where a process of it died or hung.
+    """Run a launch to its end, and restart it where one of its processes died or hung; returns the exit status.
 
     Args:
-        command: The launch.
-        farewell: What is said about the workers' end when a stop is asked for.
-        restarts: How many times it may be started again.
+        command: The launch's command line.
+        farewell: How the workers end on a request to stop, for the message.
+        restarts: How many times the launch may be restarted.
     """
     os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
     stop = StopRequest(farewell)
@@ -230,7 +233,7 @@ class End:
 
     status: int
     explained: bool
-    """A worker has said why, and a new attempt would end in the same way."""
+    """Whether a worker has given the reason; a new attempt would then end in the same way."""
     cause: str | None
     """Which worker was the first to fail, and how."""
 
@@ -238,9 +241,9 @@ class End:
 def _launch_once(command: list[str], stop: StopRequest) -> End:
     """Run a launch once.
 
-    A worker's exit status does not survive the launcher, which returns 1 and prints a traceback of its own. Workers
-    leave their status in a file; where that, or what the launcher says of the first worker to fail, explains the end,
-    the launcher's words are dropped.
+    Accelerate's launcher loses the workers' exit status: it returns 1 and prints a traceback of its own. So workers
+    leave their status in a file. Where that file, or the launcher's line about the first worker to fail, explains the
+    end, the rest of its output is dropped.
     """
     with tempfile.TemporaryDirectory() as folder:
         state_file = Path(folder) / "state.json"
@@ -253,19 +256,19 @@ def _launch_once(command: list[str], stop: StopRequest) -> End:
         }
         aside: list[str] = []
         said: set[str] = set()
-        # In a session of its own, so that a terminal's Ctrl-C comes here alone and is not taken for two requests.
+        # In a session of its own, so that a terminal's Ctrl-C arrives here only and does not count as two requests.
         with subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
         ) as process:
             stop.process = process
-            if stop.asked:  # meanwhile
+            if stop.asked:  # while the process started
                 process.send_signal(signal.SIGTERM)
             assert process.stderr is not None
             for line in process.stderr:
                 outcome = line.startswith(OUTCOMES)
                 if not outcome and (aside or CHATTER.search(line)):
                     aside.append(line)
-                elif line not in said:  # an outcome that another rank has told already
+                elif line not in said:  # each outcome once, though several ranks report it
                     said |= {line} if outcome else set()
                     sys.stderr.write(line)
                     sys.stderr.flush()
@@ -284,7 +287,7 @@ def _launch_once(command: list[str], stop: StopRequest) -> End:
 
 
 def cause_of(words: str) -> str | None:
-    """Which worker failed first, and how, from what `accelerate launch` prints at its end."""
+    """Which worker failed first, and how, from the last output of `accelerate launch`; None if it does not say."""
     found = re.search(r"Root Cause.*?host\s+: (\S+).*?rank\s+: (\d+).*?exitcode\s+: (-?\d+)", words, flags=re.DOTALL)
     if found is None:
         return None
@@ -298,6 +301,6 @@ def cause_of(words: str) -> str | None:
 if __name__ == "__main__":
     words = sys.argv[1:]
     status = prep(words[1:]) if words[:1] == ["prep"] else main(words)
-    for number in SIGNALS:  # an interpreter that shuts down has no handlers, and a repeated notice would kill it
+    for number in SIGNALS:  # during shutdown Python has no handlers, and a repeated notice would kill it
         signal.signal(number, signal.SIG_IGN)
     raise SystemExit(status)

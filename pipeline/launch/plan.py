@@ -1,4 +1,4 @@
-"""What an accelerate configuration, the DeepSpeed configuration that it names and a recipe come to together."""
+"""What a launch will do, from an accelerate configuration, the DeepSpeed configuration that it names, and a recipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LaunchPlan:
     engine: EngineSettings
 
     def __str__(self) -> str:
-        """One line for a person."""
+        """One readable line."""
         per_machine = self.world_size // self.machines
         files = f"{self.accelerate.name} and {self.engine.file.name}"
         return f"{self.machines} machines x {per_machine} processes, by {files}"
@@ -33,17 +33,17 @@ class LaunchPlan:
 def resolve(
     config: Config, accelerate: Path, num_machines: int | None, num_processes: int | None, precision: str
 ) -> LaunchPlan:
-    """Put the three together as a launch does.
+    """Resolve configuration, accelerate file and DeepSpeed file as a launch does.
 
     Args:
-        config: The run's.
+        config: The run's configuration.
         accelerate: The accelerate configuration.
-        num_machines: None for what the file says.
-        num_processes: Over all machines; None for what the file says.
+        num_machines: Number of machines; None for the file's.
+        num_processes: Number of processes over all machines; None for the file's.
         precision: "bf16" or "fp32".
 
     Raises:
-        UserError: They do not work together; the sentence says why.
+        UserError: They do not work together; the message says why.
     """
     launch = read_accelerate(accelerate)
     problem = next(accelerate_problems(launch), None)
@@ -64,7 +64,7 @@ def read_accelerate(path: Path) -> dict[str, Any]:
     """Read an accelerate configuration.
 
     Raises:
-        UserError: It is not there, or no YAML mapping.
+        UserError: The file is missing, or not a YAML mapping.
     """
     try:
         settings = yaml.safe_load(path.read_text())

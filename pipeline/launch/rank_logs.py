@@ -1,4 +1,4 @@
-"""A log for each rank: what many processes say in one file, nobody can read."""
+"""One log file per rank: the mixed output of many processes is unreadable."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ LOG_FOLDER_VARIABLE = "ROADWORK_LOG_FOLDER"
 
 
 def divert_output() -> None:
-    """Let every rank but 0 append what it says to `rank-00001.log` and so on, where the launcher names a folder.
+    """Let every rank but 0 append its output to `rank-00001.log` and so on, where the launcher names a folder.
 
-    At the level of file descriptors, so that the last words of libraries and of the interpreter are there too.
+    File descriptors are redirected, so that output of C libraries and of a crashing interpreter is there too.
     """
     folder, rank = os.environ.get(LOG_FOLDER_VARIABLE), int(os.environ.get("RANK", "0"))
     if folder and rank:

@@ -1,4 +1,4 @@
-"""Batch scripts for SLURM, and their submission as a chain in which each job waits for the one before it."""
+"""Batch scripts for SLURM, submitted as a chain in which each job waits for the one before it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.progress import say
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks the cluster for, in `sbatch`'s own words; None leaves it to the cluster."""
+    """The resources that a job asks for, named as in `sbatch`; None leaves a value to the cluster."""
 
     cpus_per_task: int
     mem: str | None = None
@@ -41,47 +41,47 @@ class Job:
     """One batch script."""
 
     name: str
-    """Of the script, and the job's after `roadwork-`."""
+    """Name of the script; the job's name has `roadwork-` before it."""
     command: str
-    """What it runs, in bash; values are quoted."""
+    """Bash command that the job runs, its values quoted."""
     resources: Resources
     tasks: int = 0
     """Tasks of an array, numbered from 1 in SLURM_ARRAY_TASK_ID; 0 for a job that is no array."""
     requeue: bool = True
-    """Whether SLURM may start it again, after a node failed, say."""
+    """Whether SLURM may start the job again, for example after a node failed."""
 
 
 def python_command(module: str, word: str, options: dict[str, object]) -> str:
-    """The shell command that runs `python -m module word` with this very Python.
+    """The shell command that runs `python -m module word` with this Python.
 
     Args:
         module: Name of the module.
-        word: Which of its commands.
-        options: Values by the names of the flags, quoted here.
+        word: The module's command to run.
+        options: Values by flag name; they are quoted here.
     """
     flags = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items()]
     return " ".join([shlex.quote(sys.executable), "-m", module, word, *flags])
 
 
 def script_of(job: Job, folder: Path, after: Job | None = None) -> str:
-    """The text of a job's batch script, which `sbatch` takes by hand too.
+    """The text of a job's batch script, which can be submitted by hand too.
 
     Args:
         job: The job.
-        folder: Where its log goes, absolute.
+        folder: Folder of its log, absolute.
         after: The job that it waits for.
 
     Raises:
         UserError: A value cannot stand in a batch script.
     """
-    # SLURM drops a backslash from the name of a log, and with it all patterns.
+    # A backslash in a log's name makes SLURM drop it and all patterns.
     require("\\" not in str(folder), "the folder of scripts and logs", str(folder), "without backslashes for SLURM")
     asked = {name.replace("_", "-"): value for name, value in vars(job.resources).items() if value is not None}
     directives = {
         "job-name": f"roadwork-{job.name}",
-        # A percent sign of the path begins none of SLURM's patterns; %A is an array's number, %a the task's.
+        # A percent sign in the path must not begin one of SLURM's patterns; %A is an array's number, %a the task's.
         "output": str(folder).replace("%", "%%") + f"/{job.name}-" + ("%A_%a.log" if job.tasks else "%j.log"),
-        "open-mode": "append",  # a job that starts again keeps what it said before
+        "open-mode": "append",  # a restarted job keeps its earlier output
         **({"array": f"1-{job.tasks}"} if job.tasks else {}),
         **asked,
     }
@@ -100,18 +100,18 @@ def script_of(job: Job, folder: Path, after: Job | None = None) -> str:
 
 
 def submit(jobs: Sequence[Job], folder: Path, dry_run: bool) -> Path | None:
-    """Write the scripts of a chain of jobs and submit them: each begins when the one before it has succeeded.
+    """Write the scripts of a chain of jobs and submit them: each starts when the one before it has succeeded.
 
     Args:
         jobs: In their order.
-        folder: For scripts and logs, on a disk that the nodes see.
+        folder: Folder of scripts and logs, on a disk that the nodes share.
         dry_run: Only print what would be written and submitted.
 
     Returns:
-        The summary with the numbers of the jobs, by name; None after a dry run.
+        Path of the summary, which has the jobs' numbers by name; None after a dry run.
 
     Raises:
-        UserError: There is no `sbatch` here, or it refuses a job; then no job of the chain is left in the queue.
+        UserError: There is no `sbatch` here, or it refuses a job; no job of the chain stays in the queue then.
     """
     folder = folder.resolve()
     paths = {job.name: folder / f"{job.name}.sbatch" for job in jobs}
@@ -140,14 +140,14 @@ def submit(jobs: Sequence[Job], folder: Path, dry_run: bool) -> Path | None:
 
 
 def _sbatch(script: Path, before: list[str]) -> str:
-    """Submit a script to run after the last of the jobs before it, and return its number.
+    """Submit a script to run after the last of the jobs before it; returns its job number.
 
-    A refusal takes back those jobs.
+    If it is refused, those jobs are cancelled.
     """
     waits = [_dependency(before[-1])] if before else []
     done = subprocess.run(["sbatch", "--parsable", *waits, script], capture_output=True, text=True, check=False)
     if done.returncode == 0:
-        return done.stdout.strip().partition(";")[0]  # the name of the cluster may follow
+        return done.stdout.strip().partition(";")[0]  # the cluster's name may follow
     if before:
         subprocess.run(["scancel", *before], check=False)
     reasons = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines()]
@@ -159,7 +159,7 @@ def _dependency(number: str) -> str:
 
 
 def _directive_value(name: str, value: object) -> str:
-    """As `sbatch` reads it: between double quotes, only they and the backslash are special."""
+    """A value as `sbatch` reads it: within double quotes only these and the backslash are special."""
     text = str(value)
     require("\n" not in text, f"--{name}", text, "a single line")
     if re.fullmatch(r"[\w./%:,@+-]*", text):

@@ -1,4 +1,4 @@
-"""`./launch.sh slurm RECIPE`: train on several nodes of a cluster, through preemptions and time limits to the end."""
+"""`./launch.sh slurm RECIPE`: train on several nodes of a cluster, resuming after preemptions and time limits."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pipeline.launch.slurm import Job, Resources, submit
 from pipeline.progress import say
 
 PROG = "./launch.sh slurm"
-# SLURM gives notice this long before the time limit or a preemption; a step and a checkpoint must fit in.
+# SLURM gives notice this long before the time limit or a preemption; a step and a checkpoint must fit into it.
 NOTICE_S = 300
-# Once the first launcher has ended, the others have this long: what they wait for may never come.
+# Once the first launcher has ended, the others have this long to end: they may wait for something that never comes.
 LAST_WAIT_S = 60
 
 JOB = Path(__file__).with_name("train_job.sh")
@@ -34,37 +34,37 @@ class SlurmOptions:
     nodes: int = 1
     """Nodes of the job."""
     gpus_per_node: int = 1
-    """GPUs of each node, one process for each; 0 for processes on the CPU."""
+    """GPUs per node, each with its own process; 0 to train on the CPU."""
     processes_per_node: int = 1
-    """Processes of each node without GPUs."""
+    """Processes per node when training on the CPU."""
     cpus_per_task: int | None = None
-    """Cores of each node; by default one per process and one per data.workers of each."""
+    """Cores per node; by default one per process and one for each of its data.workers."""
     config_file: Path | None = None
     """An accelerate configuration; by default accelerate_configs/multi_node.yaml, and on CPUs cpu_2.yaml."""
     mem: str | None = None
-    """Memory of each node, such as 200G; this and what follows is the cluster's default if not given."""
+    """Memory per node, such as 200G; by default the cluster's, as for time, partition, account and qos."""
     time: str | None = None
-    """Limit of the job, such as 04:00:00; it may be shorter than training, which resumes after a requeue."""
+    """Time limit of the job, such as 04:00:00; it may be shorter than training, which resumes after a requeue."""
     partition: str | None = None
-    """Where the job runs."""
+    """Partition in which the job runs."""
     account: str | None = None
-    """Whom it is charged to."""
+    """Account that the job is charged to."""
     qos: str | None = None
     """Quality of service."""
     requeue: bool = True
-    """Queue again when stopped by preemption or the time limit; --no-requeue does not."""
+    """Queue again when stopped by preemption or the time limit; --no-requeue turns it off."""
     dry_run: bool = False
-    """Print the script and how it would be submitted, and do nothing."""
+    """Print the script and the command that would submit it, and do nothing."""
 
 
 def main(words: Sequence[str]) -> Path | None:
-    """Read the command line, check everything that a job would refuse after it has waited in the queue, and submit.
+    """Check all that would end the job only after its wait in the queue, then submit it.
 
     Args:
-        words: What stands behind `./launch.sh slurm`.
+        words: The arguments of `./launch.sh slurm`.
 
     Returns:
-        The summary with the number of the job; None after a dry run.
+        Path of the summary, which has the job's number; None after a dry run.
     """
     if not words or {"-h", "--help"} & set(words):
         usage = f"{PROG} RECIPE --nodes N --gpus-per-node G [options] [--room.key VALUE ...]\n       {PROG} prep --help"
@@ -105,7 +105,7 @@ def main(words: Sequence[str]) -> Path | None:
 
 
 def find_problems(config: Config, gpus_per_node: int) -> list[str]:
-    """What would end the job as soon as it starts, though it may be mended before it is submitted."""
+    """Problems that would end the job as soon as it starts, though a dry run may still print its script."""
     import torch
 
     from pipeline.data.index import read_index
@@ -132,9 +132,9 @@ def script(launch: list[str], folder: Path, requeue: bool) -> str:
     """The part of the batch script below its directives.
 
     Args:
-        launch: The launcher's words, but for those that only a job knows.
-        folder: For the logs, absolute.
-        requeue: Whether a job that was stopped queues again, to go on from its checkpoint.
+        launch: The launcher's arguments, without those that are known only inside the job.
+        folder: Folder of the logs, absolute.
+        requeue: Whether a stopped job queues again, to resume from its checkpoint.
     """
     return render(
         JOB, folder=shlex.quote(str(folder)), folder_pattern=shlex.quote(str(folder).replace("%", "%%")),

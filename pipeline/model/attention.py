@@ -1,4 +1,4 @@
-"""Component 6, first half: gated attention, and the layer that joins it with the experts."""
+"""Component 6, first half: gated attention, and the layer that combines it with the experts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pipeline.model.moe import build_feed_forward
 class GatedAttention(nn.Module):
     """Bidirectional attention whose output passes an elementwise sigmoid gate before the output projection.
 
-    The gate is computed from the layer's normed input (Gated Attention, arXiv 2505.06708, position G1; the
-    same place as in `Qwen3NextAttention` of transformers). Queries and keys are RMS-normed per head.
+    The gate is computed from the layer's normed input (Gated Attention, arXiv 2505.06708, position G1, as in
+    `Qwen3NextAttention` of transformers). Queries and keys are RMS-normed per head.
     """
 
     def __init__(self, width: int, heads: int, gated: bool = True):
-        """Without `gated` it is plain attention, to compare with."""
+        """Build the layer; without `gated` it is plain attention, for comparison."""
         super().__init__()
         self.heads = heads
         self.q_proj = nn.Linear(width, width, bias=False)
@@ -34,8 +34,8 @@ class GatedAttention(nn.Module):
 
         Args:
             x: [B, T, H], already normed.
-            mask: bool [B, T], False for tokens nobody may attend to; None when there are none, which alone lets SDPA
-                choose its flash kernel.
+            mask: bool [B, T], False for tokens that are not attended to; None if there are none, since SDPA has no
+                flash kernel with a mask.
 
         Returns:
             [B, T, H].
@@ -55,7 +55,7 @@ class GatedAttention(nn.Module):
 
 
 class GatedLayer(nn.Module):
-    """x += Attn(RMSNorm(x)); x += MoE(RMSNorm(x))."""
+    """A pre-norm layer: x += Attn(RMSNorm(x)); x += MoE(RMSNorm(x))."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

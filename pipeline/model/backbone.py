@@ -18,7 +18,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def vith16plus_config() -> DINOv3ViTConfig:
-    """That of `VITH16PLUS` (arXiv 2508.10104): 840.6 M parameters."""
+    """The configuration of `VITH16PLUS` (arXiv 2508.10104): 840.6 M parameters."""
     return DINOv3ViTConfig(
         hidden_size=1280,
         num_hidden_layers=32,
@@ -32,7 +32,7 @@ def vith16plus_config() -> DINOv3ViTConfig:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Precision the backbone computes in: bf16 on CUDA, fp32 elsewhere."""
+    """The precision in which the backbone computes: bf16 on CUDA, fp32 elsewhere."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -56,8 +56,8 @@ def _load_dinov3(name: str) -> PreTrainedModel:
 class FrozenBackbone:
     """A DINOv3 ViT that is never trained, never saved and never in train mode.
 
-    Deliberately no `nn.Module`: a parent's `.train()` must not reach it (its RoPE rescales coordinates at
-    random in train mode), and neither optimizers, DeepSpeed nor `state_dict` may find its parameters.
+    It is deliberately no `nn.Module`: a parent's `.train()` must not reach it (its RoPE rescales coordinates at random
+    in train mode), and optimizers, DeepSpeed and `state_dict` must not find its parameters.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu"):
@@ -65,10 +65,10 @@ class FrozenBackbone:
 
         Args:
             name: `scenes-tiny`, a local folder, or a hub id.
-            device: Where it runs; bf16 on CUDA, fp32 elsewhere.
+            device: Device on which it runs, in bf16 on CUDA and in fp32 elsewhere.
 
         Raises:
-            UserError: The weights are not to be had, or are no DINOv3 ViT; the sentence says what to do.
+            UserError: The weights are not available, or are no DINOv3 ViT; the message says what to do.
         """
         self.name = name
         model = _load_dinov3(name)
@@ -83,11 +83,11 @@ class FrozenBackbone:
 
     @property
     def num_parameters(self) -> int:
-        """All of them frozen."""
+        """The number of parameters, all of them frozen."""
         return sum(p.numel() for p in self.model.parameters())
 
     def to(self, device: torch.device | str) -> FrozenBackbone:
-        """Move the weights; a CUDA device computes in bf16."""
+        """Move the weights to a device, where they compute in bf16 if it is CUDA."""
         self.device = torch.device(device)
         dtype = compute_dtype(self.device)
         for parameter in self.model.parameters():
@@ -114,7 +114,7 @@ class FrozenBackbone:
 
     def _forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = (views.to(self.device).float() / 255 - self._mean) / self._std
-        # Without the caller's autocast, so that training sees the very tokens that the feature cache holds.
+        # Without the caller's autocast, so that training sees the same tokens as the feature cache holds.
         with torch.autocast(self.device.type, enabled=False):
             tokens = self.model(pixel_values=pixels).last_hidden_state
         grid = views.shape[-1] // self.config.patch_size
@@ -123,7 +123,7 @@ class FrozenBackbone:
 
 
 def pool_cells(patches: torch.Tensor, grid: int) -> torch.Tensor:
-    """Mean and max of the patch tokens of each cell: a small object dies in a mean alone.
+    """Mean and max of the patch tokens of each cell: a mean alone would lose small objects.
 
     Args:
         patches: [N, h, w, D].
@@ -160,7 +160,7 @@ def pool_regions(patches: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 
 def interval_overlap(low: torch.Tensor, high: torch.Tensor, cells: int) -> torch.Tensor:
-    """Length of [low, high] inside each of `cells` equal parts of [0, 1], in parts: [..., cells]."""
+    """Length of [low, high] inside each of `cells` equal parts of [0, 1], in units of a part: [..., cells]."""
     edges = torch.arange(cells, device=low.device)
     inside = torch.minimum(high[..., None] * cells, edges + 1) - torch.maximum(low[..., None] * cells, edges)
     return inside.clamp(min=0)

@@ -1,4 +1,4 @@
-"""Baseline heads on the same frozen backbone, so that a claim about the head has something to stand against."""
+"""Baseline heads on the same frozen backbone, with which the roadwork head is compared."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pipeline.model.output import RoadworkOutput
 
 
 def describe_views(encoded: Encoded, head: nn.Module) -> torch.Tensor:
-    """One vector per view: CLS, and mean and max over its patch tokens: [B, K, 3D], in the dtype of the head's weights.
+    """One vector per view, of CLS, mean and max over its patch tokens: [B, K, 3D] in the dtype of the head's weights.
 
-    The encoder of a baseline has no weights, so it cannot know that an engine has made those of the head bf16.
+    A baseline's encoder has no weights, so it does not know whether an engine has made those of the head bf16.
     """
     mean, peak = encoded.cells.chunk(2, dim=-1)
     vectors = torch.cat([encoded.cls, mean.mean(dim=2), peak.amax(dim=2)], dim=-1)
@@ -21,7 +21,7 @@ def describe_views(encoded: Encoded, head: nn.Module) -> torch.Tensor:
 
 
 class SingleView(nn.Module):
-    """The global view alone and a linear classifier, its input normed without weights."""
+    """A linear classifier of the global view alone, its input normed without weights."""
 
     def __init__(self, config: ModelConfig, dim: int):
         super().__init__()
@@ -36,7 +36,7 @@ class SingleView(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """The mean over all views and a two-layer perceptron."""
+    """A two-layer perceptron on the mean over all views."""
 
     def __init__(self, config: ModelConfig, dim: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Sizes and switches of the model, and the weights of its loss; the defaults are the mission's."""
+"""Sizes and switches of the model, and the weights of its loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TERMS = ("roadwork", "consistency", "weather", "segmentation", "balance", "route
 
 @dataclass
 class ModelConfig:
-    """The frozen backbone, the trained head and what the head may see."""
+    """The frozen backbone, the trained head and the head's inputs."""
 
     backbone: str = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
     """A DINOv3 hub id, a local folder, or `scenes-tiny`, the small backbone that comes with the project."""
@@ -29,22 +29,22 @@ class ModelConfig:
     pruning: str = "scored"
     """How views are chosen before the backbone sees them: `scored` keeps the best; `dynamic` takes them in the order of
     their scores until the answer is certain enough; `off` keeps all. Controls: `random`; `fixed`, the same ones for
-    every photo; `oracle`, by the importance they have among all twelve, which saves nothing and is for study only."""
+    every photo; `oracle`, by their importance among all twelve, which saves nothing and is for study only."""
     keep_views: int = 8
-    """Views kept of the twelve, the global one among them; in `dynamic`, the most."""
+    """Views kept of the twelve, the global one included; in `dynamic`, the maximum."""
     fixed_views: list[int] = field(default_factory=list)
     """Order of the mode `fixed`, as numbers of views from 1 to 11, the best first; the global one, 0, is always kept.
-    `calibrate` finds it on the validation split."""
+    `early-exit` finds it on the validation split."""
     pool_grid: int = 4
     """Cells per side that a view's patch tokens are pooled to."""
     width: int = 512
     """Width H of the head's tokens, a multiple of 4."""
     pyramid: bool = True
-    """Fuse each cell with coarser levels of its view; false leaves the cells as they are projected."""
+    """Fuse each cell with coarser levels of its view; false uses the projected cells as they are."""
     layers: int = 4
     """Gated attention layers."""
     attention_gate: bool = True
-    """Pass the attention's output through its sigmoid gate; false is plain attention."""
+    """Pass attention's output through its sigmoid gate; false is plain attention."""
     heads: int = 8
     """Attention heads per layer."""
     experts: int = 4
@@ -54,14 +54,14 @@ class ModelConfig:
     expert_width: int = 2048
     """Hidden width of one SwiGLU expert."""
     fusion: str = "gated"
-    """`gated` fuses the kept views under learned gates, which are their importance; `mean` takes their mean, and leaves
-    the pruner to learn through its own gates alone."""
+    """`gated` fuses the kept views under learned gates, which are their importance; `mean` takes their mean, so that
+    the pruner learns through its own gates alone."""
     fusion_heads: int = 8
     """Attention heads of the gated fusion."""
     dropout: float = 0.1
     """Dropout before the classifiers."""
     metadata: tuple[str, ...] = ("gps", "weather", "daytime", "scene")
-    """Fields the head may see; `text` is off because it leaks the label in the real data set."""
+    """Metadata fields that the head reads; `text` is off because it leaks the label in the real data set."""
     text_dim: int = 384
     """Length of a text description's embedding."""
     metadata_field_dropout: float = 0.1
@@ -102,11 +102,11 @@ class ModelConfig:
 
     @property
     def num_views(self) -> int:
-        """Views that the data side must build: the single-view baseline needs the global one only."""
+        """Number of views to cut from a photo: the single-view baseline needs the global one only."""
         return 1 if self.head == "single_view" else NUM_VIEWS
 
     def input_spec(self, decode_scale: str) -> InputSpec:
-        """What the data side must build; `decode_scale` is `data.decode_scale`."""
+        """How photos become this model's input; `decode_scale` is `data.decode_scale`."""
         return InputSpec(self.view_side, self.num_views, self.mask_side, decode_scale)
 
 
@@ -117,11 +117,11 @@ class InputSpec:
     view_side: int
     """Side S of a view in pixels."""
     num_views: int = NUM_VIEWS
-    """V, from the first view on."""
+    """Number of views V, from the first."""
     mask_side: int = 64
     """Cells per side of the mask targets."""
     decode_scale: str = "full"
-    """`full`, or `half`: a JPEG is decoded at half its size where that still reaches the canvas of the views."""
+    """`full`, or `half`: a JPEG is decoded at half its size where that is still as large as the views' canvas."""
 
     def __post_init__(self) -> None:
         check_fields("data", self, decode_scale=one_of(DECODE_SCALES))
@@ -129,10 +129,10 @@ class InputSpec:
 
 @dataclass
 class LossConfig:
-    """Weight of each term, and the shape of the focal loss."""
+    """Weight of each loss term, and the shape of the focal loss."""
 
     roadwork: float = 0.40
-    """Weight of the focal loss on roadwork or none."""
+    """Weight of the focal loss between roadwork and none."""
     consistency: float = 0.25
     """Weight of the disagreement among the kept views' own predictions."""
     weather: float = 0.15
@@ -140,19 +140,19 @@ class LossConfig:
     segmentation: float = 0.20
     """Weight of Dice + binary cross entropy on the six object classes."""
     balance: float = 0.01
-    """Weight of the load balancing of the experts."""
+    """Weight of the experts' load balancing."""
     router_z: float = 0.001
     """Weight of the z-loss, which keeps the router's logits small."""
     distillation: float = 0.05
     """Weight of the pruner's divergence from the importance that fusion gives the views."""
     focal_alpha: float = 0.25
-    """Focal weight of the class roadwork; none has 1 - focal_alpha."""
+    """Focal weight of the class roadwork; the class none has 1 - focal_alpha."""
     focal_gamma: float = 2.0
-    """Focal exponent: how much less a sample counts the surer the model is of it; 0 turns it off."""
+    """Focal exponent: the larger, the less a sample counts of which the model is sure; 0 turns it off."""
     label_smoothing: float = 0.1
     """Share of a label that is spread evenly over both classes."""
     mixup_alpha: float = 0.0
-    """Photos are mixed in pairs in training, by a share from Beta(alpha, alpha); 0 mixes none, 0.2 is usual."""
+    """Mix training photos in pairs, with a share from Beta(alpha, alpha); 0 mixes none, 0.2 is usual."""
 
     def __post_init__(self) -> None:
         weights = {term: at_least(0) for term in TERMS}

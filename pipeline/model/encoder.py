@@ -30,16 +30,16 @@ class Encoded:
     indices: torch.Tensor
     """int64 [B, K], which views these are; the global one first."""
     scores: torch.Tensor | None
-    """[B, V], the pruner's; None where nothing is ever pruned."""
+    """[B, V], the pruner's scores; None where nothing is ever pruned."""
     gates: torch.Tensor
-    """[B, K], what the views' tokens are multiplied by: sigmoid(score), through which the pruner learns, and 1 for the
-    global view, which is always kept."""
+    """[B, K], factors of the views' tokens: sigmoid(score), through which the pruner learns, and 1 for the global view,
+    which is always kept."""
     mix: Mix | None = None
-    """Of the photos, where their tokens are mixed; their metadata is mixed in the head."""
+    """How the photos' tokens are mixed, None if they are not; the head mixes their metadata."""
 
 
 class Tokens(NamedTuple):
-    """All that the head ever needs of the backbone, for B photos."""
+    """All that the head needs of the backbone, for B photos."""
 
     cls: torch.Tensor
     """[B, V, D], zeros for views that do not exist."""
@@ -55,7 +55,7 @@ def all_tokens(
     """Tokens of every view that exists, in one pass of the backbone over the views of all photos.
 
     Args:
-        backbone: The frozen one.
+        backbone: The frozen backbone.
         views: uint8 [B, V, 3, S, S]; the global view, which is the first, always exists.
         boxes: [B, V, 4] as x0, y0, x1, y1 in [0, 1].
         view_mask: bool [B, V]; masked views do not reach the backbone.
@@ -83,10 +83,10 @@ def view_tokens(
     view_mask: torch.Tensor,
     pool_grid: int,
 ) -> Tokens:
-    """`all_tokens` without room for views that do not exist: what the feature cache stores.
+    """`all_tokens` without space for views that do not exist: what the feature cache stores.
 
     Args:
-        backbone: See `FrozenBackbone.__call__`.
+        backbone: The frozen backbone.
         views: uint8 [M, 3, S, S], the views that exist, photo after photo.
         boxes: [B, V, 4].
         view_mask: bool [B, V], with M of them true.
@@ -101,19 +101,19 @@ def view_tokens(
 
 
 class TokenSource(Protocol):
-    """Where a batch's tokens come from: the backbone, at the moment they are asked for, or the feature cache."""
+    """The source of a batch's tokens: the backbone, which computes them on demand, or the feature cache."""
 
     tokens: Tokens
-    """What is there already: the global view and the regions from the start, other views once they were taken."""
+    """Tokens so far: the global view and the regions from the start, other views once they were taken."""
     global_cls: torch.Tensor
-    """[B, D], the global view's own, which stays as it is when others are taken."""
+    """[B, D], the global view's CLS token, which does not change when others are taken."""
 
     def take(self, wanted: torch.Tensor) -> None:
-        """See to it that the views of bool [B, V] are there."""
+        """Make the tokens of the views in bool [B, V] available."""
 
 
 class OnlineTokens:
-    """Spends the backbone on a view when it is first taken."""
+    """A `TokenSource` that runs the backbone on a view when it is first taken."""
 
     def __init__(self, backbone: FrozenBackbone, views: torch.Tensor, boxes: torch.Tensor, pool_grid: int):
         """Encode the global view; see `all_tokens` for the shapes."""
@@ -132,7 +132,7 @@ class OnlineTokens:
         self.taken[:, 0] = True
 
     def take(self, wanted: torch.Tensor) -> None:
-        """Encode the wanted views of all photos that are not there yet, in one pass of the backbone."""
+        """Encode those of the wanted views that are new, in one pass of the backbone over all photos."""
         photo, view = (wanted & ~self.taken).nonzero(as_tuple=True)
         if len(photo):
             cls, patches = self.backbone(self.views[photo.to(self.views.device), view.to(self.views.device)])
@@ -142,30 +142,30 @@ class OnlineTokens:
 
 
 class CachedTokens:
-    """Tokens that were computed before; taking costs nothing."""
+    """A `TokenSource` of tokens that were computed before; taking costs nothing."""
 
     def __init__(self, tokens: Tokens):
         self.tokens, self.global_cls = tokens, tokens.cls[:, 0]
 
     def take(self, wanted: torch.Tensor) -> None:
-        """Nothing to do."""
+        """Do nothing: all tokens are available."""
 
 
 class MixedTokens:
     """A `TokenSource` of mixed photos.
 
-    A view that is taken of a mixed photo is taken of both that it is made of. The pruner scores the two of a pair by
-    mixtures of the same tokens, so online this costs less than twice the views, and from the cache nothing.
+    Taking a view of a mixed photo takes it of both its photos. The pruner scores the two of a pair by mixtures of the
+    same tokens, so online this costs less than twice the views, and from the cache nothing.
     """
 
     def __init__(self, source: TokenSource, mix: Mix):
-        """Mix the tokens of a source, whose device the mix must be on."""
+        """Mix the tokens of a source; the mix must be on its device."""
         self.source, self.mix = source, mix
         self.global_cls = mix.blend(source.global_cls)
         self.tokens = self._mixed()
 
     def take(self, wanted: torch.Tensor) -> None:
-        """See to it that the views of bool [B, V] are there."""
+        """Make the tokens of the views in bool [B, V] available."""
         self.source.take(wanted | wanted[self.mix.partner])
         self.tokens = self._mixed()
 
@@ -174,23 +174,23 @@ class MixedTokens:
 
 
 class TwoStageEncoder(nn.Module):
-    """Scores views from the global view's tokens, and spends the backbone on the best ones only.
+    """Scores views from the global view's tokens, and runs the backbone on the best ones only.
 
     Baselines encode every view that they use; only the roadwork head prunes.
     """
 
     def __init__(self, config: PreTrainedConfig):
-        """Take the model's configuration, not a copy of its sizes: `calibrate` changes how views are pruned."""
+        """Take the model's own configuration, no copy of its sizes, since `early-exit` changes how views are pruned."""
         super().__init__()
         self.config: Any = config
         has_pruner = self.config.head == "roadwork"
         self.pruner = ViewPruner(self.config.backbone_dim, self.config.input_spec.num_views) if has_pruner else None
-        # No nn.Module, so it is in no state_dict and no parameter list.
+        # Not an nn.Module, so it is in no state_dict and no parameter list.
         self.backbone: FrozenBackbone | None = None
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the pruner's weights and of the tokens handed on; fp32 for baselines, which cast by themselves."""
+        """The dtype of the pruner's weights and of the returned tokens; fp32 for baselines, whose heads cast."""
         return next((p.dtype for p in self.parameters()), torch.float32)
 
     def forward(
@@ -201,14 +201,14 @@ class TwoStageEncoder(nn.Module):
         keep_all: bool,
         importance: torch.Tensor | None = None,
     ) -> Encoded:
-        """Score, choose, and take what was chosen.
+        """Score the views, and take the chosen ones.
 
         Args:
-            source: Of the tokens.
+            source: Source of the tokens.
             boxes: [B, V, 4] as x0, y0, x1, y1 in [0, 1].
             view_mask: bool [B, V].
             keep_all: Prune nothing.
-            importance: [B, V], to choose by in place of the scores.
+            importance: [B, V], used instead of the scores to choose views.
 
         Returns:
             The kept views' tokens.
@@ -239,17 +239,17 @@ class TwoStageEncoder(nn.Module):
     ) -> Encoded:
         """Take the views in the order of their scores, a few in each round, until the answer is certain.
 
-        A round encodes the next views of all photos that are still undecided in one pass of the backbone.
+        A round encodes the next views of all undecided photos in one pass of the backbone.
 
         Args:
-            source: Of the tokens.
+            source: Source of the tokens.
             boxes: [B, V, 4].
             view_mask: bool [B, V].
-            certain: Whether to stop, bool [b], given what was kept so far of b photos and the number of the round,
-                from 0. It is not asked once all of a photo's views, or `keep_views` of them, were taken.
+            certain: Whether to stop, bool [b], given the views kept so far of b photos and the number of the round,
+                from 0. It is not called once all of a photo's views, or `keep_views` of them, were taken.
 
         Returns:
-            The kept views' tokens; K is the most that a photo has kept.
+            The kept views' tokens; K is the largest number that a photo has kept.
         """
         scores = self.score(source)
         assert scores is not None
@@ -269,7 +269,7 @@ class TwoStageEncoder(nn.Module):
         return self.gather(source, boxes, scores, *first_places(kept))
 
     def online(self, views: torch.Tensor, boxes: torch.Tensor) -> OnlineTokens:
-        """The source of tokens that computes them from uint8 [B, V, 3, S, S]."""
+        """The source that computes tokens from views, uint8 [B, V, 3, S, S]."""
         assert self.backbone is not None
         return OnlineTokens(self.backbone, views, boxes, self.config.pool_grid)
 
@@ -292,11 +292,11 @@ class TwoStageEncoder(nn.Module):
         """Take the chosen views and put their tokens side by side.
 
         Args:
-            source: Of the tokens of B photos.
+            source: Source of the tokens of B photos.
             boxes: [B, V, 4].
             scores: [B, V], or None.
-            indices: int64 [b, K].
-            mask: bool [b, K], which of these are taken; nobody attends to the others.
+            indices: int64 [b, K], the chosen views.
+            mask: bool [b, K], which of these are taken; the others are not attended to.
             photos: int64 [b], which photos of the batch these are; all of them if not given.
         """
         if photos is None:
@@ -325,10 +325,10 @@ class TwoStageEncoder(nn.Module):
 
 
 def first_places(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where bool [B, V] is True, in the order of the views.
+    """The positions at which bool [B, V] is True, in the order of the views.
 
     Returns:
-        int64 [B, K] with K the most of any row, and bool [B, K], False where a row has fewer.
+        int64 [B, K] with K the largest number of any row, and bool [B, K], False where a row has fewer.
     """
     most = int(kept.sum(dim=1).max())
     indices = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]

@@ -42,7 +42,7 @@ class GatedFusion(nn.Module):
 
 
 class MeanFusion(nn.Module):
-    """The mean of the views' vectors, to compare with; it finds no view more important than another."""
+    """The mean of the views' vectors, for comparison; it gives no importance."""
 
     def forward(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The mean over existing views, [B, H], and no importance; see `GatedFusion.forward` for the arguments."""

@@ -14,7 +14,7 @@ PRIOR = 0.01  # share of cells in which a class is seen
 
 
 class ClassifierHead(nn.Module):
-    """H -> H/2 -> classes."""
+    """A classifier with one hidden layer: H -> H/2 -> classes."""
 
     def __init__(self, width: int, classes: int, dropout: float):
         super().__init__()
@@ -29,14 +29,14 @@ class ClassifierHead(nn.Module):
 
 
 class BinaryHead(ClassifierHead):
-    """Roadwork or none, for the photo and for each of its views."""
+    """Classifies roadwork or none, for the photo and for each of its views."""
 
     def __init__(self, width: int, dropout: float):
         super().__init__(width, 2, dropout)
 
 
 class WeatherHead(ClassifierHead):
-    """Weather from the image's vector, taken before metadata joins it: the answer is among the metadata."""
+    """Classifies the weather from the image's vector before metadata joins it, since metadata has the answer."""
 
     def __init__(self, width: int, dropout: float):
         super().__init__(width, len(WEATHER), dropout)
@@ -49,8 +49,8 @@ class SegmentationHead(nn.Module):
         super().__init__()
         self.side, self.grid = side, grid
         self.classify = nn.Linear(width, len(MASK_CLASSES))
-        # Objects cover few cells. Starting at their rarity, as RetinaNet does (arXiv 1708.02002, section 4.1), spares
-        # the trunk a first phase in which it only learns to say no.
+        # Objects cover few cells. A bias at their rarity, as in RetinaNet (arXiv 1708.02002, section 4.1), spares the
+        # trunk a first phase in which it only learns to predict nothing.
         nn.init.constant_(self.classify.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, cells: torch.Tensor, boxes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -59,11 +59,11 @@ class SegmentationHead(nn.Module):
         Args:
             cells: [B, K, g*g, H].
             boxes: [B, K, 4] as x0, y0, x1, y1 in [0, 1].
-            mask: bool [B, K]. The global view is always there, so that no place is left uncovered.
+            mask: bool [B, K]. The global view is always there, so that every point is covered.
 
         Returns:
-            Logits [B, 6, side, side]: at each place the mean over the cells that cover it, weighted by
-            overlap area over the area of their view, so that finer views count more.
+            Logits [B, 6, side, side]: at each point the mean over the cells that cover it, weighted by overlap area
+            over the area of their view, so that finer views count more.
         """
         logits = self.classify(cells).unflatten(2, (self.grid, self.grid))
         step = torch.arange(self.grid + 1, device=boxes.device) / self.grid

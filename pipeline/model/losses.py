@@ -1,8 +1,8 @@
 """Component 12: the loss, term by term and sample by sample.
 
-Every term is a value per sample, zero where the sample has no target for it. The sums are divided by how many
-samples have the target, counted over all ranks and micro-batches of an optimizer step, so that neither
-accumulation nor world size changes the gradient.
+Every term is a value per sample, zero where the sample has no target for it. Sums are divided by the number of samples
+with that target, counted over all ranks and micro-batches of an optimizer step, so that neither accumulation nor world
+size changes the gradient.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pipeline.model.mixup import Mix
 from pipeline.model.moe import at_least_float32, balance_loss, z_loss
 from pipeline.model.output import RoadworkOutput
 
-DICE_SMOOTHING = 1.0  # in cells; a class that is nowhere in the photo has a loss and a gradient too
+DICE_SMOOTHING = 1.0  # in cells; gives a class that is nowhere in the photo a loss and a gradient too
 
 
 @dataclass
 class Targets:
-    """What a batch should be answered with."""
+    """The targets of a batch."""
 
     labels: torch.Tensor
     """int64 [B]: 1 roadwork, 0 none, -1 unknown."""
@@ -34,26 +34,26 @@ class Targets:
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, torch.Tensor]) -> Targets:
-        """Those of a batch."""
+        """The targets in a batch."""
         return cls(batch["labels"], batch["weather"], batch["mask_targets"])
 
     def to(self, device: torch.device) -> Targets:
-        """The same on a device."""
+        """The same targets on a device."""
         return Targets(self.labels.to(device), self.weather.to(device), self.masks.to(device))
 
     @property
     def has_label(self) -> torch.Tensor:
-        """bool [B]."""
+        """Which samples have a label: bool [B]."""
         return self.labels >= 0
 
     @property
     def has_weather(self) -> torch.Tensor:
-        """bool [B]; a row without any word says nothing either. NaN compares as False."""
+        """Which samples have a weather word: bool [B]. (NaN compares as False.)"""
         return self.weather.sum(dim=-1) > 0
 
     @property
     def has_mask(self) -> torch.Tensor:
-        """bool [B]."""
+        """Which samples have a mask: bool [B]."""
         return ~self.masks.flatten(1).isnan().any(dim=1)
 
     def of(self, photos: torch.Tensor) -> Targets:
@@ -64,8 +64,8 @@ class Targets:
 def count_targets(targets: Targets) -> torch.Tensor:
     """How many samples of a batch contribute to each term: float32 [len(TERMS)], in the order of `TERMS`.
 
-    Terms that need no target count every sample. So does distillation, although it is zero in batches whose
-    views were pruned: the count has to be known before the forward pass.
+    Terms that need no target count every sample. So does distillation, although it is zero in batches whose views were
+    pruned: the count must be known before the forward pass.
     """
     everyone = torch.ones_like(targets.labels, dtype=torch.bool)
     present = {
@@ -79,17 +79,17 @@ def count_targets(targets: Targets) -> torch.Tensor:
 def loss_terms(
     output: RoadworkOutput, targets: Targets, config: LossConfig, experts_per_token: int, mix: Mix | None = None
 ) -> dict[str, torch.Tensor]:
-    """Every term that the model's output allows.
+    """Every loss term that the model's output allows.
 
     Args:
-        output: The model's answer; a term whose part is None is left out.
+        output: The model's output; a term whose part is None is left out.
         targets: The batch's targets.
         config: The shape of the focal loss.
         experts_per_token: The router's k, for the load balancing.
-        mix: Of the photos that were answered for; the targets are those of each photo before it was mixed.
+        mix: How the photos were mixed; the targets are those of each photo before mixing.
 
     Returns:
-        Per term a value per sample, [B], unweighted; in float32, or float64 where the output is float64.
+        A value per sample, [B], by term, unweighted; in float32, or float64 where the output is float64.
     """
     logits, weather_logits = output.logits, output.weather_logits
     assert logits is not None
@@ -116,15 +116,15 @@ def loss_terms(
 
 
 def mixed(loss: Callable[[Targets], torch.Tensor], targets: Targets, mix: Mix | None) -> torch.Tensor:
-    """A loss of mixed photos that is linear in its targets, so that it is the same mix of the losses of both.
+    """A loss of mixed photos that is linear in its targets: the same mix of the losses for both photos' targets.
 
-    A target that one of a pair lacks drops out with its share. Each target counts fully in the two photos that it is in
-    together, so `count_targets` need not know who is mixed with whom.
+    A target that one of a pair lacks drops out with its share. The shares of each target add up to 1 over the two
+    photos that have it, so `count_targets` need not know which photos are mixed.
 
     Args:
-        loss: Values per photo, [B], for given targets, zero where there is none.
-        targets: Of the photos before they were mixed.
-        mix: Of the photos; None for none.
+        loss: Gives values per photo, [B], for given targets, zero where there is none.
+        targets: The photos' targets before mixing.
+        mix: How the photos were mixed; None for not at all.
     """
     if mix is None:
         return loss(targets)
@@ -133,11 +133,11 @@ def mixed(loss: Callable[[Targets], torch.Tensor], targets: Targets, mix: Mix | 
 
 
 def mixed_masks(targets: Targets, mix: Mix) -> tuple[Targets, torch.Tensor]:
-    """Masks of mixed photos, and how much each counts: Dice is not linear, so the masks are mixed and not the losses.
+    """Masks of mixed photos, and the weight of each: Dice is not linear, so masks are mixed instead of losses.
 
     Returns:
-        The targets with masks in the proportion of the shares, or that of the one photo that has one, and [B] the sum
-        of the shares of the photos that have one.
+        The targets with masks mixed by the shares, or with the one mask of a pair, and [B] the sum of the shares of the
+        photos that have a mask.
     """
     partner = targets.of(mix.partner)
     own, other = mix.share * targets.has_mask, (1 - mix.share) * partner.has_mask
@@ -153,10 +153,9 @@ def combine(terms: dict[str, torch.Tensor], counts: torch.Tensor, config: LossCo
     """The loss: the weighted sum over terms of sum / count.
 
     Args:
-        terms: From `loss_terms`.
-        counts: From `count_targets`, summed over the ranks and micro-batches of the optimizer step. Gradients
-            have to be summed over these too; where they are averaged, the caller multiplies by the number
-            averaged over.
+        terms: Values from `loss_terms`.
+        counts: Counts from `count_targets`, summed over the ranks and micro-batches of the optimizer step. Gradients
+            must be summed over these too; where they are averaged, the caller multiplies by the number averaged over.
         config: The weights.
 
     Returns:
@@ -171,9 +170,9 @@ def focal_loss(logits: torch.Tensor, labels: torch.Tensor, config: LossConfig) -
     """Focal loss with smoothed labels: -sum_c q_c alpha_c (1 - p_c)^gamma log p_c, over a softmax of two.
 
     q is the one-hot label times (1 - smoothing), plus smoothing / 2; alpha is `focal_alpha` for roadwork and
-    1 - `focal_alpha` for none. Without smoothing it is RetinaNet's (Lin et al. 2017, arXiv 1708.02002, eq. 5)
-    with the difference of the two logits as its single logit. RetinaNet divides by the number of positives,
-    we by all labelled.
+    1 - `focal_alpha` for none. Without smoothing it is RetinaNet's (Lin et al. 2017, arXiv 1708.02002, eq. 5) with the
+    difference of the two logits as its single logit. RetinaNet divides by the number of positives, this loss by that of
+    all labelled samples.
 
     Args:
         logits: [B, 2].
@@ -201,21 +200,21 @@ def view_disagreement(view_logits: torch.Tensor, view_mask: torch.Tensor) -> tor
         view_mask: bool [B, K], at least one True in every row.
 
     Returns:
-        [B] in nats: 0 where all agree or there is one view, at most log 2.
+        [B] in nats: 0 where all agree or there is one view, and log 2 at most.
     """
     log_p = at_least_float32(view_logits).log_softmax(dim=-1)
     share = view_mask.to(log_p.dtype)
     share = share / share.sum(dim=1, keepdim=True)
-    # In logarithms throughout: the log of an underflown probability would be infinite.
+    # In logarithms throughout: the log of an underflowed probability would be infinite.
     log_mean = (log_p + share.log()[..., None]).logsumexp(dim=1, keepdim=True)
     divergence = (log_p.exp() * (log_p - log_mean)).sum(dim=-1)
     return (share * divergence).sum(dim=1)
 
 
 def weather_loss(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
-    """Cross entropy to the weather's words, which share the probability evenly: [B, 8] to [B]."""
+    """Cross entropy to the photo's weather words, which share the probability evenly: [B, 8] to [B]."""
     log_p = at_least_float32(logits).log_softmax(dim=-1)
-    # Zeroed before anything is computed from it, because 0 * NaN would be NaN.
+    # Zeroed before any computation, because 0 * NaN would be NaN.
     words = targets.weather.masked_fill(~targets.has_weather[:, None], 0.0).to(log_p.dtype)
     return -(F.normalize(words, p=1.0, dim=-1) * log_p).sum(dim=-1)
 
@@ -223,12 +222,12 @@ def weather_loss(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
 def segmentation_loss(logits: torch.Tensor, targets: Targets) -> torch.Tensor:
     """Soft Dice loss + binary cross entropy, per image and class, averaged over the classes.
 
-    Dice is 1 - (2 sum pt + s) / (sum p^2 + sum t^2 + s) (V-Net, arXiv 1606.04797). The squares matter: a cell
-    may be covered in part, and with plain sums the best answer to t = 0.5 would be p = 1.
+    Dice is 1 - (2 sum pt + s) / (sum p^2 + sum t^2 + s) (V-Net, arXiv 1606.04797). The squares matter: a cell may be
+    covered in part, and with plain sums the best answer to t = 0.5 would be p = 1.
 
     Args:
         logits: [B, 6, m, m].
-        targets: Give `masks` of the same shape.
+        targets: Targets with `masks` of the same shape.
 
     Returns:
         [B].

@@ -14,7 +14,7 @@ from pipeline.vocabulary import DAYTIME, SCENE, WEATHER
 FIELD_WIDTHS = {"gps": 256, "weather": 128, "daytime": 64, "scene": 64, "text": 192}
 METADATA_WIDTH = sum(FIELD_WIDTHS.values())
 EARTH_RADIUS_KM = 6371.0
-# Finer wavelengths than 100 m are float32 noise, and memorise places.
+# Wavelengths under 100 m are float32 noise, and would let the model memorise places.
 LONGEST_KM, SHORTEST_KM, WAVELENGTHS = 20_000.0, 0.1, 18
 
 
@@ -36,7 +36,7 @@ def encode_gps(gps: torch.Tensor) -> torch.Tensor:
 
 
 class MetadataEncoder(nn.Module):
-    """Five fields to 704 numbers; one that is NULL, dropped out or disabled gives its learned NULL row."""
+    """Encodes five fields as 704 numbers; a field that is NULL, dropped out or disabled gives its learned NULL row."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -73,9 +73,9 @@ class MetadataEncoder(nn.Module):
         Args:
             fields: gps [B, 2], weather [B, 8] and text [B, n] with NaN rows for NULL; daytime and scene int64
                 [B] with 0 for NULL; a missing field is NULL for all.
-            batch: B.
-            null_metadata: Treat everything as NULL; bool [B] says it for each sample.
-            mix: Of the photos. Fields are mixed before they drop out, so that as many samples are without any as else.
+            batch: Number of samples B.
+            null_metadata: Treat everything as NULL, or where bool [B] is true.
+            mix: How the photos are mixed. Fields are mixed before they drop out, so that dropout keeps its rate.
 
         Returns:
             [B, 704].

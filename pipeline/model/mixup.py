@@ -1,8 +1,8 @@
 """Mixup (Zhang et al. 2018, arXiv 1710.09412) of photos in pairs, on the frozen backbone's tokens.
 
-Tokens are where training from photos and training from the feature cache meet, so both mix the same. It is manifold
-mixup (Verma et al. 2019, arXiv 1806.05236) at the one place behind the backbone: everything that learns sees the mixed
-photo, the pruner included.
+Training from photos and training from the feature cache both have these tokens, so both mix the same. It is manifold
+mixup (Verma et al. 2019, arXiv 1806.05236) right after the backbone: everything that learns sees the mixed photo, the
+pruner included.
 """
 
 from __future__ import annotations
@@ -13,38 +13,38 @@ import torch
 
 from pipeline.model.moe import at_least_float32
 
-# The views of a pair are mixed one by one, so they must show the same part of their photos, up to this share of a side:
-# tiles always do, and crops of photos whose aspects are close.
+# The views of a pair are mixed one by one, so they must show the same part of their photos, up to this share of a side.
+# Tiles always do, and so do crops of photos whose aspects are close.
 BOX_TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Who is mixed with whom, and how much stays of each photo."""
+    """Which photos are mixed, and how much stays of each."""
 
     partner: torch.Tensor
-    """int64 [B]; its own inverse, and a photo without a partner is its own."""
+    """Row of each photo's partner: int64 [B], its own inverse; a photo without a partner is its own."""
     share: torch.Tensor
-    """float32 [B] in [0.5, 1], of the photo itself; the same for both of a pair, and 1 without a partner."""
+    """Share of the photo itself: float32 [B] in [0.5, 1]; the same for both of a pair, and 1 without a partner."""
 
     def to(self, device: torch.device) -> Mix:
-        """The same on another device."""
+        """The same mix on another device."""
         return Mix(self.partner.to(device), self.share.to(device))
 
     def blend(self, value: torch.Tensor) -> torch.Tensor:
-        """`share` of each row and the rest of its partner's: [B, ...] to the same shape, in float32 or more."""
+        """Mix `share` of each row with the rest of its partner's: [B, ...] to the same shape, in float32 or more."""
         value = at_least_float32(value)
         share = self.share.to(value.dtype).view(-1, *[1] * (value.dim() - 1))
         return share * value + (1 - share) * value[self.partner]
 
 
 def draw_mix(boxes: torch.Tensor, view_mask: torch.Tensor, alpha: float) -> Mix:
-    """Pair the photos of a batch at random, and draw for each pair how much stays of each.
+    """Pair the photos of a batch at random, and draw for each pair how much stays of each photo.
 
-    The share is max(x, 1 - x) of x ~ Beta(alpha, alpha): which of a pair is called the photo itself does not matter.
-    All draws come from PyTorch's generator of the CPU, which a trainer seeds for every step and rank.
+    The share is max(x, 1 - x) with x ~ Beta(alpha, alpha), since either photo of a pair may count as the photo itself.
+    All draws come from PyTorch's CPU generator, which the trainer seeds for every step and rank.
 
-    Only photos with the same views in the same places are paired; others stay as they are.
+    Only photos with the same views at the same boxes are paired; others stay as they are.
 
     Args:
         boxes: [B, V, 4] as x0, y0, x1, y1 in [0, 1].

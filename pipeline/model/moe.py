@@ -18,7 +18,7 @@ INIT_STD = 0.02
 class SparseExperts(nn.Module):
     """`Qwen3MoeSparseMoeBlock`: fp32 softmax router, top k of E renormalised, SwiGLU experts.
 
-    The block keeps its router's logits to itself; a hook on the router takes them, for the router losses.
+    The block does not return its router's logits; a hook on the router takes them, for the router losses.
     """
 
     def __init__(self, config: ModelConfig):
@@ -40,14 +40,14 @@ class SparseExperts(nn.Module):
         self.watch(self.block.gate)
 
     def watch(self, router: nn.Module) -> None:
-        """Take the logits from this router's output: a tensor [B*T, E], or a tuple that begins with it."""
+        """Take the logits from this router's output: a tensor [B*T, E], or a tuple that starts with it."""
         router.register_forward_hook(self._keep_logits)
 
     def _keep_logits(self, router: nn.Module, inputs: Any, output: Any) -> None:
         self._logits = output[0] if isinstance(output, tuple) else output
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Send every token [B, T, H] to its experts; gives the update [B, T, H] and the logits [B, T, E]."""
+        """Send every token [B, T, H] to its experts; returns the update [B, T, H] and the logits [B, T, E]."""
         update = self.block(x)
         logits, self._logits = self._logits, None
         assert logits is not None
@@ -55,7 +55,7 @@ class SparseExperts(nn.Module):
 
 
 class DenseFeedForward(nn.Module):
-    """One SwiGLU for all tokens: down(SiLU(gate x) * up x), with the weights' scale that the experts have."""
+    """One SwiGLU for all tokens: down(SiLU(gate x) * up x), initialised at the experts' scale."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -66,20 +66,20 @@ class DenseFeedForward(nn.Module):
             nn.init.normal_(parameter, std=INIT_STD)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """The update of [B, T, H], and no router's logits."""
+        """The update of [B, T, H], and None for the router's logits."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), None
 
 
 def build_feed_forward(config: ModelConfig) -> nn.Module:
-    """Experts, or one dense SwiGLU where `model.experts` is 1."""
+    """Build experts, or one dense SwiGLU where `model.experts` is 1."""
     return SparseExperts(config) if config.experts > 1 else DenseFeedForward(config)
 
 
 def balance_loss(router_logits: torch.Tensor, token_mask: torch.Tensor, top_k: int) -> torch.Tensor:
     """Load balancing loss E * sum_e f_e P_e of each image (Switch Transformer, arXiv 2101.03961, eq. 4).
 
-    f_e is the share of an image's assignments that expert e receives and P_e its mean router probability.
-    Taken per image, the mean over images does not depend on how they are split into micro-batches and ranks.
+    f_e is the share of an image's assignments that expert e receives, and P_e its mean router probability. It is taken
+    per image, so that the mean over images does not depend on their split into micro-batches and ranks.
 
     Args:
         router_logits: [B, T, E].
@@ -87,7 +87,7 @@ def balance_loss(router_logits: torch.Tensor, token_mask: torch.Tensor, top_k: i
         top_k: Experts per token.
 
     Returns:
-        [B]; 1 when perfectly even.
+        [B], 1 when perfectly even.
     """
     probabilities = at_least_float32(router_logits).softmax(dim=-1)
     chosen = probabilities.topk(top_k, dim=-1).indices
@@ -107,5 +107,5 @@ def z_loss(router_logits: torch.Tensor, token_mask: torch.Tensor) -> torch.Tenso
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """At least float32; float64 stays."""
+    """Convert to at least float32; float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""What the model answers."""
+"""The model's output."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class RoadworkOutput(ModelOutput):
-    """What the model answers; a baseline head leaves None what it has not."""
+    """The model's output; a baseline head leaves None what it does not predict."""
 
     loss: torch.Tensor | None = None
-    """Scalar, when labels were given."""
+    """Scalar loss, if it was asked for."""
     logits: torch.Tensor | None = None
     """[B, 2]."""
     weather_logits: torch.Tensor | None = None
@@ -23,23 +23,23 @@ class RoadworkOutput(ModelOutput):
     view_logits: torch.Tensor | None = None
     """[B, K, 2], each kept view's own prediction."""
     view_scores: torch.Tensor | None = None
-    """[B, V], the pruner's."""
+    """[B, V], the pruner's scores."""
     view_importance: torch.Tensor | None = None
     """[B, K], the gates of the fusion."""
     router_logits: tuple[torch.Tensor, ...] | None = None
-    """Per layer [B, T, E]."""
+    """[B, T, E] for each layer."""
     view_indices: torch.Tensor | None = None
     """int64 [B, K], which views were kept."""
     view_mask: torch.Tensor | None = None
     """bool [B, K], which of the kept views exist."""
     token_mask: torch.Tensor | None = None
-    """bool [B, T]."""
+    """bool [B, T], which tokens exist."""
     loss_terms: dict[str, torch.Tensor] | None = None
-    """Per term and sample, before weighting: [B]."""
+    """[B] by term, before weighting."""
 
     @property
     def kept_all(self) -> bool:
-        """No view was pruned, so the fusion's importance can teach the pruner."""
+        """Whether no view was pruned, so that the fusion's importance can teach the pruner."""
         if self.view_scores is None or self.view_indices is None:
             return False
         return self.view_indices.shape == self.view_scores.shape

@@ -1,4 +1,4 @@
-"""Component 4: input projection of backbone tokens, with the place of their view."""
+"""Component 4: input projection of backbone tokens, with an embedding of their view's box."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sinusoids(values: torch.Tensor, frequencies: int = BOX_FREQUENCIES) -> torch
 
 
 class InputProjection(nn.Module):
-    """Linear D -> H for CLS tokens and 2D -> H for cells, RMSNorm, plus an embedding of the view's box."""
+    """Linear D -> H for CLS tokens and 2D -> H for cells, RMSNorm, and an added embedding of the view's box."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Component 3: view pruning, decided from the global view alone, before the backbone sees the others."""
+"""Component 3: view pruning, decided from the global view alone before the backbone sees the others."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# Views seen after each round of the mode `dynamic`. One at a time while many photos are decided; later rounds take two,
-# since each costs a pass of the head and few photos are left to fill the backbone's batch.
+# Views seen after each round of the mode `dynamic`. Early rounds add one view, while many photos are decided; later
+# rounds add two, since each costs a pass of the head and few photos are left to fill the backbone's batch.
 ROUNDS = (1, 2, 3, 4, 5, 6, 7, 8, 10)
 
 
 class ViewPruner(nn.Module):
-    """Scores views by what the global view shows under them, and keeps the best.
+    """Scores views by the global view's tokens under them, so that only the best are kept.
 
     score s_v = MLP([LayerNorm(region_v); LayerNorm(global CLS); view embedding]).
     """
@@ -58,10 +58,10 @@ def choose_views(
     """Indices of the kept views, the global view (0) first, the others in their own order.
 
     Args:
-        scores: [B, V], of the pruner or of whatever else ranks the views.
+        scores: [B, V], the pruner's or any other ranking of the views.
         view_mask: bool [B, V], False for views that do not exist.
         keep: Views to keep, K.
-        mode: `random` and `fixed` are controls that ignore the scores; `off` keeps all V; any other goes by them.
+        mode: `random` and `fixed` are controls that ignore the scores; `off` keeps all V; any other uses the scores.
         explore: Add Gumbel noise to the scores, which samples without replacement in proportion to exp(score)
             (Kool et al. 2019, arXiv 1903.06059); for training only.
         fixed_views: The order of the mode `fixed`, the best view first; views that it lacks come last.
@@ -80,7 +80,7 @@ def choose_views(
 def rank_views(
     scores: torch.Tensor, view_mask: torch.Tensor, mode: str, explore: bool, fixed_views: Sequence[int] = ()
 ) -> torch.Tensor:
-    """All views, the first to keep first: the global one, then by rank, then those that do not exist.
+    """All views in the order in which they are kept: the global one, then by rank, then those that do not exist.
 
     See `choose_views` for the arguments.
 
@@ -102,33 +102,33 @@ def rank_views(
 
 
 def draw_keep(most: int) -> int:
-    """How many views a training step of the mode `dynamic` keeps: any of its `ROUNDS` up to `most`, as likely as any.
+    """How many views a training step of the mode `dynamic` keeps: any of `ROUNDS` up to `most`, equally likely.
 
-    A head that is asked after few views must have learnt to answer from few.
+    A head that must answer from few views must be trained on few.
     """
     rounds = rounds_up_to(most)
     return rounds[int(torch.randint(len(rounds), ()))]
 
 
 def rounds_up_to(most: int) -> tuple[int, ...]:
-    """The rounds that keep fewer than `most` views, and `most` itself."""
+    """The rounds that keep fewer views than `most`, and `most` itself."""
     return (*(keep for keep in ROUNDS if keep < most), most)
 
 
 @dataclass(frozen=True)
 class StoppingRule:
-    """When the mode `dynamic` takes no more views: the answer is far enough from where it would change.
+    """When the mode `dynamic` takes no more views: the answer is far enough from the cut.
 
-    How far depends on the round and on the side. One view is enough to see that there is roadwork, and almost all are
-    needed to see that there is none.
+    How far depends on the round and on the side: one view can show that there is roadwork, but almost all are needed to
+    see that there is none.
     """
 
     cut: float
     """Log-odds of roadwork at which the answer changes."""
     margins_none: Sequence[float]
-    """Of each round but the last: the log-odds below the cut from which on *none* is certain."""
+    """Log-odds below the cut from which on *none* is certain, for each round but the last."""
     margins_roadwork: Sequence[float]
-    """Likewise above the cut, for *roadwork*."""
+    """Log-odds above the cut from which on *roadwork* is certain, for each round but the last."""
 
     def certain(self, log_odds: torch.Tensor, number: int) -> torch.Tensor:
         """Whether to stop after round `number`, counted from 0: bool, in the shape of the log-odds."""

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class Pyramid(nn.Module):
-    """g x g at H, g/2 x g/2 at H/2, 1 at H/4: upsampled, concatenated, added to the cells, RMS-normed."""
+    """Fuses levels g x g at H, g/2 x g/2 at H/2, 1 at H/4: upsampled, concatenated, added to the cells, RMS-normed."""
 
     def __init__(self, width: int, grid: int):
         super().__init__()
@@ -25,7 +25,7 @@ class Pyramid(nn.Module):
             tokens: [B, K, 1 + g*g, H], CLS first.
 
         Returns:
-            The same shape; the CLS token passes through unchanged.
+            Tokens of the same shape, the CLS token unchanged.
         """
         batch, views, _, width = tokens.shape
         cls, cells = tokens[:, :, :1], tokens[:, :, 1:]

@@ -30,7 +30,7 @@ from pipeline.vocabulary import LABEL_NAMES, MASK_CLASSES, WEATHER
 
 
 class RoadworkConfig(PreTrainedConfig):
-    """`ModelConfig` in the form that transformers saves beside the weights."""
+    """`ModelConfig` in the form that transformers saves with the weights."""
 
     model_type = "roadwork"
 
@@ -46,12 +46,12 @@ class RoadworkConfig(PreTrainedConfig):
 
         Args:
             backbone_dim: Width D of the backbone's tokens; the head's sizes follow from it.
-            decode_scale: How the photos were decoded that the model was trained on; the rest of `InputSpec` follows
-                from the fields.
+            decode_scale: Scale at which the model's training photos were decoded; the rest of `InputSpec` follows from
+                the fields.
             decision_bias: Subtracted from the log-odds, so that a probability of 0.5 is the best cut; `export` sets it.
-            stopping: The fields of a `StoppingRule`, which `calibrate` sets. Without one the pruning mode `dynamic`
+            stopping: The fields of a `StoppingRule`, which `early-exit` sets. Without one the pruning mode `dynamic`
                 never stops before it has `keep_views`.
-            **kwargs: `ModelConfig` fields and whatever transformers keeps in a configuration.
+            **kwargs: Fields of `ModelConfig`, and those of transformers' own configuration.
         """
         names = ModelConfig.__dataclass_fields__
         sizes = ModelConfig(**{name: kwargs.pop(name) for name in names if name in kwargs})
@@ -66,7 +66,7 @@ class RoadworkConfig(PreTrainedConfig):
 
     @property
     def sizes(self) -> ModelConfig:
-        """The typed form."""
+        """The model's sizes and switches as a `ModelConfig`."""
         return ModelConfig(**{name: getattr(self, name) for name in ModelConfig.__dataclass_fields__})
 
     @property
@@ -110,7 +110,7 @@ class RoadworkHead(nn.Module):
             if logits is not None:
                 router_logits.append(logits)
         views = self.norm(tokens).unflatten(1, (kept, per_view))
-        # CLS and the strongest cell: a view's vector must not lose a small object in a mean.
+        # CLS and the maximum over the cells: in a mean a view's vector would lose small objects.
         vectors = self.view_vector(torch.cat([views[:, :, 0], views[:, :, 1:].amax(dim=2)], dim=-1))
         fused, importance = self.fusion(vectors, encoded.mask)
         known = self.metadata(metadata, batch, null_metadata, encoded.mix)
@@ -129,9 +129,9 @@ class RoadworkHead(nn.Module):
 
 
 class RoadworkModel(PreTrainedModel):
-    """Twelve views of a photo to *roadwork* or *none*, with weather, segmentation and the views' importance.
+    """Classifies a photo's twelve views as *roadwork* or *none*, with weather, segmentation and views' importance.
 
-    The backbone hangs beside the module tree, not in it: it is neither trained, nor saved, nor seen by an optimizer.
+    The backbone is not in the module tree: it is neither trained, nor saved, nor seen by an optimizer.
     """
 
     config_class = RoadworkConfig
@@ -155,7 +155,7 @@ class RoadworkModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Every part has initialised itself; transformers' general scheme must not undo that."""
+        """Do nothing: every part has initialised itself, which transformers' general scheme must not undo."""
 
     @classmethod
     def build(
@@ -165,16 +165,16 @@ class RoadworkModel(PreTrainedModel):
         decode_scale: str = "full",
         device: torch.device | str = "cpu",
     ) -> RoadworkModel:
-        """A model with a fresh head on a loaded backbone.
+        """A model with a new head on a loaded backbone.
 
         Args:
-            config: Its sizes.
+            config: Sizes and switches.
             loss: Weights of the loss to train it with; None for a model that only answers.
-            decode_scale: How its photos are decoded, see `InputSpec`.
-            device: For head and backbone.
+            decode_scale: Scale at which photos are decoded, see `InputSpec`.
+            device: Device of head and backbone.
 
         Raises:
-            UserError: The backbone's weights are not to be had.
+            UserError: The backbone's weights are not available.
         """
         backbone = FrozenBackbone(config.backbone)
         sizes = RoadworkConfig(**asdict(config), backbone_dim=backbone.hidden_size, decode_scale=decode_scale)
@@ -186,7 +186,7 @@ class RoadworkModel(PreTrainedModel):
         """Restore a saved head and the frozen backbone that its configuration names.
 
         Raises:
-            UserError: The folder holds no such model, or the backbone's weights are not to be had.
+            UserError: The folder holds no such model, or the backbone's weights are not available.
         """
         try:
             loaded: Any = super().from_pretrained(folder, output_loading_info=True, **kwargs)
@@ -202,7 +202,7 @@ class RoadworkModel(PreTrainedModel):
         return restored
 
     def attach(self, backbone: FrozenBackbone) -> RoadworkModel:
-        """Give the model its backbone; returns the model."""
+        """Attach a backbone; returns the model."""
         if backbone.hidden_size != self.config.backbone_dim:
             raise UserError(
                 f"the backbone {backbone.name!r} has width {backbone.hidden_size}, but this head was trained on "
@@ -219,19 +219,19 @@ class RoadworkModel(PreTrainedModel):
         return backbone
 
     def to(self, *args: Any, **kwargs: Any) -> RoadworkModel:  # type: ignore[override]
-        """Move the head, and the backbone to the same device; a change of dtype is the head's alone."""
+        """Move head and backbone to a device; a change of dtype is for the head only."""
         super().to(*args, **kwargs)
         if self.encoder.backbone is not None and self.encoder.backbone.device != self.device:
             self.encoder.backbone.to(self.device)
         return self
 
     def encode(self, batch: Mapping[str, torch.Tensor], *, keep_all: bool = False, mix: Mix | None = None) -> Encoded:
-        """Run the pruner and, on the views that it keeps, the backbone; several `answer`s may share the result.
+        """Run the pruner, and the backbone on the views that it keeps; several `answer`s may share the result.
 
         Args:
-            batch: See `forward`.
+            batch: Tensors by name, see `forward`.
             keep_all: Prune nothing, whatever the configuration says.
-            mix: Which photos become one, see `draw_mix`.
+            mix: How photos are mixed, see `draw_mix`.
         """
         boxes, view_mask = batch["boxes"].to(self.device), batch["view_mask"].to(self.device)
         source = self.source(batch)
@@ -247,13 +247,13 @@ class RoadworkModel(PreTrainedModel):
         return CachedTokens(Tokens(*(batch[name].to(self.device) for name in ("cls", "cells", "regions"))))
 
     def _choose(self, source: TokenSource, boxes: torch.Tensor, view_mask: torch.Tensor, keep_all: bool) -> Encoded:
-        """Let the encoder choose by itself, or ask the head in the two modes in which it has a say."""
+        """Let the encoder choose views, with the head's help in the two modes that need it."""
         mode = "off" if keep_all or self.encoder.pruner is None else self.config.pruning
         if mode == "dynamic" and self.config.stopping is not None and not self.training:
             rule = StoppingRule(**self.config.stopping)
 
             def certain(seen: Encoded, number: int) -> torch.Tensor:
-                # Metadata has no say, as in the headline score: the rule was calibrated without.
+                # Without metadata, as in the headline score, since the rule was fitted without it.
                 return rule.certain(self.log_odds(self.answer(seen, null_metadata=True)), number)
 
             return self.encoder.encode_in_rounds(source, boxes, view_mask, certain)
@@ -274,10 +274,10 @@ class RoadworkModel(PreTrainedModel):
         """Run the head on encoded views.
 
         Args:
-            encoded: From `encode`.
-            metadata: Fields by name, see `MetadataEncoder` for their shapes; one that is not there is NULL, and other
-                names are passed over.
-            null_metadata: See `forward`.
+            encoded: Views from `encode`.
+            metadata: Fields by name, see `MetadataEncoder` for their shapes; a missing field is NULL, and other names
+                are ignored.
+            null_metadata: Treat metadata as NULL, see `forward`.
         """
         given = metadata or {}
         fields = {name: given[name].to(self.device) if name in given else None for name in METADATA_FIELDS}
@@ -296,19 +296,19 @@ class RoadworkModel(PreTrainedModel):
         """Answer for a batch of photos, from their views or from all of their cached tokens.
 
         Args:
-            batch: Tensors by name, other names are passed over:
-                `views` uint8 [B, V, 3, S, S], see `pipeline.data.dataset.prepare`; in their place `cls` [B, V, D],
+            batch: Tensors by name; other names are ignored:
+                `views` uint8 [B, V, 3, S, S], see `pipeline.data.dataset.prepare`; or instead `cls` [B, V, D],
                 `cells` [B, V, g*g, 2D] and `regions` [B, V, D], see `pipeline.model.encoder.all_tokens`.
                 `boxes` [B, V, 4] and `view_mask` bool [B, V].
                 `gps`, `weather`, `daytime`, `scene`, `text`, as far as they are known.
-                For a loss: `labels` int64 [B], -1 where unknown, `mask_targets` [B, 6, m, m], NaN where unknown or not
-                there at all, and `weather`.
-            null_metadata: Treat all metadata as NULL; bool [B] says it for each photo. By default the batch's own
+                For a loss: `labels` int64 [B], -1 where unknown; optional `mask_targets` [B, 6, m, m], NaN where
+                unknown; and `weather`.
+            null_metadata: Treat all metadata as NULL, or where bool [B] is true. By default the batch's own
                 `null_metadata`, if it has one.
             keep_all: Prune nothing, whatever the configuration says.
-            with_loss: Give the loss too, which in training mixes photos where `loss.mixup_alpha` is above 0.
-            target_counts: float [terms], what each term's sum is divided by, see `count_targets`; by default the counts
-                of this batch.
+            with_loss: Compute the loss too; in training this mixes photos where `loss.mixup_alpha` is above 0.
+            target_counts: float [terms], the divisor of each term's sum, see `count_targets`; by default the counts of
+                this batch.
         """
         if null_metadata is None:
             null_metadata = batch.get("null_metadata", False)

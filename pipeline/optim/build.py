@@ -14,11 +14,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig, expert_parallel: int 
     """AdamW (Loshchilov & Hutter 2019) or Sophia over the parameters of `model` that require a gradient.
 
     Args:
-        model: As it was built, before an engine shards it.
-        config: Which one, its rates and decay.
-        expert_parallel: Processes that share a layer's experts. Where there are several, the experts have a group of
-            their own, marked as DeepSpeed asks for; it is named after the process group that holds the same experts.
-            Every group has a name, as DeepSpeed wants as soon as one has.
+        model: The model as it was built, before an engine shards it.
+        config: The optimizer, its rates and decay.
+        expert_parallel: Processes that share a layer's experts. With several, the experts get a parameter group of
+            their own, marked for DeepSpeed and named after the process group that holds the same experts. DeepSpeed
+            requires that either all groups have a name or none has.
     """
     experts = set()
     if expert_parallel > 1:

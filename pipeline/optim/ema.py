@@ -13,8 +13,8 @@ MAX_DECAY = 0.9999
 def decay_at(step: int, max_decay: float = MAX_DECAY) -> float:
     """Decay of update `step` (from 0): min(max_decay, (1 + t) / (10 + t)).
 
-    A constant 0.9999 would still hold 60 % of the random initial weights after 5,000 steps; with the warm-up
-    the average spans about the last tenth of the run, whatever its length.
+    With a constant 0.9999, 60 % of the average would still be the random initial weights after 5,000 steps; with the
+    warm-up the average spans about the last tenth of the run, whatever its length.
     """
     return min(max_decay, (1 + step) / (10 + step))
 
@@ -22,7 +22,7 @@ def decay_at(step: int, max_decay: float = MAX_DECAY) -> float:
 class WeightAverage:
     """Keeps an fp32 average of every trainable parameter of a model, by name.
 
-    Where a model is spread over processes, see `pipeline.distributed.EngineAverage`.
+    For a model that is spread over processes, see `pipeline.distributed.EngineAverage`.
     """
 
     def __init__(self, model: nn.Module, max_decay: float = MAX_DECAY):
@@ -31,7 +31,7 @@ class WeightAverage:
         self.tensors = {name: weight.detach().float().clone() for name, weight in self._held().items()}
 
     def _held(self) -> Mapping[str, torch.Tensor]:
-        """The model's present weights, or the part of them that this process has."""
+        """The model's present weights, or this process's part of them."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
@@ -44,7 +44,7 @@ class WeightAverage:
         )
 
     def gathered(self) -> dict[str, torch.Tensor]:
-        """The whole average by the names of the unspread model, on the CPU."""
+        """The whole average by the names of the unsharded model, on the CPU."""
         return {name: tensor.cpu() for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
@@ -56,6 +56,6 @@ class WeightAverage:
 
 @torch.no_grad()
 def copy_into(parameters: Mapping[str, nn.Parameter], values: Mapping[str, torch.Tensor]) -> None:
-    """Copy `values` into `parameters` in place, name by name, so that a parameter's storage stays its own."""
+    """Copy `values` into `parameters` by name, in place, so that each parameter keeps its storage."""
     for name, parameter in parameters.items():
         parameter.copy_(values[name])

@@ -12,14 +12,14 @@ Tensors = dict[str, torch.Tensor]
 
 
 def rademacher(shapes: Mapping[str, tuple[int, ...]], seed: int, step: int) -> Tensors:
-    """Signs, +1 or -1 with even chance, for every coordinate of every parameter.
+    """Random signs, +1 or -1 with even chance, for every coordinate of every parameter.
 
     They follow from the seed, the step and the parameter's name alone, so that processes which share a parameter, or
-    hold parts of it, need not send them to one another.
+    hold parts of it, need not exchange them.
 
     Args:
-        shapes: Of the whole parameters, by name.
-        seed: Of the run.
+        shapes: Shapes of the whole parameters, by name.
+        seed: The run's seed.
         step: Optimizer step.
 
     Returns:
@@ -43,12 +43,12 @@ def hutchinson(
     The product is exact: it is the gradient of <gradient of the loss, u>. Nothing is accumulated in `.grad`.
 
     Args:
-        loss: Scalar; its graph is used up.
-        parameters: That the loss was computed from, by name.
-        probes: u, in the parameters' shapes.
+        loss: Scalar; its graph is freed.
+        parameters: The parameters from which the loss was computed, by name.
+        probes: Random signs u, in the parameters' shapes.
 
     Returns:
-        By name, in the parameters' shapes; zero where the loss does not depend on a parameter.
+        Estimates by name, in the parameters' shapes; zero where the loss does not depend on a parameter.
     """
     leaves = list(parameters.values())
     gradients = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)

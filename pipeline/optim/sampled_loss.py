@@ -1,4 +1,4 @@
-"""The loss of labels that the model draws from its own predictions, for the Gauss-Newton-Bartlett estimate."""
+"""The loss for labels drawn from the model's own predictions, for the Gauss-Newton-Bartlett estimate."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ def sampled_loss(
 ) -> torch.Tensor:
     """A loss whose squared gradient, summed over the batch first, estimates the diagonal of the Gauss-Newton matrix.
 
-    Of the three heads with targets: roadwork and weather (cross entropy of a class) and segmentation (binary cross
-    entropy of each cell and class). The answers are drawn from the predictions, so that gradients of different samples,
-    heads and cells have mean zero and are independent: the mean of the square of their sum is the sum of the mean
-    squares, which by Bartlett's identity is the diagonal (arXiv 2305.14342, section 2.3 and algorithm 2). A term with
-    weight w whose mean is taken over n samples enters with sqrt(w / n), since its square has to enter with w / n. With
+    It covers the three heads with targets: roadwork and weather (cross entropy of a class) and segmentation (binary
+    cross entropy of each cell and class). Labels are drawn from the predictions, so that gradients of different
+    samples, heads and cells have mean zero and are independent: the mean of the square of their sum is the sum of the
+    mean squares, which by Bartlett's identity is the diagonal (arXiv 2305.14342, section 2.3 and algorithm 2). A term
+    with weight w that is averaged over n samples enters with sqrt(w / n), since its square must enter with w / n. With
     one head and w = 1 this is the paper's B times the square of the mean gradient.
 
-    Cross entropy takes the place of the focal loss, and Dice is left out, since neither is the logarithm of a
-    probability. The terms without targets (disagreement, routers, distillation) have no part in it.
+    Cross entropy replaces the focal loss, and Dice is left out, since neither is the logarithm of a probability. Terms
+    without targets (disagreement, routers, distillation) are left out too.
 
     Args:
-        output: The model's answer.
-        targets: Tell which samples have a target in each head.
-        counts: As in `losses.combine`.
+        output: The model's output.
+        targets: The batch's targets, for which samples have one in each head.
+        counts: Counts of targets, as in `losses.combine`.
         config: The weights.
-        draws: [B, N] in [0, 1), from `uniform`, with N as in `draws_needed`.
+        draws: [B, N] in [0, 1), from `uniform`, with N from `draws_needed`.
 
     Returns:
         A scalar; where gradients are averaged over ranks and micro-batches, the caller multiplies as for `combine`.
@@ -60,12 +60,12 @@ def sampled_loss(
 def _class_loss(logits: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     """Cross entropy of a class that is drawn from the softmax itself: [B, C] and [B] to [B]."""
     logits = at_least_float32(logits)
-    below = logits.detach().softmax(dim=-1).cumsum(dim=-1)[:, :-1]  # the last class has what is left
+    below = logits.detach().softmax(dim=-1).cumsum(dim=-1)[:, :-1]  # the last class takes the rest
     return F.cross_entropy(logits, (draws[:, None] >= below).sum(dim=-1), reduction="none")
 
 
 def draws_needed(output: RoadworkOutput) -> int:
-    """Random numbers for each sample: one for roadwork, one for weather, one for each cell of each class."""
+    """How many random numbers a sample needs: one for roadwork, one for weather, one for each cell of each class."""
     return 2 + (0 if output.mask_logits is None else output.mask_logits[0].numel())
 
 
@@ -73,9 +73,9 @@ def uniform(rows: Sequence[int], count: int, seed: int, step: int) -> torch.Tens
     """Random numbers that follow from the seed, the step and the sample: float32 [B, count] in [0, 1).
 
     Args:
-        rows: Of the samples in the split.
-        count: For each sample.
-        seed: Of the run.
+        rows: Rows of the samples in the split.
+        count: Random numbers per sample.
+        seed: The run's seed.
         step: Optimizer step.
     """
     generators = (np.random.default_rng(np.random.SeedSequence((seed, step, row))) for row in rows)

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to step once too often."""
+"""The learning rate as a pure function of the step: no state to save, and none to advance once too often."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     Args:
         step: The step about to be taken, 0 <= step < total_steps.
         total_steps: Optimizer steps in the whole run.
-        config: Gives the peak, the warm-up's share and the last rate's share.
+        config: Peak, share of the warm-up and share of the last rate.
 
     Returns:
-        The rate; exactly `lr` at the step after the warm-up and, unless that is the last one, exactly
+        The rate: exactly `lr` at the step after the warm-up and, unless that is the last one, exactly
         `lr * final_lr_ratio` at the last.
     """
-    warmup = int(config.warmup_share * total_steps)  # rounded down: even the shortest run reaches its peak
+    warmup = int(config.warmup_share * total_steps)  # rounded down, so that even the shortest run reaches its peak
     if step < warmup:
         return config.lr * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total_steps - 1 - warmup)

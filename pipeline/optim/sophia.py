@@ -19,8 +19,8 @@ class Sophia(torch.optim.Optimizer):
 
     and every few steps, inside `estimating()`, h <- beta2 h + (1 - beta2) h_hat.
 
-    Whatever is in `.grad` then makes h_hat, so that an engine which shards, reduces and checks gradients does the same
-    for the estimates. Nothing here depends on the shapes of the parameters: they may be flat pieces of others.
+    There h_hat is made from `.grad`, so that an engine which shards, reduces and checks gradients does the same for the
+    estimates. Nothing here depends on the shapes of the parameters: they may be flat pieces of others.
     """
 
     def __init__(
@@ -33,15 +33,15 @@ class Sophia(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         squared: bool = False,
     ):
-        """Set up the state at the first step.
+        """Take the parameters; their state is created at the first step.
 
         Args:
             params: Parameters, or groups of them.
             lr: Learning rate.
-            betas: Decay of the mean of the gradient, and of that of the Hessian's diagonal.
+            betas: Decay of the mean of the gradient, and of the mean of the Hessian's diagonal.
             gamma: Scale of the Hessian's diagonal.
-            eps: The least that a step is divided by; it also stands for curvature below zero.
-            weight_decay: Decoupled.
+            eps: The smallest divisor of a step, which also replaces negative curvature.
+            weight_decay: Decoupled weight decay.
             squared: Whether h_hat is the square of `.grad` (Gauss-Newton-Bartlett) or `.grad` itself (Hutchinson).
         """
         defaults = {"lr": lr, "betas": betas, "gamma": gamma, "eps": eps, "weight_decay": weight_decay}
@@ -51,7 +51,7 @@ class Sophia(torch.optim.Optimizer):
 
     @contextmanager
     def estimating(self) -> Iterator[None]:
-        """Within it `step()` changes the mean of the Hessian's diagonal and nothing else."""
+        """A context in which `step()` updates the mean of the Hessian's diagonal and nothing else."""
         self.is_estimating = True
         try:
             yield
@@ -60,7 +60,7 @@ class Sophia(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take a step; a parameter without gradient is passed over."""
+        """Take a step; parameters without gradient are skipped."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained page of HTML."""
+"""The report of a run: one self-contained HTML page."""
 
 from pipeline.evaluation.report.page import templates, write_report
 

@@ -1,4 +1,4 @@
-"""A run's result in a few lines for a person: `python -m pipeline.evaluation.report.headline --run RUN`."""
+"""A run's result in a few readable lines: `python -m pipeline.evaluation.report.headline --run RUN`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.progress import say
 
 
 def headline(run: Path) -> Path:
-    """Say how good an evaluated run is, and where to look further.
+    """Print how good an evaluated run is, and where to look further.
 
     Args:
         run: Run folder.

@@ -1,4 +1,4 @@
-"""Gathers what a run folder holds and renders `report.html`."""
+"""Collect a run folder's results and render `report.html`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 WORST = 12
 THUMBNAIL_PX = 360
-# Column heading and key of a split's summary, in the order of the page's table.
+# Heading and key in a split's summary of each column, in the order of the page's table.
 COLUMNS = (
     ("MCC", "mcc_null_metadata"),
     ("MCC with metadata", "mcc"),
@@ -39,11 +39,11 @@ Photo = Callable[[str, int], bytes]
 
 
 def read_results(run: Path, profile: Profile) -> dict[str, Any]:
-    """What summary.json says of a profile; empty where nothing was measured.
+    """The summary.json of a profile; empty where nothing was measured.
 
     Args:
         run: The run folder.
-        profile: `native` includes what training wrote.
+        profile: The profile; `native` includes what training wrote.
     """
     path = run / "summary.json" if profile == "native" else run / profile / "summary.json"
     if path.is_file():
@@ -54,13 +54,13 @@ def read_results(run: Path, profile: Profile) -> dict[str, Any]:
 
 
 def write_report(run: Path, profile: Profile, predictions: pd.DataFrame, photo: Photo) -> Path:
-    """Render the evaluation of a run as one page without any request to elsewhere.
+    """Render the evaluation of a run as one page that loads nothing from elsewhere.
 
     Args:
         run: The run folder. `metrics.jsonl`, `config.yaml` and `provenance.json` are shown where they exist.
-        profile: Whose summary.json is shown, and beside it the page is written.
+        profile: The profile whose summary.json is shown; the page is written beside that.
         predictions: The rows of `predictions.csv`, split after split, each in the order of the shards.
-        photo: A split's name and a row of it to the photo's bytes.
+        photo: Gives a photo's bytes for a split's name and a row of it.
 
     Returns:
         The page's path.
@@ -92,7 +92,7 @@ def write_report(run: Path, profile: Profile, predictions: pd.DataFrame, photo: 
 
 
 def templates(*folders: Path) -> Environment:
-    """Templates of pages: those in `folders`, and this one's, whose `style.html` gives all pages one look."""
+    """Page templates from `folders` and from this folder, whose `style.html` gives all pages one look."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -104,12 +104,12 @@ def templates(*folders: Path) -> Environment:
 
 
 def number(value: float | None) -> str:
-    """Three decimals, or a dash where there is no number."""
+    """A number with three decimals, or a dash for None."""
     return "–" if value is None else f"{value:.3f}"
 
 
 def interval(bounds: list[float] | None) -> str:
-    """Both bounds with two decimals, or nothing."""
+    """An interval's bounds with two decimals, or an empty string for None."""
     return "" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
 
 
@@ -138,7 +138,7 @@ def worst_mistakes(rows: pd.DataFrame, split: str, photo: Photo) -> list[dict[st
 
 
 def thumbnail(data: bytes) -> str:
-    """A photo's bytes to the data URL of a small JPEG."""
+    """The data URL of a small JPEG of a photo."""
     image = Image.fromarray(decode(data))
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
@@ -147,7 +147,7 @@ def thumbnail(data: bytes) -> str:
 
 
 def view_shares(rows: pd.DataFrame) -> dict[str, float]:
-    """View to the share of photos in which it was kept; empty where the model prunes none of its views."""
+    """The share of photos in which each view was kept; empty where the model prunes no views."""
     kept = rows["kept_views"].str.split(";").explode().value_counts() / len(rows)
     shares = {name: float(kept.get(name, 0.0)) for name in VIEW_NAMES}
     pruned = any(0 < share < 1 for share in shares.values())
@@ -155,7 +155,7 @@ def view_shares(rows: pd.DataFrame) -> dict[str, float]:
 
 
 def sent_by_the_client(run: Path) -> dict[str, Any]:
-    """The scores in the profile `streetvision`; empty where they are not of the native ones' shards."""
+    """The scores in the profile `streetvision`; empty where they were measured on other shards than the native ones."""
     found, native = read_results(run, "streetvision"), read_results(run, "native")
     same = found and found["evaluation"]["source_sha256"] == native["evaluation"]["source_sha256"]
     return found if same else {}
@@ -177,7 +177,7 @@ def _curves(run: Path) -> list[str]:
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
-    train = [line for line in train if "loss" in line]  # none where every step since the line before was skipped
+    train = [line for line in train if "loss" in line]  # no loss where every step since the last line was skipped
     drawings = []
     if train:
         drawings.append(plots.loss_curve([t["step"] for t in train], [t["loss"] for t in train]))

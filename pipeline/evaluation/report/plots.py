@@ -1,4 +1,4 @@
-"""The report's drawings, each as the text of an inline SVG."""
+"""The report's drawings, each as an inline SVG."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ROADWORK, NONE, INK, GRID = "#d9560b", "#3b6ea5", "#333a45", "#e3e6ea"
 SIZE = (4.6, 3.1)  # inches; the page scales drawings to its width
-MOST_POINTS = 300  # a longer curve is averaged to this: more do not show, and make the page heavy
+MOST_POINTS = 300  # longer curves are averaged down to this: more points do not show, and make the page heavy
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text, in the page's font
     "font.family": "sans-serif",
@@ -86,7 +86,7 @@ def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> str:
 
 
 def score_histogram(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> str:
-    """How many photos of each class have which probability, and where the cut lies."""
+    """Histogram of the predicted probability for each class, with the cut."""
 
     def draw(axes: Axes) -> None:
         both = [probabilities[labels == 0], probabilities[labels == 1]]
@@ -117,8 +117,8 @@ def svg(draw: Callable[[Axes], None], label: str, size: tuple[float, float] = SI
     """Let `draw` fill axes, and return them as an SVG element for a page.
 
     Args:
-        draw: Draws.
-        label: The drawing's name for readers.
+        draw: Draws on the axes.
+        label: The drawing's name for screen readers.
         size: Width and height in inches, in which text has its size in points.
     """
     # matplotlib takes a second to import, and only reports need it.
