@@ -29,7 +29,7 @@ STARTED_VARIABLE = "ROADWORK_STARTED"
 
 
 # Errors that the user must fix: a disk that is full or read-only, permissions, a file where a folder should be.
-OF_THE_MACHINE = frozenset(
+FIXABLE_ERRNOS = frozenset(
     {
         errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
         errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
@@ -122,11 +122,11 @@ def run(main: Callable[[], Path | str | None]) -> int:
     except UserError as error:
         status, message = EXIT_USER, f"error: {error}"
     except OSError as error:
-        if error.errno not in OF_THE_MACHINE:
+        if error.errno not in FIXABLE_ERRNOS:
             raise
         status, message = EXIT_USER, f"error: {explain(error)}"
     except (Stopped, KeyboardInterrupt) as stop:
-        reason = str(stop) or "interrupted; the same command goes on from here"
+        reason = str(stop) or "interrupted; the same command resumes here"
         status, message = EXIT_STOPPED, f"stopped: {reason}"
     except FloatingPointError as error:
         status, message = EXIT_FAILED, f"failed: {error}"
@@ -154,8 +154,8 @@ def explain(error: OSError) -> str:
     """A system error as one sentence: what was refused, and where."""
     reason = (error.strerror or str(error)).lower()
     if error.filename is None:
-        return f"{reason}; what is done so far is kept, so mend that and give the same command again"
-    return f"{os.fsdecode(error.filename)}: {reason}; mend that and give the same command again"
+        return f"{reason}; what is done so far is kept, so fix that and give the same command again"
+    return f"{os.fsdecode(error.filename)}: {reason}; fix that and give the same command again"
 
 
 def _write_state(status: int, message: str | None) -> None:

@@ -87,7 +87,7 @@ def test_each_end_has_its_status_and_leaves_it_for_the_launcher(monkeypatch, tmp
     ("error", "sentence"),
     [
         (OSError(28, "No space left on device"), "error: no space left on device; what is done so far is kept"),
-        (PermissionError(13, "Permission denied", "/closed/x"), "error: /closed/x: permission denied; mend that"),
+        (PermissionError(13, "Permission denied", "/closed/x"), "error: /closed/x: permission denied; fix that"),
     ],
 )
 def test_what_the_system_refuses_for_a_reason_that_users_can_mend_is_one_sentence(monkeypatch, capsys, error, sentence):

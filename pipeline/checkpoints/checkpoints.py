@@ -169,7 +169,7 @@ class Checkpoints:
             changed = differences(state["config"], self.run)
             if changed:
                 raise UserError(
-                    f"{path / STATE} is of a run with {changed[0]}; give the same value to go on with it, or another "
+                    f"{path / STATE} is of a run with {changed[0]}; give the same value to resume it, or another "
                     "--train.run and checkpoint.sync to start anew"
                 )
             self.retention.best = state["best"] and state["best"]["step"]

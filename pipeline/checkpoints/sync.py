@@ -244,7 +244,7 @@ class Uploader:
         missing = [path.name for path, marker in self._local() if (path.name, marker) not in self._synced]
         if missing:
             why = "" if done else f" after {wait_s:g} s"
-            say(f"not in {self.remote.url}{why}: {', '.join(missing)}; the same command goes on from what is here")
+            say(f"not in {self.remote.url}{why}: {', '.join(missing)}; the same command resumes the upload")
 
     def _loop(self) -> None:
         with suppress(OSError):  # on Linux a thread has its own priority: training goes first

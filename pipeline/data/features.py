@@ -155,7 +155,7 @@ def read_features(place: Path | str) -> FeatureIndex:
     except FileNotFoundError as error:
         raise UserError(
             f"no finished feature cache in {place}: there is no {INDEX_NAME}; `./launch.sh prep features` makes one, "
-            "and goes on where it was cut off"
+            "and resumes where it was cut off"
         ) from error
     except ValueError as error:
         raise UserError(f"{place}/{INDEX_NAME} is no JSON; extract it again") from error

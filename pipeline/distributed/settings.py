@@ -20,7 +20,7 @@ DEFAULT_DEEPSPEED = "ds_configs/zero2.json"
 # Sections that DeepSpeed 0.19.8 has removed and refuses at the start of a run.
 REMOVED = ("amp", "eigenvalue", "elasticity", "nebula")
 # Keys that the recipe decides, whatever the file has.
-OF_THE_RECIPE = (
+RECIPE_KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
 )  # fmt: skip
 
@@ -108,7 +108,7 @@ def engine_settings(config: Config, file: Path, world_size: int, precision: str)
     experts = config.model.experts if config.model.head == "roadwork" else None
     wanted = config.train.expert_parallel
     size = resolve_expert_parallel(wanted, experts, world_size, stage, config.optim.grad_clip)
-    notes = [f"{key} of {file.name} gives way to the recipe's" for key in OF_THE_RECIPE if key in deepspeed]
+    notes = [f"{key} of {file.name} gives way to the recipe's" for key in RECIPE_KEYS if key in deepspeed]
     if size < wanted:
         notes.append(f"train.expert_parallel is {wanted}, but one process alone keeps all experts")
     deepspeed |= {
@@ -185,7 +185,7 @@ def deepspeed_problems(deepspeed: dict[str, Any]) -> Iterator[str]:
             yield f"it has the section {key}, which DeepSpeed 0.19.8 no longer knows; take it out"
     if deepspeed.get("fp16", {}).get("enabled", False):
         yield "fp16 is enabled, whose loss scaling would skip steps unseen; train.precision is bf16 or fp32"
-    automatic = [key for key, value in {**zero, **deepspeed}.items() if value == "auto" and key not in OF_THE_RECIPE]
+    automatic = [key for key, value in {**zero, **deepspeed}.items() if value == "auto" and key not in RECIPE_KEYS]
     if automatic:
         yield f"{automatic[0]} is 'auto', which nobody resolves here; write a number"
     if zero.get("offload_param", {}).get("device", "none") != "none" and stage != 3:

@@ -179,9 +179,9 @@ def machine_words(own: LaunchOptions) -> list[str]:
 class StopRequest:
     """Passes a request to stop on to the running launch, once; a second Ctrl-C kills it."""
 
-    def __init__(self, farewell: str):
-        """Start to listen; `farewell` completes the message "stopping ..." and says how the workers end."""
-        self.farewell, self.asked = farewell, False
+    def __init__(self, while_stopping: str):
+        """Start to listen; `while_stopping` completes the message "stopping ..." and says how the workers end."""
+        self.while_stopping, self.asked = while_stopping, False
         self.process: subprocess.Popen[str] | None = None
         for number in SIGNALS:
             signal.signal(number, self._hand_on)
@@ -193,22 +193,22 @@ class StopRequest:
             os.killpg(self.process.pid, signal.SIGKILL)
         elif not self.asked:
             self.asked = True
-            say(f"stopping {self.farewell}; Ctrl-C again kills")
+            say(f"stopping {self.while_stopping}; Ctrl-C again kills")
             self.process.send_signal(signal.SIGTERM)
 
 
 def supervise(
-    command: list[str], farewell: str = "at the next step boundary, with a checkpoint", restarts: int = 0
+    command: list[str], while_stopping: str = "at the next step boundary, with a checkpoint", restarts: int = 0
 ) -> int:
     """Run a launch to its end, and restart it where one of its processes died or hung; returns the exit status.
 
     Args:
         command: The launch's command line.
-        farewell: How the workers end on a request to stop, for the message.
+        while_stopping: How the workers end on a request to stop, for the message.
         restarts: How many times the launch may be restarted.
     """
     os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
-    stop = StopRequest(farewell)
+    stop = StopRequest(while_stopping)
     for left in reversed(range(restarts + 1)):
         end = _launch_once(command, stop)
         if end.status in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
@@ -221,7 +221,7 @@ def supervise(
         say(f"{end.cause}; starting again from the last checkpoint ({left} restart{'s' if left > 1 else ''} left)")
     if end.cause is not None and not end.explained:
         say(
-            f"failed: {end.cause}; the same command goes on from the last checkpoint, and with --max-restarts N it "
+            f"failed: {end.cause}; the same command resumes from the last checkpoint, and with --max-restarts N it "
             "does so by itself"
         )
     return EXIT_FAILED

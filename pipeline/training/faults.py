@@ -81,7 +81,7 @@ class FaultPolicy:
         """
         trouble = f"{state.skips} steps in a row up to step {state.step} had no finite {reason}"
         cure = (
-            "mend or leave out the samples that metrics.jsonl names, or begin another --train.run with a lower optim.lr"
+            "fix or leave out the samples that metrics.jsonl names, or begin another --train.run with a lower optim.lr"
         )
         if state.rollbacks >= self.config.max_rollbacks:
             raise FloatingPointError(f"{trouble}, after {state.rollbacks} roll-backs; {cure}")

@@ -90,7 +90,7 @@ class RunFolder:
         changed = differences(asdict(read_config(known)), asdict(config))
         if changed:
             raise UserError(
-                f"{self.path} holds a run with {changed[0]}; give the same value to go on with it, or another "
+                f"{self.path} holds a run with {changed[0]}; give the same value to resume it, or another "
                 "--train.run to start anew"
             )
         before = json.loads((self.path / "provenance.json").read_text())

@@ -66,13 +66,13 @@ def test_a_signal_to_launch_sh_saves_and_gives_75(recipe, tmp_path, number):
 def test_a_signal_to_the_demo_ends_the_step_at_hand_and_gives_75(tmp_path, number):
     process = start(tmp_path, "demo", "--quick")
     partial = tmp_path / "runs" / "demo-quick"
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while not partial.exists():
         assert time.monotonic() < end
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 75, err
     assert "stopped: ./launch.sh demo resumes here" in err
     assert "== shards" not in err
