@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline.checkpoints import checkpoints
 from pipeline.checkpoints.checkpoints import Checkpoints
 from pipeline.checkpoints.files import AVERAGE, OPTIMIZER, WEIGHTS, write_checkpoint
 from pipeline.config import CheckpointConfig, Config
-from pipeline.distributed import checkpoint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 STATE: dict[str, Any] = {"best": None, "wall_s": 1.5}
@@ -68,8 +68,8 @@ class Run:
         """Restore at once, as a trainer does; `settings` are those of `CheckpointConfig`."""
         self.held = tensors_of(0, width)
         self.average = Average(tensors=self.held[AVERAGE])
-        patch.setattr(checkpoint, "gather_tensors", lambda engine: (engine[WEIGHTS], engine[OPTIMIZER]))
-        patch.setattr(checkpoint, "set_tensors", self._set)
+        patch.setattr(checkpoints, "gather_tensors", lambda engine: (engine[WEIGHTS], engine[OPTIMIZER]))
+        patch.setattr(checkpoints, "set_tensors", self._set)
         config = Config(checkpoint=CheckpointConfig(**settings))
         config.train.seed = seed
         self.checkpoints = Checkpoints(folder, config, rank=0)

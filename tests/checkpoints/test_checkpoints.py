@@ -9,10 +9,10 @@ from functools import partial
 
 import pytest
 
+from pipeline.checkpoints import checkpoints, files
 from pipeline.checkpoints.checkpoints import check_tensors
 from pipeline.checkpoints.files import OPTIMIZER, STATE, WEIGHTS
 from pipeline.config import Config
-from pipeline.distributed import checkpoint, checkpoint_files
 from pipeline.errors import UserError
 from pipeline.optim.config import OptimConfig
 from tests.checkpoints.examples import Run, names, process_group, tensors_of, write
@@ -152,7 +152,7 @@ def test_another_runs_checkpoint_is_one_sentence(start):
 def test_a_full_disk_costs_a_checkpoint_and_no_more(start, folder, monkeypatch, capsys, number):
     run = start(keep=1)
     run.save(1)
-    real = checkpoint_files._write
+    real = files._write
 
     def fail(path, data):
         if path.name == OPTIMIZER:
@@ -161,7 +161,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(start, folder, monkeypatch, 
         return real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_files, "_write", fail)
+        patch.setattr(files, "_write", fail)
         run.save(2)
     assert names(folder) == ["step-00000001"]
     assert list(folder.glob(".*")) == []
@@ -196,6 +196,6 @@ def test_a_folder_without_rights_is_the_users_to_mend(start, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, "Permission denied", "runs/x")
 
-    monkeypatch.setattr(checkpoint, "write_checkpoint", refuse)
+    monkeypatch.setattr(checkpoints, "write_checkpoint", refuse)
     with pytest.raises(UserError, match="runs/x: permission denied"):
         run.save(1)

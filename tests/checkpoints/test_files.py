@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.checkpoints import files
 from pipeline.checkpoints.files import (
     AVERAGE,
     IN_ORDER,
@@ -25,7 +26,6 @@ from pipeline.checkpoints.files import (
     write_checkpoint,
 )
 from pipeline.checkpoints.retention import Retention
-from pipeline.distributed import checkpoint_files
 from pipeline.files import sha256_of
 from tests.checkpoints.examples import STATE as VALUES
 from tests.checkpoints.examples import tensors_of, write
@@ -139,14 +139,14 @@ def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path):
 def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, at):
     write(tmp_path, 1)
     before = load_file(tmp_path / "step-00000001" / WEIGHTS)
-    real = checkpoint_files._write
+    real = files._write
 
     def fail(path, data):
         if path.name == at:
             raise OSError(28, "No space left on device")
         return real(path, data)
 
-    monkeypatch.setattr(checkpoint_files, "_write", fail)
+    monkeypatch.setattr(files, "_write", fail)
     for step in (1, 2):
         with pytest.raises(OSError, match="No space"):
             write_checkpoint(tmp_path, step, tensors_of(9), VALUES)

@@ -12,6 +12,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from pipeline.checkpoints import sync
 from pipeline.checkpoints.files import (
     AVERAGE,
     IN_ORDER,
@@ -24,7 +25,6 @@ from pipeline.checkpoints.files import (
 from pipeline.checkpoints.retention import Retention
 from pipeline.checkpoints.sync import Remote, Uploader
 from pipeline.config import CheckpointConfig, parse_config
-from pipeline.distributed import sync
 from pipeline.errors import UserError
 from tests.checkpoints.examples import Run, names, process_group, write
 from tests.checkpoints.s3_server import BUCKET, s3, wait_until  # noqa: F401  (a fixture)
@@ -210,7 +210,7 @@ def test_the_end_waits_for_a_bounded_time_and_says_what_is_missing(start, s3, s3
 KILLED = """
 import sys, time
 from pathlib import Path
-from pipeline.distributed import sync
+from pipeline.checkpoints import sync
 from pipeline.checkpoints.retention import Retention
 folder, url = sys.argv[1:]
 real = sync._put

@@ -13,14 +13,17 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from pipeline.data.batch import collate
-from pipeline.data.dataset import ShardDataset, decode_mask, mask_targets, metadata_tensors, prepare
+from pipeline.data.dataset import ShardDataset, decode_mask, decode_scaled, mask_targets, metadata_tensors, prepare
 from pipeline.data.index import read_index
 from pipeline.data.record import Metadata
 from pipeline.data.storage import open_folder
 from pipeline.errors import EXIT_USER, UserError, run
+from pipeline.model.config import InputSpec
 from pipeline.vocabulary import WEATHER
 from tests.data.tampering import TAMPERED, edit_split, read_members, swapped_bit, tamper
-from tests.small_run import make_shards
+from tests.small_run import make_shards, noisy_photo
+
+SPEC = InputSpec(32, mask_side=8)
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def folder(tmp_path):
 @pytest.fixture
 def dataset(folder):
     make_shards(folder, {"train": [0, 1, None]})
-    return ShardDataset(folder, read_index(folder), "train", 32, 12, 8)
+    return ShardDataset(folder, read_index(folder), "train", SPEC)
 
 
 def test_a_sample_is_read_from_its_place_in_the_tar(dataset):
@@ -41,18 +44,45 @@ def test_a_sample_is_read_from_its_place_in_the_tar(dataset):
             assert member is not None
             photo = member.read()
             assert dataset.photo(row) == photo
-            torch.testing.assert_close(dataset[row]["views"], prepare(photo, 32, 12)["views"])
+            torch.testing.assert_close(dataset[row]["views"], prepare(photo, SPEC)["views"])
             assert dataset.record(row).key == sample.key
 
 
 def test_half_scale_decoding_reaches_the_views(dataset):
     side = 12  # whose canvas of 30 px a photo of 96 x 64 still reaches when it is halved
     full, half = (
-        ShardDataset(dataset.place, read_index(dataset.place), "train", side, 12, 8, scale)[0]
+        ShardDataset(
+            dataset.place, read_index(dataset.place), "train", InputSpec(side, mask_side=8, decode_scale=scale)
+        )[0]
         for scale in ("full", "half")
     )
     assert not torch.equal(full["views"], half["views"])
     assert {key for key in full if not torch.equal(full[key], half[key]) and not full[key].isnan().any()} == {"views"}
+
+
+def test_half_scale_is_half_of_the_photo_where_that_reaches_the_canvas_and_full_is_all_of_it():
+    """A photo of 96 x 64 px: views of 12 px need a canvas of 30, which half of it reaches; those of 16 px need 40."""
+    data = noisy_photo(0)
+    for side, expected in ((12, (32, 48)), (16, (64, 96))):
+        image, size = decode_scaled(data, InputSpec(side, decode_scale="half"))
+        assert (image.shape[:2], size) == (expected, (96, 64))
+    image, size = decode_scaled(data, InputSpec(12))
+    assert (image.shape[:2], size) == ((64, 96), (96, 64))
+    whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.abs(image.astype(int) - whole).max() <= 3  # the two decoders round the colours apart
+
+
+@pytest.mark.parametrize("scale", ["quarter", "", "Half"])
+def test_a_scale_that_nobody_knows_is_refused(scale):
+    with pytest.raises(UserError, match=rf"data\.decode_scale is '{scale}', but must be one of full, half"):
+        InputSpec(32, decode_scale=scale)
+
+
+def test_a_sample_has_as_many_views_and_mask_cells_as_its_spec_says(dataset):
+    sample = ShardDataset(dataset.place, read_index(dataset.place), "train", InputSpec(48, 5, 3))[0]
+    assert sample["views"].shape == (5, 3, 48, 48)
+    assert (sample["boxes"].shape, sample["view_mask"].shape) == ((5, 4), (5,))
+    assert sample["mask_targets"].shape == (6, 3, 3)
 
 
 def test_an_unknown_label_is_minus_one(dataset):
@@ -69,7 +99,7 @@ def test_a_url_gives_the_same_samples_as_the_folder(dataset, scheme):
         url = f"memory://{dataset.place.parent.name}"
         for path in dataset.place.iterdir():
             open_folder(url).put(path, path.name)
-    remote = ShardDataset(url, read_index(url), "train", 32, 12, 8)
+    remote = ShardDataset(url, read_index(url), "train", SPEC)
     for row in range(3):
         assert remote.photo(row) == dataset.photo(row)
         assert remote.record(row) == dataset.record(row)
@@ -79,7 +109,7 @@ def test_a_url_gives_the_same_samples_as_the_folder(dataset, scheme):
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_read_a_url_that_the_parent_has_read_from(dataset, context):
     url = f"file://{dataset.place}"
-    remote = ShardDataset(url, read_index(url), "train", 32, 12, 8)
+    remote = ShardDataset(url, read_index(url), "train", SPEC)
     _ = remote[0]
     loader = DataLoader(remote, 2, num_workers=1, collate_fn=collate, multiprocessing_context=context)
     assert torch.cat([batch["row"] for batch in loader]).tolist() == [0, 1, 2]
@@ -97,14 +127,14 @@ def test_a_missing_or_shortened_shard_is_named_at_once(dataset, scheme):
     path, place = dataset.place / "train-00000.tar", f"{scheme}{dataset.place}"
     path.write_bytes(path.read_bytes()[:-512])
     with pytest.raises(UserError, match=f"{place}/train-00000.tar: it is missing or not"):
-        ShardDataset(place, read_index(place), "train", 32, 12, 8)
+        ShardDataset(place, read_index(place), "train", SPEC)
     path.unlink()
     with pytest.raises(UserError, match=f"{place}/train-00000.tar: it is missing or not"):
-        ShardDataset(place, read_index(place), "train", 32, 12, 8)
+        ShardDataset(place, read_index(place), "train", SPEC)
 
 
 def read_all(folder):
-    data = ShardDataset(folder, read_index(folder), "train", 32, 12, 8)
+    data = ShardDataset(folder, read_index(folder), "train", SPEC)
     return [data[row] for row in range(len(data))]
 
 
@@ -154,7 +184,7 @@ def test_a_test_photo_that_an_index_puts_into_training_is_refused(folder):
     index = read_index(folder)
     swapped = replace(index, splits={**index.splits, "train": index.splits["test"]})
     with pytest.raises(UserError, match=r"test_0: .* differ in split"):
-        _ = ShardDataset(folder, swapped, "train", 32, 12, 8)[0]
+        _ = ShardDataset(folder, swapped, "train", SPEC)[0]
 
 
 def test_a_tar_that_shrinks_or_vanishes_after_the_start_is_refused(dataset):
@@ -185,7 +215,7 @@ def test_damage_that_a_worker_meets_is_one_sentence_and_status_2(folder, capsys)
     tamper(folder / "train-00000.tar", swapped_bit("train_1.jpg"))
 
     def main():
-        data = ShardDataset(folder, read_index(folder), "train", 32, 12, 8)
+        data = ShardDataset(folder, read_index(folder), "train", SPEC)
         list(DataLoader(data, 1, num_workers=1, collate_fn=collate))
 
     assert run(main) == EXIT_USER
@@ -211,7 +241,7 @@ def test_metadata_words_become_their_places():
 
 def test_text_is_the_records_vector_and_nan_where_null(tmp_path):
     make_shards(tmp_path / "shards", {"train": [0, 1]}, text_dim=5)
-    data = ShardDataset(tmp_path / "shards", read_index(tmp_path / "shards"), "train", 32, 12, 8)
+    data = ShardDataset(tmp_path / "shards", read_index(tmp_path / "shards"), "train", SPEC)
     text = collate([data[0], data[1]])["text"]
     assert (text.dtype, text.shape) == (torch.float32, (2, 5))
     vector = data.record(0).text_vector

@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from pipeline.data.batch import collate, model_inputs
+from pipeline.data.batch import collate
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key, geometry_fingerprint, weights_fingerprint
@@ -17,6 +17,7 @@ from pipeline.data.features import open_cache, read_features
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
 from pipeline.model.backbone import FrozenBackbone
+from pipeline.model.config import InputSpec
 from pipeline.model.encoder import all_tokens
 from tests.feature_cache import make_cache
 from tests.small_run import make_backbone, make_model, make_shards, small_config
@@ -39,7 +40,8 @@ def world(tmp_path_factory):
 def split(world, name="train", cached=True, place=None, **changes):
     index = read_index(world / "shards")
     cache = open_cache(str(place or world / "cache"), index) if cached else None
-    return open_split(world / "shards", index, name, small_config(str(world / "backbone"), **changes), "full", cache)
+    spec = small_config(str(world / "backbone"), **changes).input_spec("full")
+    return open_split(world / "shards", index, name, spec, cache)
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def spoilt(world, tmp_path):
 
 def key_of(world, **changes):
     model = small_config(str(world / "backbone"), **changes)
-    return feature_key(FrozenBackbone(model.backbone), model, "full")
+    return feature_key(FrozenBackbone(model.backbone), model.input_spec("full"), model.pool_grid)
 
 
 @pytest.mark.parametrize("name", ["train", "val"])
@@ -77,7 +79,7 @@ def test_a_model_answers_alike_with_and_without_the_cache(world, head):
     model = make_model(str(world / "backbone"), head=head)
     with torch.no_grad():
         cached, online = (
-            model(**model_inputs(collate([data[row] for row in range(PHOTOS)]))).logits
+            model(collate([data[row] for row in range(PHOTOS)])).logits
             for data in (split(world, head=head), split(world, cached=False, head=head))
         )
     assert online.std(0).max() > 0.01  # the answers differ from photo to photo
@@ -136,6 +138,21 @@ def test_a_stale_cache_is_named_in_one_sentence_with_what_differs(world, changes
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("spec", "pool_grid", "named"),
+    [
+        (InputSpec(64, mask_side=4), 2, "view side 32, and not 64"),
+        (InputSpec(32, mask_side=8), 2, "mask side 4, and not 8"),
+        (InputSpec(32, mask_side=4, decode_scale="half"), 2, "decode scale full, and not half"),
+        (InputSpec(32, mask_side=4), 4, "pooled grid 2, and not 4"),
+        (InputSpec(32, 5, mask_side=4), 2, None),  # fewer views are found among more
+    ],
+)
+def test_the_key_follows_what_a_model_is_given(world, spec, pool_grid, named):
+    wanted = feature_key(FrozenBackbone(str(world / "backbone")), spec, pool_grid)
+    assert key_of(world).difference(wanted) == named
+
+
 def test_the_fingerprint_of_weights_follows_any_weight_and_not_the_precision_it_is_held_in(world):
     backbone = FrozenBackbone(str(world / "backbone"))
     before = weights_fingerprint(backbone)
@@ -166,7 +183,9 @@ def test_a_cache_of_other_shards_is_named(world, tmp_path):
     make_shards(tmp_path / "more", {"train": [0, 1] * PHOTOS, "val": [0, 1, 0]})
     cache = open_cache(str(world / "cache"), read_index(tmp_path / "more"))
     with pytest.raises(UserError, match=r"it lacks 6 of 12 photos of the split 'train'"):
-        open_split(tmp_path / "more", read_index(tmp_path / "more"), "train", small_config("none"), "full", cache)
+        open_split(
+            tmp_path / "more", read_index(tmp_path / "more"), "train", small_config("none").input_spec("full"), cache
+        )
 
 
 def test_a_photo_that_changed_under_its_key_is_named(world, spoilt):

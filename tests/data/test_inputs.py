@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from pipeline.config import parse_config
-from pipeline.data.batch import collate, model_inputs
+from pipeline.data.batch import collate
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
 from pipeline.data.inputs import check_inputs
 from pipeline.data.stand_in import StandIn
-from pipeline.doctor import BAD, GOOD, NOTE, doctor
+from pipeline.doctor import doctor
 from pipeline.errors import AuditFailed, UserError
 from pipeline.evaluate import evaluate
-from pipeline.model.config import ModelConfig
+from pipeline.launch.checks import BAD, GOOD, NOTE
+from pipeline.model.config import InputSpec, ModelConfig
 from pipeline.train import train
 from tests.small_run import SIDE, make_backbone, make_model, make_run, make_shards, random_labels
 
@@ -90,7 +91,7 @@ class TrainingStarts(Exception):
     ],
 )
 def test_training_refuses_a_leak_before_anything_starts_unless_allowed(leaking, tmp_path, monkeypatch, words, error):
-    def begin(**settings):
+    def begin(*settings):
         raise TrainingStarts
 
     monkeypatch.setattr("pipeline.train.start", begin)
@@ -125,12 +126,12 @@ def backbone(tmp_path_factory):
 
 def logits(model, batch):
     with torch.no_grad():
-        return model(**model_inputs(batch)).logits
+        return model(batch).logits
 
 
 def test_the_text_vector_changes_the_answer_where_it_is_enabled_and_only_there(backbone, tmp_path):
     index = make_index(tmp_path / "shards", text_dim=5)
-    data = ShardDataset(tmp_path / "shards", index, "train", SIDE, 12, 4)
+    data = ShardDataset(tmp_path / "shards", index, "train", InputSpec(SIDE, mask_side=4))
     batch = collate([data[0], data[1]])  # the second photo has no description
     without = {**batch, "text": torch.full_like(batch["text"], torch.nan)}
     reads_text = make_model(backbone, metadata=("gps", "text"), text_dim=5)
@@ -143,7 +144,7 @@ def test_the_text_vector_changes_the_answer_where_it_is_enabled_and_only_there(b
 
 def test_the_stand_in_feeds_a_model_that_reads_text(backbone):
     model = make_model(backbone, metadata=("text",), text_dim=5)
-    assert logits(model, collate([StandIn(2, SIDE, 12, 4, 5)[0]])).shape == (1, 2)
+    assert logits(model, collate([StandIn(2, model.config.input_spec, 5)[0]])).shape == (1, 2)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pipeline.data.index import read_index
 from pipeline.data.mixture import Mixture, MixtureSampler
 from pipeline.data.photo import decode
 from pipeline.data.sampler import PositionSampler
+from pipeline.model.config import InputSpec
 
 
 def numbers(mixture, positions, *, weights=None, samples=9, rank=0, world_size=1):
@@ -73,7 +74,7 @@ def marked(tmp_path_factory):
     folder = tmp_path_factory.mktemp("marked")
     scenes(folder / "scenes", 12, "320x240", seed=3, workers=1)
     shard(folder / "scenes", folder / "shards", workers=1)
-    return ShardDataset(folder / "shards", read_index(folder / "shards"), "train", 128, 12, 16)
+    return ShardDataset(folder / "shards", read_index(folder / "shards"), "train", InputSpec(128, mask_side=16))
 
 
 @pytest.mark.parametrize("copy", [1, 2, 3, 4, 5, 7])

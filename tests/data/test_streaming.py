@@ -19,6 +19,7 @@ from pipeline.data.sampler import order
 from pipeline.data.storage import open_folder
 from pipeline.data.streaming import StreamedSplit, inclusion
 from pipeline.errors import UserError
+from pipeline.model.config import InputSpec
 from tests.data.tampering import TAMPERED, distribute, edit_split, tamper
 from tests.small_run import make_shards
 
@@ -33,7 +34,7 @@ def folder(tmp_path):
 
 
 def stream(place, *, probability=1.0, seed=0, buffer=1, rank=0, world_size=1, start=0, **shares):
-    data = ShardDataset(place, read_index(place), "train", 32, 12, 8)
+    data = ShardDataset(place, read_index(place), "train", InputSpec(32, mask_side=8))
     probabilities = np.full(len(data), probability)
     mixture = Mixture(seed, **shares)
     split = StreamedSplit(data, probabilities, mixture=mixture, buffer=buffer, rank=rank, world_size=world_size)

@@ -10,7 +10,11 @@ from pipeline.data import photo, views
 from pipeline.data.batch import collate
 from pipeline.data.dataset import decode_scaled, prepare
 from pipeline.data.photo import decode
-from pipeline.data.views import NUM_VIEWS, VIEW_NAMES, extract_views, resize, useful_views, view_boxes
+from pipeline.data.views import extract_views, resize, useful_views, view_boxes
+from pipeline.model.config import InputSpec
+from pipeline.vocabulary import NUM_VIEWS, VIEW_NAMES
+
+SPEC, HALF = InputSpec(64), InputSpec(64, decode_scale="half")
 
 
 @pytest.fixture(scope="module")
@@ -183,32 +187,32 @@ def test_half_scale_decoding_changes_pixels_a_little_and_places_not_at_all(
         monkeypatch.setattr(photo, "simplejpeg", None)
     soft = Image.fromarray(scene).filter(ImageFilter.GaussianBlur(3)).crop((0, 0, 401, 327))  # halves are not whole
     odd = jpeg(np.asarray(soft), orientation)
-    full, half = prepare(odd, 64, 12), prepare(odd, 64, 12, "half")
+    full, half = prepare(odd, SPEC), prepare(odd, HALF)
     torch.testing.assert_close(half["boxes"], full["boxes"], rtol=0, atol=0)
     torch.testing.assert_close(half["view_mask"], full["view_mask"])
     assert not torch.equal(half["views"], full["views"])
     for got, expected in zip(half["views"].numpy(), full["views"].numpy(), strict=True):
         assert psnr(got, expected) > 34  # shifted by a pixel, most views are below 27
-    image, size = decode_scaled(odd, 64, "half")
+    image, size = decode_scaled(odd, HALF)
     assert (image.shape[1], image.shape[0]) == tuple(-(-edge // 2) for edge in size)
 
 
 @pytest.mark.parametrize(("short", "expected"), [(319, 319), (320, 160), (321, 161), (700, 350)])
 def test_half_scale_decoding_stops_where_the_photo_would_fall_below_the_canvas(short, expected):
-    image = decode_scaled(jpeg(np.zeros((short, 800, 3), dtype=np.uint8)), 64, "half")[0]  # the canvas has 160 px
+    image = decode_scaled(jpeg(np.zeros((short, 800, 3), dtype=np.uint8)), HALF)[0]  # the canvas has 160 px
     assert image.shape[0] == expected
 
 
 def test_half_scale_decoding_leaves_other_formats_whole(scene):
     png = jpeg(scene, kind="PNG")
-    torch.testing.assert_close(prepare(png, 64, 12, "half")["views"], prepare(png, 64, 12)["views"])
+    torch.testing.assert_close(prepare(png, HALF)["views"], prepare(png, SPEC)["views"])
 
 
 def test_a_photo_does_not_leave_its_pixels_in_the_next_one(scene):
     """Photos are decoded into the same memory, one after the other."""
     first, second = jpeg(scene), jpeg(scene[::-1, :500])
-    alone = [prepare(data, 64, 12)["views"].clone() for data in (first, second)]
-    together = [prepare(data, 64, 12)["views"] for data in (first, second)]
+    alone = [prepare(data, SPEC)["views"].clone() for data in (first, second)]
+    together = [prepare(data, SPEC)["views"] for data in (first, second)]
     for got, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(got, expected)
     torch.testing.assert_close(alone[1], extract_views(decode(second), 64))

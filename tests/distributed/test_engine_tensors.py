@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.parity_cells import STEPS, Cell, bare_loop, batch, build, run
-from pipeline.data.batch import model_inputs
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.optim.config import OptimConfig
 
@@ -112,7 +111,7 @@ def test_the_saved_average_answers_as_that_of_a_bare_loop(world, name):
     """So it holds every expert, each in its place."""
     ours, bare = (RoadworkModel.from_pretrained(world[2] / f"{which}-model").eval() for which in (name, "bare"))
     fresh = build(Cell(1, 1, 1)).eval()
-    inputs = model_inputs(batch(STEPS, range(8), bare))
-    expected = bare(**inputs).logits
-    torch.testing.assert_close(ours(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
-    assert (fresh(**inputs).logits - expected).abs().max() > 1e-2
+    photos = batch(STEPS, range(8), bare)
+    expected = bare(photos).logits
+    torch.testing.assert_close(ours(photos).logits, expected, rtol=1e-4, atol=1e-5)
+    assert (fresh(photos).logits - expected).abs().max() > 1e-2

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from benchmarks.parity_cells import Cell, bare_loop, batch, build, run
-from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
-from pipeline.data.batch import collate, model_inputs
+from pipeline.config import ROOT, CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
+from pipeline.data.batch import collate
 from pipeline.data.stand_in import StandIn
-from pipeline.distributed import start
 from pipeline.distributed.experts import resolve_expert_parallel
-from pipeline.distributed.startup import ROOT
+from pipeline.distributed.settings import engine_settings
 from pipeline.errors import UserError
 from pipeline.model.roadwork import RoadworkModel
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
@@ -77,7 +76,7 @@ def test_the_cells_can_tell_forms_apart():
 def test_the_idle_experts_are_idle():
     model = build(Cell(1, 1, 1, idle=True)).eval()
     photos = batch(0, range(8), model)
-    for logits in model(**model_inputs(photos)).router_logits:
+    for logits in model(photos).router_logits:
         assert set(logits.argmax(dim=-1).flatten().tolist()) == {0, 1}
 
 
@@ -95,21 +94,15 @@ def test_what_cannot_be_done_is_refused_with_the_reason(wanted, experts, world_s
         resolve_expert_parallel(wanted, experts, world_size, stage, grad_clip)
 
 
-def test_products_with_the_hessian_are_refused_where_no_process_has_whole_weights(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero3.json")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_products_with_the_hessian_are_refused_where_no_process_has_whole_weights():
+    config, file = Config(optim=OptimConfig(name="sophia_h")), ROOT / "ds_configs" / "zero3.json"
     with pytest.raises(UserError, match=r"sophia_h needs ZeRO stage 0, 1 or 2: .* or sophia_g"):
-        start(
-            batch_size=1, accumulation=1, grad_clip=1.0, precision="fp32", log_with=[], hang_minutes=1,
-            optimizer="sophia_h",
-        )  # fmt: skip
+        engine_settings(config, file, 1, "fp32")
 
 
-def test_zero_0_in_bf16_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "ds_configs/zero0.json")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+def test_zero_0_in_bf16_is_refused():
     with pytest.raises(UserError, match="use stage 1"):
-        start(batch_size=1, accumulation=1, grad_clip=1.0, precision="bf16", log_with=[], hang_minutes=1)
+        engine_settings(Config(), ROOT / "ds_configs" / "zero0.json", 1, "bf16")
 
 
 def test_experts_are_shared_where_they_can_be_and_stay_whole_on_one_process():
@@ -142,17 +135,17 @@ def test_a_launched_run_with_zero_3_and_sharded_experts_validates_and_saves_as_o
     usual = (ROOT / "accelerate_configs" / "cpu_2.yaml").read_text()
     (tmp_path / "zero3.yaml").write_text(usual.replace("ds_configs/zero2.json", "ds_configs/zero3.json"))
     _, alone = finish(launch(tmp_path, tmp_path / "alone", processes=1))
-    assert "all 2 of a layer stay whole: one process" in alone
+    assert "experts    2 per layer, all on every process" in alone
     spread = ["--config_file", str(tmp_path / "zero3.yaml")]
     _, err = finish(launch(tmp_path, tmp_path / "spread", *spread))
     assert "experts    2 per layer, 1 on each of 2 processes" in err
     ours, theirs = (lines(tmp_path / name) for name in ("spread", "alone"))
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
     models = [RoadworkModel.from_pretrained(tmp_path / name / "model") for name in ("spread", "alone")]
-    sizes = models[0].config.sizes
-    noise = StandIn(1, sizes.view_side, sizes.num_views, sizes.mask_side, sizes.text_dim)
+    config = models[0].config
+    noise = StandIn(1, config.input_spec, config.text_dim)
     with torch.inference_mode():
-        logits = [model(**model_inputs(collate([noise[0]]))).logits for model in models]
+        logits = [model(collate([noise[0]])).logits for model in models]
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
 
 

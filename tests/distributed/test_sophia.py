@@ -16,12 +16,11 @@ from benchmarks.parity_cells import (
     GRAD_CLIP,
     Cell,
     bare_loop,
-    free_port,
     held_hessian,
-    join,
     make_trainer,
     micro_batches,
 )
+from benchmarks.processes import free_port, join, on_cpu
 from pipeline.distributed.engine_tensors import base_optimizer, gather_tensors
 from pipeline.model.metadata import MetadataEncoder
 from pipeline.training.hessian_step import COUNTERS
@@ -41,7 +40,7 @@ def take_step(cell, trainer, step):
     counts, _, _ = trainer._agree(parts, None)
     sums, _ = trainer._take_step(parts, counts)
     trainer.meter.add_step(sums, taken=True)
-    trainer.step += 1
+    trainer.state.step += 1
 
 
 def everything(trainer):
@@ -154,7 +153,8 @@ def worker(rank, port, folder):
 def found(tmp_path_factory):
     """What each rank saw in each cell."""
     folder = tmp_path_factory.mktemp("sophia")
-    multiprocessing.spawn(worker, (free_port(), folder), 2)
+    with on_cpu():
+        multiprocessing.spawn(worker, (free_port(), folder), 2)
     return {
         cell: [json.loads((folder / f"{number}-{rank}.json").read_text()) for rank in range(2)]
         for number, cell in enumerate(CELLS)

@@ -23,6 +23,7 @@ from pipeline.model.losses import (
 from pipeline.model.metadata import FIELD_WIDTHS
 from pipeline.model.mixup import Mix, draw_mix
 from pipeline.model.output import RoadworkOutput
+from tests.model.examples import with_loss
 from tests.small_run import SIDE, make_backbone, make_model
 
 NAN = float("nan")
@@ -115,8 +116,8 @@ def test_only_photos_whose_views_show_the_same_places_are_paired():
 def test_a_share_of_one_changes_no_answer_and_no_loss(model):
     batch, mix = photos(), Mix(PAIRS.partner, torch.ones(5))
     fields = {"gps": torch.rand(5, 2) * 60, "daytime": torch.ones(5, dtype=torch.int64)}
-    plain = model.answer(model.encode(**batch), **fields)
-    mixed = model.answer(model.encode(**batch, mix=mix), **fields)
+    plain = model.answer(model.encode(batch), fields)
+    mixed = model.answer(model.encode(batch, mix=mix), fields)
     for name in ("logits", "weather_logits", "mask_logits", "view_logits", "view_scores"):
         torch.testing.assert_close(getattr(mixed, name), getattr(plain, name), rtol=0, atol=0)
     targets = targets_of(dtype=torch.float32)
@@ -137,13 +138,13 @@ def test_online_and_cached_tokens_mix_the_same_and_as_by_hand(model):
         tokens = cached[name].double()
         own = share.view(-1, *[1] * (tokens.dim() - 1))
         by_hand[name] = (own * tokens + (1 - own) * tokens[PAIRS.partner]).float()
-    wanted = model.answer(model.encode(**by_hand))
+    wanted = model.answer(model.encode(by_hand))
     for inputs in (batch, cached):
-        found = model.answer(model.encode(**inputs, mix=PAIRS))
+        found = model.answer(model.encode(inputs, mix=PAIRS))
         assert torch.equal(found.view_indices, wanted.view_indices)
         torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.mask_logits, wanted.mask_logits, rtol=1e-4, atol=1e-4)
-    plain = model.answer(model.encode(**cached))
+    plain = model.answer(model.encode(cached))
     assert (plain.logits - wanted.logits)[:4].abs().max(dim=1).values.min() > 1e-3
     torch.testing.assert_close(plain.logits[4], wanted.logits[4])
 
@@ -152,7 +153,7 @@ def test_online_a_pair_costs_the_views_of_both_and_a_photo_alone_its_own(model, 
     seen, call = [], FrozenBackbone.__call__
     monkeypatch.setattr(FrozenBackbone, "__call__", lambda self, views: (seen.append(len(views)), call(self, views))[1])
     uneven = Mix(PAIRS.partner, torch.tensor([0.95, 0.95, 0.9, 0.9, 1.0]))
-    encoded = model.encode(**photos(), mix=uneven)
+    encoded = model.encode(photos(), mix=uneven)
     chosen = torch.zeros(5, 12, dtype=torch.bool).scatter_(1, encoded.indices, encoded.mask)
     chosen[:, 0] = False  # the global views come first
     assert (chosen != chosen[PAIRS.partner]).any()  # or this test would show nothing
@@ -276,32 +277,32 @@ def test_training_mixes_where_it_is_asked_to_and_evaluation_never_does(model):
     wanted = {}
     for training in (False, True):
         for alpha in (0.0, 8.0):
-            model.train(training)
-            model.loss_config = LossConfig(mixup_alpha=alpha)
+            learner = with_loss(model, mixup_alpha=alpha).train(training)
             torch.manual_seed(0)
-            first = model(**batch).view_scores.detach()
+            first = learner(batch, with_loss=True).view_scores.detach()
             torch.manual_seed(0)
-            torch.testing.assert_close(model(**batch).view_scores, first, rtol=0, atol=0)
+            torch.testing.assert_close(learner(batch, with_loss=True).view_scores, first, rtol=0, atol=0)
             wanted[training, alpha] = first
-    model.loss_config = LossConfig()
-    model.eval()
     assert torch.equal(wanted[False, 0.0], wanted[False, 8.0])
     assert torch.equal(wanted[True, 0.0], wanted[False, 0.0])
     changed = (wanted[True, 8.0] - wanted[True, 0.0]).abs().amax(dim=1) > 1e-4
     assert changed.sum() == 4  # two pairs, and one alone
 
 
+def test_an_answer_alone_is_never_mixed(model):
+    learner = with_loss(model, mixup_alpha=8.0).train()
+    batch = {**tokens_of(model, photos()), "labels": torch.tensor([0, 1, 0, 1, 0])}
+    assert torch.equal(learner(batch).view_scores, model(batch).view_scores)
+
+
 def test_a_mixed_batch_gives_every_weight_a_finite_gradient(model):
-    batch = tokens_of(model, photos())
-    model.train()
-    model.loss_config = LossConfig(mixup_alpha=1.0)
+    learner, targets = with_loss(model, mixup_alpha=1.0).train(), targets_of(dtype=torch.float32)
+    batch = {
+        **tokens_of(model, photos()), "labels": torch.tensor([0, 1, -1, 1, 0]), "mask_targets": targets.masks,
+        "weather": targets.weather,
+    }  # fmt: skip
     torch.manual_seed(0)
-    output = model(**batch, labels=torch.tensor([0, 1, -1, 1, 0]), mask_targets=targets_of(dtype=torch.float32).masks,
-                   weather=targets_of(dtype=torch.float32).weather, keep_all=True)  # fmt: skip
-    output.loss.backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    learner(batch, keep_all=True, with_loss=True).loss.backward()
+    gradients = [p.grad for p in learner.parameters() if p.grad is not None]
     assert len(gradients) > 50
     assert all(gradient.isfinite().all() for gradient in gradients)
-    model.zero_grad()
-    model.loss_config = LossConfig()
-    model.eval()
