@@ -10,7 +10,7 @@ COMMANDS = {
     "shard": "data_prep.shards.command:shard",
     "merge": "data_prep.shards.merge:merge",
     "features": "data_prep.features.command:features",
-    "audit": "data_prep.audit:audit",
+    "audit": "data_prep.audit.command:audit",
     "verify": "data_prep.shards.verify:verify",
 }
 

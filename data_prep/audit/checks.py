@@ -15,13 +15,16 @@ from data_prep.decisions.gps import EARTH_RADIUS_M
 from data_prep.decisions.links import components
 from pipeline.data.index import SPLITS
 
+Census = Callable[[np.ndarray, Photos], str]
+"""Counts some photos, by their rows, in a few words."""
+
 
 @dataclass(frozen=True)
 class Finding:
     """Photos that should not be where they are, or not be labelled as they are."""
 
     rows: tuple[int, ...]
-    """Of the photos; where there are many, one for each split."""
+    """The photos' rows; where there are many, one for each split."""
     note: str
     distance_m: float | None = None
     """On the ground, where that is what was found."""
@@ -126,19 +129,14 @@ def shared_videos(photos: Photos) -> list[Finding]:
     """Videos with frames in several splits."""
     rows = np.array([row for row, record in enumerate(photos.records) if record.video is not None], dtype=np.int64)
     names = [photos.records[row].video for row in rows]
-    return [
-        Finding(_one_of_each_split(group, photos), f"{photos.records[group[0]].video}: {_census(group, photos)}")
-        for group in _across_splits(rows, names, photos)
-    ]
+    groups = _across_splits(rows, names, photos)
+    return [_across(group, str(photos.records[group[0]].video), photos) for group in groups]
 
 
 def exact_copies(photos: Photos) -> list[Finding]:
     """Files that stand in several splits, byte for byte."""
     rows = np.arange(len(photos.records))
-    return [
-        Finding(_one_of_each_split(group, photos), f"the same file: {_census(group, photos)}")
-        for group in _across_splits(rows, photos.sha256, photos)
-    ]
+    return [_across(group, "the same file", photos) for group in _across_splits(rows, photos.sha256, photos)]
 
 
 def look_alikes(photos: Photos, alike: np.ndarray) -> list[Finding]:
@@ -204,18 +202,14 @@ def near_places(distances: Sequence[Distances], distance_m: float) -> list[Findi
 
 
 def _closest(
-    photos: Photos,
-    rows: np.ndarray,
-    component: np.ndarray,
-    pairs: np.ndarray,
-    census: Callable[[np.ndarray, Photos], str],
+    photos: Photos, rows: np.ndarray, component: np.ndarray, pairs: np.ndarray, census: Census
 ) -> list[Finding]:
     """A finding for each component that has pairs: the one that differs least, and who else is there.
 
     Args:
         photos: All of them.
         rows: Those in components, int64 [n].
-        component: Of each, int64 [n].
+        component: Number of each one's component, int64 [n].
         pairs: Photos that look the same and should not, int64 [pairs, 2].
         census: Counts a component's photos.
     """
@@ -247,9 +241,10 @@ def _across_splits(rows: np.ndarray, values: Sequence[object] | np.ndarray, phot
             yield group
 
 
-def _one_of_each_split(group: np.ndarray, photos: Photos) -> tuple[int, ...]:
+def _across(group: np.ndarray, what: str, photos: Photos) -> Finding:
+    """What some photos have in common, with one of them from each split."""
     _, first = np.unique(photos.splits[group], return_index=True)
-    return tuple(int(row) for row in group[first])
+    return Finding(tuple(int(row) for row in group[first]), f"{what}: {_census(group, photos)}")
 
 
 def _census(group: np.ndarray, photos: Photos) -> str:

@@ -11,8 +11,9 @@ import numpy as np
 
 from data_prep.audit.checks import Distances, Finding, Section
 from data_prep.audit.photos import Photos
+from data_prep.work.workplace import MAP_NAME
 from pipeline.data.index import SPLITS
-from pipeline.evaluation.report.page import number, thumbnail
+from pipeline.evaluation.report.page import templates, thumbnail
 from pipeline.evaluation.report.plots import INK, svg
 from pipeline.files import write_bytes
 
@@ -32,20 +33,15 @@ def write_page(
 
     Args:
         out: Folder that has map.png already.
-        name: Of the set.
+        name: The set's.
         summary: What summary.json will hold.
         sections: What the checks found.
         photos: All of them.
         distances: Between the splits.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"number": number, "metres": metres, "percent": percent}
-    map_png = base64.b64encode((out / "map.png").read_bytes()).decode()
+    environment = templates(Path(__file__).parent)
+    environment.filters |= {"metres": metres, "percent": percent}
+    map_png = base64.b64encode((out / MAP_NAME).read_bytes()).decode()
     page = environment.get_template("audit.html").render(
         name=name,
         summary=summary,

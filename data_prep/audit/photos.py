@@ -8,11 +8,11 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from data_prep.photos.inspection import HASHED_SIDE, THUMBNAIL_SIDE, perceptual_hash, thumbnail
+from data_prep.photos.inspection import Appearance, appearance_of
 from data_prep.work.parallel import Workers
 from pipeline.data.index import SPLITS, Index, Sample
 from pipeline.data.integrity import Damage, read_record
-from pipeline.data.photo import BadPhoto, decode
+from pipeline.data.photo import BadPhoto
 from pipeline.data.record import Record
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
@@ -48,8 +48,7 @@ class Look:
 
     record: Record
     sha256: str
-    phash: int
-    thumbnail: bytes
+    appearance: Appearance
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def read_photos(shards: str, index: Index, workers: int) -> Photos:
 
     Args:
         shards: Folder or URL.
-        index: Of the shards.
+        index: That of the shards.
         workers: Processes; 0 takes every core.
 
     Raises:
@@ -122,8 +121,8 @@ def read_photos(shards: str, index: Index, workers: int) -> Photos:
         entries=entries,
         records=[look.record for look in looks],
         sha256=np.array([look.sha256 for look in looks]),
-        hashes=np.array([look.phash for look in looks], dtype=np.uint64),
-        thumbnails=np.stack([np.frombuffer(look.thumbnail, dtype=np.uint8) for look in looks]),
+        hashes=np.array([look.appearance.phash for look in looks], dtype=np.uint64),
+        thumbnails=np.stack([np.frombuffer(look.appearance.thumbnail, dtype=np.uint8) for look in looks]),
     )
 
 
@@ -131,15 +130,10 @@ def look_at(entry: Entry) -> Look | str:
     """One sample, or how it is damaged."""
     try:
         data = entry.read_photo()
-        small = thumbnail(decode(data, at_least_px=8 * HASHED_SIDE), HASHED_SIDE)
+        appearance = appearance_of(data)
         record = read_record(entry.sample, entry.split, entry.read("json"))
     except FileNotFoundError:
         return "the tar is missing"
     except (BadPhoto, Damage) as damage:
         return str(damage)
-    return Look(
-        record=replace(record, text_vector=None),
-        sha256=hashlib.sha256(data).hexdigest(),
-        phash=perceptual_hash(small),
-        thumbnail=thumbnail(small, THUMBNAIL_SIDE).tobytes(),
-    )
+    return Look(replace(record, text_vector=None), hashlib.sha256(data).hexdigest(), appearance)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 import numpy as np
 from scipy.stats import chi2_contingency, fisher_exact
 from sklearn.metrics import matthews_corrcoef
 
 from pipeline.data.index import Field
+from pipeline.data.record import Metadata
 
+METADATA_FIELDS = tuple(field.name for field in fields(Metadata))
 # Coordinates and sentences have as many values as photos: only whether there is one can be counted.
 UNCOUNTED = frozenset({"gps", "description"})
 # Whether somebody filled a field in shows nothing of the street. A model that sees only that would score this MCC.
@@ -23,6 +27,16 @@ SIGNIFICANCE = 0.001
 # Rarer values count as one: their cells are too small for the chi-squared distribution (Cochran 1954).
 RARE = 5
 DECIMALS = 4  # of what stands in the index
+
+
+def columns_of(metadata: Sequence[Metadata]) -> dict[str, list[Any]]:
+    """Metadata field to its value for each photo, None for NULL."""
+    return {name: [getattr(one, name) for one in metadata] for name in METADATA_FIELDS}
+
+
+def count_labels(labels: np.ndarray) -> dict[str, int]:
+    """How many photos are `roadwork`, `none` and `unlabelled`; labels are 1, 0 and -1."""
+    return {name: int((labels == label).sum()) for name, label in (("roadwork", 1), ("none", 0), ("unlabelled", -1))}
 
 
 def associate(values: Mapping[str, Sequence[Hashable | None]], labels: np.ndarray) -> dict[str, Field]:
@@ -73,7 +87,7 @@ def contingency_table(values: Sequence[Hashable], labels: np.ndarray) -> np.ndar
     """Photos by value and label, values below 5 photos together in the last row: int64 [values, 2].
 
     Args:
-        values: Of the labelled photos, without NULL.
+        values: Those of the labelled photos, without NULL.
         labels: 0 or 1, [N].
     """
     common = [value for value, count in Counter(values).items() if count >= RARE]

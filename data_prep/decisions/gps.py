@@ -32,9 +32,8 @@ NO_GPS = 0
 def unit_sphere(degrees: np.ndarray) -> np.ndarray:
     """Latitude and longitude [N, 2] in degrees as points [N, 3] of the unit sphere, without a date line."""
     latitude, longitude = np.radians(degrees).T
-    return np.stack(
-        [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
-    )
+    across = np.cos(latitude)
+    return np.stack([across * np.cos(longitude), across * np.sin(longitude), np.sin(latitude)], axis=1)
 
 
 def fit_centres(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
@@ -43,7 +42,7 @@ def fit_centres(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     Args:
         points: Latitude and longitude of the training photos in degrees, [N, 2], without NULL.
         clusters: How many; 0 leaves it to `choose_clusters`. Never more than places.
-        seed: Of the restarts.
+        seed: Decides about the restarts.
 
     Returns:
         Centres in degrees, [k, 2], the most populous first.
@@ -69,7 +68,7 @@ def choose_clusters(points: np.ndarray, seed: int) -> int:
 
     Args:
         points: Degrees, [N, 2], without NULL; of more than 1,000, a sample decides.
-        seed: Of the sample and of K-Means.
+        seed: Decides about the sample and K-Means.
     """
     most = min(MOST_CLUSTERS, len(points) // PHOTOS_PER_CLUSTER)
     if len(points) > SILHOUETTE_SAMPLE:
@@ -147,7 +146,7 @@ def target_shares(target_points: np.ndarray, centres: np.ndarray, clusters: np.n
     Args:
         target_points: Places of the deployment in degrees, [M, 2], without NULL.
         centres: Degrees, [k, 2].
-        clusters: Of the training photos, int [N].
+        clusters: Those of the training photos, int [N].
 
     Returns:
         Shares by cluster number, [1 + k], summing to 1, and the share of places more than 50 km from every centre.

@@ -146,9 +146,8 @@ def _draw_clusters(counts: Axes, means: Axes, names: list[str], photos: np.ndarr
     for of_split, colour in zip(photos.T, SPLIT_COLOURS, strict=True):
         counts.barh(rows, of_split, 0.72, left, color=colour)
         left += of_split
-    counts.set(
-        title="Photos by cluster", yticks=rows, yticklabels=names, ylim=(max(len(names), LEAST_ROWS) - 0.4, -0.6)
-    )
+    bottom = max(len(names), LEAST_ROWS) - 0.4
+    counts.set(title="Photos by cluster", yticks=rows, yticklabels=names, ylim=(bottom, -0.6))
     counts.set_xlim(0, 1.25 * left.max())
     for row, total in enumerate(left):
         counts.annotate(f"{total:.0f}", (total, row), (3, 0), textcoords="offset points", va="center", fontsize=8)
@@ -175,7 +174,7 @@ def cluster_rows(
 
     Args:
         splits, clusters, weights: See `draw_map`.
-        number: Of clusters.
+        number: How many clusters there are.
 
     Returns:
         Names of the rows; photos, int64 [rows, splits]; mean weight of the training photos [rows], NaN without any.

@@ -95,8 +95,8 @@ class _Cells:
         """Join the pairs of cells whose photos are near each other.
 
         Args:
-            component: Of each cell, int64 [M].
-            pairs: Of cells, int64 [pairs, 2].
+            component: Each cell's, int64 [M].
+            pairs: Pairs of cells, int64 [pairs, 2].
             photos: One of each cell, by its place in `order`, int64 [pairs, 2].
 
         Returns:

@@ -21,6 +21,9 @@ FILLED = 1 / 3
 ATTEMPTS = 64
 BLOCKS_TO_TRY = 20_000  # in all attempts together, beyond the first: thousands of blocks fill evenly anyway
 
+Names = Sequence[str | None]
+"""A name for each photo; None where there is none."""
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -34,9 +37,7 @@ class Assignment:
     """Groups with photos in more than one split; only a source's own splits can have them."""
 
 
-def link_groups(
-    points: np.ndarray, videos: Sequence[str | None], duplicates: Iterable[np.ndarray], distance_m: float
-) -> np.ndarray:
+def link_groups(points: np.ndarray, videos: Names, duplicates: Iterable[np.ndarray], distance_m: float) -> np.ndarray:
     """Number the groups: photos of one video, near each other, or that look the same, or linked by others.
 
     Args:
@@ -51,17 +52,15 @@ def link_groups(
     return components(len(points), itertools.chain([_same_word(videos)], duplicates, near_pairs(points, distance_m)))
 
 
-def keep_splits(
-    given: Sequence[str | None], groups: np.ndarray, labels: np.ndarray, val_share: float, seed: int
-) -> Assignment:
+def keep_splits(given: Names, groups: np.ndarray, labels: np.ndarray, val_share: float, seed: int) -> Assignment:
     """The source's own splits. Where it has none for validation, a share of its training groups becomes one.
 
     Args:
         given: The source's split of each photo.
         groups: int64 [N].
         labels: 0, 1 or -1, [N].
-        val_share: Of the training photos; 0 leaves validation empty.
-        seed: Of the choice of validation groups.
+        val_share: Share of the training photos; 0 leaves validation empty.
+        seed: Decides which groups go to validation.
 
     Raises:
         UserError: A photo has no split.
@@ -89,13 +88,7 @@ def keep_splits(
 
 
 def geographic_splits(
-    points: np.ndarray,
-    cities: Sequence[str | None],
-    groups: np.ndarray,
-    labels: np.ndarray,
-    *,
-    shares: np.ndarray,
-    seed: int,
+    points: np.ndarray, cities: Names, groups: np.ndarray, labels: np.ndarray, *, shares: np.ndarray, seed: int
 ) -> Assignment:
     """Whole cities to each split; where these are too few or too uneven smaller areas, at last single groups.
 
@@ -104,7 +97,7 @@ def geographic_splits(
         cities: Name of each photo's city, or None; it places photos whose GPS is NULL.
         groups: int64 [N]; never divided.
         labels: 0, 1 or -1, [N]; each split gets its share of each.
-        shares: Of train, val and test, summing to 1.
+        shares: Those of train, val and test, summing to 1.
         seed: Decides between equally good assignments.
     """
     together = chain(groups)
@@ -139,7 +132,7 @@ def random_splits(groups: np.ndarray, labels: np.ndarray, *, shares: np.ndarray,
     Args:
         groups: int64 [N]; never divided.
         labels: 0, 1 or -1, [N]; each split gets its share of each.
-        shares: Of train, val and test, summing to 1.
+        shares: Those of train, val and test, summing to 1.
         seed: Decides between equally good assignments.
     """
     return Assignment(fill_splits(groups, labels, shares, seed), "random groups")
@@ -153,8 +146,8 @@ def fill_splits(blocks: np.ndarray, labels: np.ndarray, shares: np.ndarray, seed
     Args:
         blocks: int64 [N], numbered from 0.
         labels: 0, 1 or -1, [N].
-        shares: Of train, val and test, summing to 1; a split whose share is 0 stays empty.
-        seed: Of the orders.
+        shares: Those of train, val and test, summing to 1; a split whose share is 0 stays empty.
+        seed: Decides about the orders.
 
     Returns:
         Position in `SPLITS`, int64 [N].
@@ -180,9 +173,9 @@ def _fill(counts: np.ndarray, wanted: np.ndarray, order: np.ndarray) -> tuple[fl
     """Give each block, in order, to where it reduces the squared error most.
 
     Args:
-        counts: Of each block, [blocks, labels].
-        wanted: By each split, [splits, labels].
-        order: Of the blocks.
+        counts: Each block's, [blocks, labels].
+        wanted: Each split's, [splits, labels].
+        order: That of the blocks.
 
     Returns:
         The squared error, and the split of each block.
@@ -195,6 +188,6 @@ def _fill(counts: np.ndarray, wanted: np.ndarray, order: np.ndarray) -> tuple[fl
     return float((missing**2).sum()), chosen
 
 
-def _same_word(words: Sequence[str | None]) -> np.ndarray:
+def _same_word(words: Names) -> np.ndarray:
     known = np.array([row for row, word in enumerate(words) if word is not None], dtype=np.int64)
     return known[chain(np.array([word for word in words if word is not None], dtype=object))]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.features.options import MOST_VIEWS, NUM_VIEWS, Attention, ModelChoice, Options
+from data_prep.features.options import MOST_VIEWS, Attention, ModelChoice, Options
 from pipeline.errors import require
+from pipeline.vocabulary import NUM_VIEWS
 
 
 def features(
@@ -24,8 +25,8 @@ def features(
 ) -> Path:
     """Compute the backbone's tokens of all photos, so that training does not need to.
 
-    Cut off at any moment, the same command goes on: files that are finished are not computed again. Under
-    `accelerate launch` any number of processes share the work, each on a GPU of its own where there are any.
+    It may be interrupted at any moment: the same command resumes, and files that are finished are not computed again.
+    Under `accelerate launch` any number of processes share the work, each on a GPU of its own where there are any.
 
     Args:
         shards: Folder of shards, or its URL; the recipe's data.shards if not given.

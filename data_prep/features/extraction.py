@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.features.options import MOST_VIEWS, NUM_VIEWS, Options
+from data_prep.features.options import MOST_VIEWS, Options
 from pipeline.data.allocator import keep_freed_memory
 from pipeline.data.dataset import ShardDataset, decode_scaled
 from pipeline.data.feature_key import STORED_DTYPE
 from pipeline.data.features import PhotoTokens
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.encoder import view_tokens
+from pipeline.vocabulary import NUM_VIEWS
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -47,14 +48,14 @@ class Row(NamedTuple):
     photo: int
     """Row of its photo in the split."""
     sha256: str
-    """Of the photo."""
+    """The photo's."""
     tokens: PhotoTokens
     """Without the views that add nothing."""
     mask_targets: torch.Tensor
     """float32 [6, m, m]."""
 
 
-class Photos(Dataset[list[dict[str, Any]]]):
+class ViewDataset(Dataset[list[dict[str, Any]]]):
     """The views of photos and of their augmented copies, those that add nothing left out."""
 
     def __init__(self, data: Mapping[str, ShardDataset], items: list[Item]):
@@ -73,13 +74,12 @@ class Photos(Dataset[list[dict[str, Any]]]):
             image, size = decode_scaled(photo, data.spec)
         mask = data.mask(item.row)
         rows = [data.cut(image, size, mask, record, copy) for copy in range(item.copies)]
-        return [
-            {"photo": item.row, "sha256": record.sha256, **row, "views": row["views"][row["view_mask"]]} for row in rows
-        ]
+        same = {"photo": item.row, "sha256": record.sha256}
+        return [{**same, **row, "views": row["views"][row["view_mask"]]} for row in rows]
 
 
 @dataclass(frozen=True)
-class Batch:
+class ViewBatch:
     """Rows whose views fill one pass of the backbone."""
 
     rows: list[dict[str, Any]]
@@ -109,7 +109,7 @@ class Extractor:
     def run(self, data: Mapping[str, ShardDataset], items: list[Item]) -> Iterator[Row]:
         """The rows of all `items`, in their order."""
         loader = DataLoader(
-            Photos(data, items),
+            ViewDataset(data, items),
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.on_gpu,
@@ -118,8 +118,8 @@ class Extractor:
         return self.batches(chain.from_iterable(loader))
 
     def batches(self, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
-        """The same for rows that `Photos` gave; on a GPU, from pinned memory."""
-        running: deque[tuple[Batch, list[torch.Tensor], torch.cuda.Event | None]] = deque()
+        """The same for rows that `ViewDataset` gave; on a GPU, from pinned memory."""
+        running: deque[tuple[ViewBatch, list[torch.Tensor], torch.cuda.Event | None]] = deque()
         for batch in self._uploaded(pack(rows, self.batch_views)):
             running.append((batch, *self._launch(batch)))
             if len(running) > 1:
@@ -127,7 +127,7 @@ class Extractor:
         while running:
             yield from _finish(*running.popleft())
 
-    def _uploaded(self, packs: Iterable[list[dict[str, Any]]]) -> Iterator[Batch]:
+    def _uploaded(self, packs: Iterable[list[dict[str, Any]]]) -> Iterator[ViewBatch]:
         """Copy views to the device on a stream of their own, beside the pass that is under way."""
         stream = torch.cuda.Stream(self.backbone.device) if self.on_gpu else None
         for rows in packs:
@@ -139,9 +139,9 @@ class Extractor:
                 current.wait_stream(stream)
                 for uploaded in (views, boxes):
                     uploaded.record_stream(current)
-            yield Batch(rows, views, boxes, torch.stack([row["view_mask"] for row in rows]))
+            yield ViewBatch(rows, views, boxes, torch.stack([row["view_mask"] for row in rows]))
 
-    def _launch(self, batch: Batch) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
+    def _launch(self, batch: ViewBatch) -> tuple[list[torch.Tensor], torch.cuda.Event | None]:
         """Start a pass and the copy of its results; on a GPU both are only queued."""
         self.views += len(batch.views)
         with self._kernel(), torch.no_grad():
@@ -184,7 +184,7 @@ def pack(rows: Iterable[dict[str, Any]], batch_views: int) -> Iterator[list[dict
         yield full
 
 
-def _finish(batch: Batch, parts: list[torch.Tensor], event: torch.cuda.Event | None) -> Iterator[Row]:
+def _finish(batch: ViewBatch, parts: list[torch.Tensor], event: torch.cuda.Event | None) -> Iterator[Row]:
     """Wait for the results of a pass, and part them by row."""
     if event is not None:
         event.synchronize()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Attention = Literal["auto", "cudnn", "flash", "efficient", "math"]
-NUM_VIEWS, MOST_VIEWS = 12, 192  # of one photo, and of one pass of the backbone
+MOST_VIEWS = 192  # in one pass of the backbone
 
 
 @dataclass

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from safetensors.torch import save
 
 from data_prep.features.extraction import Item, Row
+from data_prep.work.receipts import Receipts, explain_full_disk
+from pipeline.data.feature_key import FeatureKey
 from pipeline.data.feature_reader import bytes_of
-from pipeline.data.features import MASK_DTYPE, FeaturePhoto, FeatureShard, checksum
+from pipeline.data.features import MASK_DTYPE, FeatureIndex, FeaturePhoto, FeatureShard, checksum
 from pipeline.data.index import Index
-from pipeline.errors import UserError
-from pipeline.files import sha256_of, write_bytes, write_json
+from pipeline.files import write_bytes
 
-RECEIPTS_FOLDER = "receipts"
-FILES_AHEAD = 2  # being written while the backbone goes on; more would only fill the memory
+FILES_AHEAD = 2  # being written while the backbone computes; more would only fill the memory
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class PlannedShard:
 
     @property
     def rows(self) -> int:
-        """Of the file."""
+        """How many the file has."""
         return self.photos * self.copies
 
     @property
@@ -47,12 +46,47 @@ class PlannedShard:
         return [Item(self.split, row, self.copies) for row in range(self.first, self.first + self.photos)]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a cache is made of and with; equal plans give equal files."""
+
+    key: FeatureKey
+    dim: int
+    """Width of the backbone's tokens."""
+    source_sha256: str
+    """Fingerprint of the photos' shards."""
+    copies: int
+    precision: str
+    """The backbone's, in which it computes."""
+    version: str
+    """The program's."""
+    shards: tuple[PlannedShard, ...]
+
+    def index(self, written: tuple[FeatureShard, ...]) -> FeatureIndex:
+        """The index of the cache, when its files are written."""
+        return FeatureIndex(**{**vars(self), "shards": written})
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dumps`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Plan:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError: The values are not those of a plan.
+        """
+        shards = tuple(PlannedShard(**shard) for shard in values["shards"])
+        return cls(**{**values, "key": FeatureKey(**values["key"]), "shards": shards})
+
+
 def plan_shards(index: Index, copies: int, row_bytes: int, shard_mb: float) -> list[PlannedShard]:
     """Cut every split into files of about `shard_mb`; augmented copies are for training only.
 
     Args:
-        index: Of the photos' shards.
-        copies: Augmented ones of each training photo.
+        index: That of the photos' shards.
+        copies: Augmented copies of each training photo.
         row_bytes: Most bytes of one row.
         shard_mb: Size of a file in megabytes.
     """
@@ -120,16 +154,9 @@ def write_shard(folder: Path, index: Index, shard: PlannedShard, rows: list[Row]
         for first in range(0, len(rows), shard.copies)
     )
     receipt = FeatureShard(shard.name, len(data), hashlib.sha256(data).hexdigest(), photos)
-    try:
+    with explain_full_disk(folder, "files"):
         write_bytes(folder / shard.name, data)
-        write_json(_receipt_path(folder, shard), asdict(receipt))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space is left on the disk of {folder}; the files that are finished are kept there: free some space "
-            "and give the same command again"
-        ) from error
+        Receipts(folder).write(shard.name, asdict(receipt))
 
 
 def tensors_of(row: Row) -> dict[str, torch.Tensor]:
@@ -147,23 +174,3 @@ def tensors_of(row: Row) -> dict[str, torch.Tensor]:
         "mask_classes": classes[None],
         "has_mask": torch.tensor([has_mask]),
     }
-
-
-def read_receipt(folder: Path, shard: PlannedShard) -> FeatureShard | None:
-    """What was written down about a finished file; None where there is none."""
-    try:
-        return FeatureShard.from_json(json.loads(_receipt_path(folder, shard).read_text()))
-    except FileNotFoundError:
-        return None
-
-
-def is_written(folder: Path, shard: PlannedShard) -> bool:
-    """Whether a file is there, with the bytes that its receipt says."""
-    receipt, path = read_receipt(folder, shard), folder / shard.name
-    if receipt is None or not path.exists():
-        return False
-    return path.stat().st_size == receipt.bytes and sha256_of(path) == receipt.sha256
-
-
-def _receipt_path(folder: Path, shard: PlannedShard) -> Path:
-    return (folder / RECEIPTS_FOLDER / shard.name).with_suffix(".json")

@@ -12,7 +12,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import islice
@@ -22,19 +22,20 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.photos.inspection import Reject, mask_location, read_photo
-from data_prep.sources import Input, Location, Source, open_source
+from data_prep.photos.inspection import Reject, count_kinds, mask_path, read_photo, write_rejects
+from data_prep.sources.content import Input, Location, Source
+from data_prep.sources.opening import open_source
 from data_prep.work.parallel import Workers
-from data_prep.work.workplace import check_apart
+from data_prep.work.workplace import REJECTS_NAME, check_apart
 from pipeline.data.photo import BadPhoto, decode
 from pipeline.errors import UserError, require
-from pipeline.files import write_bytes, write_json, write_summary, write_text
+from pipeline.files import write_bytes, write_json, write_summary
 from pipeline.progress import say, track
 from pipeline.vocabulary import MASK_CLASSES
 
-SETTINGS_NAME, REJECTS_NAME = "masks.json", "rejects.jsonl"
+SETTINGS_NAME = "masks.json"
 Segment = Callable[[np.ndarray, Sequence[tuple[int, int]]], list[np.ndarray]]
-"""Of squares [B, S, S, 3] and the photos' heights and widths, the maps of classes [H, W]; see `sam3.Segmenter`."""
+"""From squares [B, S, S, 3], and heights and widths of the photos, to maps of classes [H, W]; see `sam3.Segmenter`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Done:
 
     pixels: tuple[int, ...]
     """How many pixels each class has, in the order of MASK_CLASSES."""
+
+    @classmethod
+    def of(cls, mask: Image.Image) -> Done:
+        """Count the pixels of a mask."""
+        return cls(tuple(mask.histogram()[1 : len(MASK_CLASSES) + 1]))
 
 
 @dataclass
@@ -80,7 +86,7 @@ class Tally:
             "inputs": self.written + self.skipped + len(self.rejects),
             "written": self.written,
             "skipped": self.skipped,
-            "rejected": dict(Counter(reject.kind for reject in self.rejects).most_common()),
+            "rejected": count_kinds(self.rejects),
             "classes": {name: {"photos": self.photos[name], "pixels": self.pixels[name]} for name in MASK_CLASSES},
             "empty": self.empty,
         }
@@ -101,7 +107,7 @@ def masks(
     workers: int = 0,
     max_images: int | None = None,
 ) -> Path:
-    """Segment photos with SAM 3, one text prompt per class, for `shard --masks`. Run again, it goes on.
+    """Segment photos with SAM 3, one text prompt per class, for `shard --masks`. Interrupted, it resumes.
 
     Args:
         source: Folder of photos, with or without a metadata table, or a hub data set; as for `shard`.
@@ -130,19 +136,13 @@ def masks(
     from data_prep.masks.sam3 import Segmenter  # takes seconds, and only this command needs it
     from pipeline.devices import pick_device
 
-    segmenter = Segmenter(
-        model,
-        list(phrases.values()),
-        pick_device(device),
-        score_threshold=score_threshold,
-        mask_threshold=mask_threshold,
-    )
+    thresholds = {"score_threshold": score_threshold, "mask_threshold": mask_threshold}
+    segmenter = Segmenter(model, list(phrases.values()), pick_device(device), **thresholds)
     settings = {
         "model": model,
         "model_sha256": segmenter.fingerprint,
         "prompts": phrases,
-        "score_threshold": score_threshold,
-        "mask_threshold": mask_threshold,
+        **thresholds,
         "precision": str(segmenter.dtype).removeprefix("torch."),
         "transformers": version("transformers"),
     }
@@ -153,7 +153,7 @@ def masks(
         results = (result for _, result in track(looked, _total(photos, max_images), "segmenting"))
         tally = segment(results, segmenter, out, batch_size)
     wall_s = time.monotonic() - start
-    write_text(out / REJECTS_NAME, "".join(json.dumps(asdict(reject)) + "\n" for reject in tally.rejects))
+    write_rejects(out / REJECTS_NAME, tally.rejects)
     summary = {
         "source": source,
         "settings": settings,
@@ -189,11 +189,6 @@ def claim(out: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def mask_path(out: Path, sha256: str) -> Path:
-    """Where the mask of a photo lies."""
-    return Path(mask_location(str(out), sha256).path)
-
-
 def look(item: Input, out: Path, side_px: int) -> Prepared | Done | Reject:
     """Find out whether a photo has a mask in `out`, and make it ready for the model if not."""
     if item.photo is None:
@@ -203,8 +198,7 @@ def look(item: Input, out: Path, side_px: int) -> Prepared | Done | Reject:
     if isinstance(data, Reject):
         return data
     sha256 = hashlib.sha256(data).hexdigest()
-    done = find_mask(out, sha256)
-    if done is not None:
+    if (done := find_mask(out, sha256)) is not None:
         return done
     try:
         pixels = decode(data)
@@ -221,12 +215,7 @@ def find_mask(out: Path, sha256: str) -> Done | None:
     if not path.is_file():
         return None
     with Image.open(path) as mask:
-        return Done(count_pixels(mask))
-
-
-def count_pixels(mask: Image.Image) -> tuple[int, ...]:
-    """How many pixels each class has, in the order of MASK_CLASSES."""
-    return tuple(mask.histogram()[1 : len(MASK_CLASSES) + 1])
+        return Done.of(mask)
 
 
 def segment(results: Iterable[Prepared | Done | Reject], segmenter: Segment, out: Path, batch_size: int) -> Tally:
@@ -261,7 +250,7 @@ def _write_batch(batch: dict[str, Prepared], segmenter: Segment, out: Path, tall
             mask.save(stream, "PNG")
             write_bytes(mask_path(out, photo.sha256), stream.getvalue())
         tally.written += 1
-        tally.add(Done(count_pixels(mask)))
+        tally.add(Done.of(mask))
     batch.clear()
 
 

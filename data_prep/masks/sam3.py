@@ -40,13 +40,7 @@ class Segmenter:
     """
 
     def __init__(
-        self,
-        name: str,
-        prompts: Sequence[str],
-        device: torch.device,
-        *,
-        score_threshold: float,
-        mask_threshold: float,
+        self, name: str, prompts: Sequence[str], device: torch.device, *, score_threshold: float, mask_threshold: float
     ):
         """Load the model and encode the prompts.
 
@@ -89,11 +83,8 @@ class Segmenter:
             For each photo uint8 [H, W]: c + 1 where class c was found, 0 elsewhere. Of objects that overlap, the
             one with the higher score wins.
         """
-        masks = [
-            paint(instances, size, self.mask_threshold)
-            for instances, size in zip(self.find(pixels), sizes, strict=True)
-        ]
-        return [mask.cpu().numpy() for mask in masks]
+        found = zip(self.find(pixels), sizes, strict=True)
+        return [paint(instances, size, self.mask_threshold).cpu().numpy() for instances, size in found]
 
     @torch.inference_mode()
     def find(self, pixels: np.ndarray) -> list[list[Instance]]:

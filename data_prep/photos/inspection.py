@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.fft import dctn
 
-from data_prep.sources import Content, Location
+from data_prep.sources.content import Content, Location
 from data_prep.sources.metadata import check_gps
 from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, decode, open_header, upright_size
+from pipeline.files import write_text
 from pipeline.vocabulary import MASK_CLASSES
 
 MAX_FILE_BYTES = 256 << 20  # before it is read into memory; 100 megapixels are less, even as PNG
 HASHED_SIDE = 32
 THUMBNAIL_SIDE = 16
 HASH_SIDE = 8
-SIGNATURES = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG\r\n\x1a\n", "png"))
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by Pillow's names; MPO is JPEG and more
 # Tags of EXIF and of its GPS block.
 GPS_BLOCK = 0x8825
 LATITUDE_REF, LATITUDE, LONGITUDE_REF, LONGITUDE = 1, 2, 3, 4
@@ -43,6 +46,16 @@ class Reject:
     def kind(self) -> str:
         """The reason without what is particular to this photo, to count by."""
         return re.sub(r"^\d+x\d+, |:.*", "", self.reason)
+
+
+def count_kinds(rejects: Sequence[Reject]) -> dict[str, int]:
+    """Kind of reason to number of rejects, the most frequent first."""
+    return dict(Counter(reject.kind for reject in rejects).most_common())
+
+
+def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
+    """Write a line of JSON for each reject."""
+    write_text(path, "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects))
 
 
 @dataclass(frozen=True)
@@ -86,9 +99,29 @@ class Scrutiny:
     """Folder of masks named by the SHA-256 of their photo."""
 
 
-def mask_location(masks: str, sha256: str) -> Location:
+@dataclass(frozen=True)
+class Appearance:
+    """What a photo looks like, to compare it with others."""
+
+    phash: int
+    """64 bits; near-duplicates differ in a few of them."""
+    thumbnail: bytes
+    """Grey levels of 16x16 cells."""
+
+
+def appearance_of(data: bytes) -> Appearance:
+    """Decode a photo and note what it looks like.
+
+    Raises:
+        BadPhoto: It cannot be decoded.
+    """
+    small = thumbnail(decode(data, at_least_px=8 * HASHED_SIDE), HASHED_SIDE)
+    return Appearance(perceptual_hash(small), thumbnail(small, THUMBNAIL_SIDE).tobytes())
+
+
+def mask_path(masks: Path | str, sha256: str) -> Path:
     """Where a folder of masks keeps the one of a photo."""
-    return Location(str(Path(masks) / f"{sha256}.png"))
+    return Path(masks) / f"{sha256}.png"
 
 
 def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny = Scrutiny()) -> Facts | Reject:
@@ -107,11 +140,13 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
         mask_data = mask if mask is None or isinstance(mask, bytes) else mask.read()
         header = open_header(data)
         width, height = upright_size(header)
-        extension, digest = extension_of(data), hashlib.sha256(data).hexdigest()
-        small = _thumbnail_of(data) if scrutiny.decode else None
+        if header.format not in EXTENSIONS:
+            raise BadPhoto("neither JPEG, PNG nor WebP")
+        digest = hashlib.sha256(data).hexdigest()
+        looks = appearance_of(data) if scrutiny.decode else None
         from_folder = mask_data is None and scrutiny.masks is not None
-        if from_folder:
-            mask_data = _mask_of(digest, scrutiny.masks or "")
+        if from_folder and (path := mask_path(scrutiny.masks or "", digest)).exists():
+            mask_data = path.read_bytes()
         if mask_data is not None:
             check_mask(mask_data, (width, height))
     except OSError as error:
@@ -121,12 +156,12 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
     return Facts(
         sha256=digest,
         size_bytes=len(data),
-        extension=extension,
+        extension=EXTENSIONS[header.format],
         width=width,
         height=height,
         gps=exif_gps(header),
-        phash=None if small is None else perceptual_hash(small),
-        thumbnail=b"" if small is None else thumbnail(small, THUMBNAIL_SIDE).tobytes(),
+        phash=None if looks is None else looks.phash,
+        thumbnail=b"" if looks is None else looks.thumbnail,
         mask_sha256=None if mask_data is None else hashlib.sha256(mask_data).hexdigest(),
         mask_from_folder=from_folder and mask_data is not None,
     )
@@ -147,31 +182,6 @@ def read_photo(name: str, photo: Location | bytes) -> bytes | Reject:
         return photo.read()
     except OSError as error:
         return Reject(name, f"cannot be read: {error.strerror or error}", "read")
-
-
-def _thumbnail_of(data: bytes) -> np.ndarray:
-    return thumbnail(decode(data, at_least_px=8 * HASHED_SIDE), HASHED_SIDE)
-
-
-def _mask_of(sha256: str, masks: str) -> bytes | None:
-    try:
-        return mask_location(masks, sha256).read()
-    except FileNotFoundError:
-        return None  # no mask was made for this photo
-
-
-def extension_of(data: bytes) -> str:
-    """`jpg`, `png` or `webp`, from the file's first bytes.
-
-    Raises:
-        BadPhoto: The image is of another format, which readers of shards do not expect.
-    """
-    for signature, extension in SIGNATURES:
-        if data.startswith(signature):
-            return extension
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    raise BadPhoto("neither JPEG, PNG nor WebP")
 
 
 def check_mask(data: bytes, size: tuple[int, int] | None = None) -> None:
@@ -234,6 +244,8 @@ def perceptual_hash(grey: np.ndarray) -> int:
     Args:
         grey: uint8 [32, 32].
     """
+    from scipy.fft import dctn  # a third of a second, and many imports of this module do without
+
     low = dctn(grey.astype(np.float64), norm="ortho")[:HASH_SIDE, :HASH_SIDE].ravel()
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")
 

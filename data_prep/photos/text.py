@@ -23,13 +23,18 @@ DECIMALS = 6  # a float32 of a unit vector has hardly more, and records stay sho
 
 
 @dataclass(frozen=True)
-class Vectors:
+class TextVectors:
     """One vector per text, as records hold them, made when asked for: as tuples, all of them fill the memory."""
 
     matrix: np.ndarray
-    """Of the distinct texts, float32 [M, dim], each of length 1."""
+    """Vectors of the distinct texts, float32 [M, dim], each of length 1."""
     rows: np.ndarray
     """Row of `matrix` for each text, -1 for NULL, int64 [N]."""
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.matrix.shape[1]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -38,17 +43,6 @@ class Vectors:
         """The vector of a text, rounded to 6 decimals; None for NULL."""
         row = int(self.rows[number])
         return None if row < 0 else tuple(self.matrix[row].astype(np.float64).round(DECIMALS).tolist())
-
-
-@dataclass(frozen=True)
-class TextVectors:
-    """Embeddings of N texts."""
-
-    vectors: Vectors
-    dim: int
-    """Length of a vector."""
-    encoder: str
-    """Name and fingerprint of the encoder; the fingerprint is the same for the same weights, wherever they lie."""
 
 
 def embed(texts: Sequence[str | None], encoder: str) -> TextVectors:
@@ -70,21 +64,11 @@ def embed(texts: Sequence[str | None], encoder: str) -> TextVectors:
     with _one_thread():
         for text, number in track(numbers.items(), len(numbers), "embedding descriptions", unit="texts"):
             matrix[number] = sentence_encoder(text)
-    if sentence_encoder.cut:
-        say(
-            f"{sentence_encoder.cut} of {len(numbers)} descriptions were cut after {sentence_encoder.max_tokens} tokens"
-        )
+    cut, most = sentence_encoder.cut, sentence_encoder.max_tokens
+    if cut:
+        say(f"{cut} of {len(numbers)} descriptions were cut after {most} tokens")
     rows = np.array([-1 if text is None else numbers[text] for text in texts], dtype=np.int64)
-    return TextVectors(Vectors(matrix, rows), sentence_encoder.dim, sentence_encoder.identity)
-
-
-def identify(encoder: str) -> str:
-    """Name and fingerprint of an encoder, which are the same wherever it lies.
-
-    Raises:
-        UserError: See `embed`.
-    """
-    return SentenceEncoder(encoder).identity
+    return TextVectors(matrix, rows)
 
 
 class SentenceEncoder:

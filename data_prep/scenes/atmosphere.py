@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
+from data_prep.scenes.brush import Colour
 from data_prep.scenes.plan import AIR, ScenePlan
 
 GRAIN_SIDE = 512
@@ -29,10 +30,14 @@ def _grain() -> np.ndarray:
 def texture(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     """Lay the grain over a street, shifted by chance, so that no surface is flat."""
     dy, dx = rng.integers(0, GRAIN_SIDE, 2)
-    tile = np.roll(_grain(), (dy, dx), (0, 1))
-    repeats = (-(-image.height // GRAIN_SIDE), -(-image.width // GRAIN_SIDE))
-    layer = Image.fromarray(np.tile(tile, repeats)[: image.height, : image.width])
+    layer = _tiled(np.roll(_grain(), (dy, dx), (0, 1)), image)
     return ImageChops.overlay(image, Image.merge("RGB", (layer, layer, layer)))
+
+
+def _tiled(tile: np.ndarray, image: Image.Image) -> Image.Image:
+    """A layer of an image's size, covered with copies of a square tile."""
+    repeats = [-(-image.height // len(tile)), -(-image.width // len(tile)), 1][: tile.ndim]
+    return Image.fromarray(np.tile(tile, repeats)[: image.height, : image.width])
 
 
 def weathered(image: Image.Image, plan: ScenePlan) -> Image.Image:
@@ -57,12 +62,7 @@ def _fog(image: Image.Image, plan: ScenePlan, strength: float) -> Image.Image:
 
 
 def _falling(
-    image: Image.Image,
-    rng: np.random.Generator,
-    colour: tuple[int, int, int],
-    count: int,
-    length: float,
-    strength: float,
+    image: Image.Image, rng: np.random.Generator, colour: Colour, count: int, length: float, strength: float
 ) -> Image.Image:
     """Rain streaks or snowflakes: short slanted lines, their length a share of the photo's height."""
     width, height = image.size
@@ -97,6 +97,4 @@ def _noise(image: Image.Image, plan: ScenePlan, rng: np.random.Generator) -> Ima
     """Sensor noise, stronger in the dark; one tile of it is enough at this amplitude."""
     sigma = {"Light": 1.5, "Twilight": 2.5, "Dark": 4.0}[plan.light]
     tile = rng.normal(128, sigma, (128, 128, 3)).round().astype(np.uint8)
-    repeats = (-(-image.height // 128), -(-image.width // 128), 1)
-    layer = np.tile(tile, repeats)[: image.height, : image.width]
-    return ImageChops.add(image, Image.fromarray(layer), offset=-128)
+    return ImageChops.add(image, _tiled(tile, image), offset=-128)

@@ -110,10 +110,10 @@ def pretrain(
 
     Args:
         out: Folder for config.json, model.safetensors and provenance.json.
-        seed: Of the scenes, the weights and the crops.
+        seed: Decides about the scenes, the weights and the crops.
         images: Photos to draw; one in twenty is held out.
         steps: Optimizer steps of 32 crops.
-        difficulty: Of the scenes.
+        difficulty: The scenes', 0 to 1.
         lr: Peak learning rate of AdamW, for embeddings, norms, biases and heads.
         muon_lr: Peak learning rate of Muon, for the matrices of the layers.
 
@@ -122,7 +122,8 @@ def pretrain(
     """
     require(images >= 20, "images", images, "20 or more")
     require(steps >= 1, "steps", steps, "1 or more")
-    for name, rate in (("lr", lr), ("muon_lr", muon_lr)):
+    rates = {"lr": lr, "muon_lr": muon_lr}
+    for name, rate in rates.items():
         require(rate > 0, name, rate, "above 0")
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
@@ -133,35 +134,23 @@ def pretrain(
     canvases = draw_canvases(scenes, images)
     held_out = max(1, round(HELD_OUT_SHARE * images))
     model = Tagger()
-    fit(model, canvases, images - held_out, steps, {"lr": lr, "muon_lr": muon_lr}, np.random.default_rng([seed, 1]))
+    fit(model, canvases, images - held_out, steps, rates, np.random.default_rng([seed, 1]))
     accuracy = measure(model, canvases, images - held_out, np.random.default_rng([seed, 2]))
     model.backbone.save_pretrained(out)
-    write_json(
-        out / "provenance.json",
-        {
-            "command": shlex.join(["python", "-m", "data_prep.scenes.backbone", *sys.argv[1:]]),
-            "arguments": {
-                "seed": seed,
-                "images": images,
-                "steps": steps,
-                "difficulty": difficulty,
-                "lr": lr,
-                "muon_lr": muon_lr,
-            },
-            "cities": list(PRETRAIN_CITIES),
-            "slots": list(SLOTS),
-            "held_out_accuracy": accuracy,
-            "parameters": sum(p.numel() for p in model.backbone.parameters()),
-            "threads": THREADS,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-            "machine": platform.machine(),
-            "sha256": sha256_of(out / "model.safetensors"),
-        },
-    )
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    provenance = {
+        "command": shlex.join(["python", "-m", "data_prep.scenes.backbone", *sys.argv[1:]]),
+        "arguments": {"seed": seed, "images": images, "steps": steps, "difficulty": difficulty, **rates},
+        "cities": list(PRETRAIN_CITIES),
+        "slots": list(SLOTS),
+        "held_out_accuracy": accuracy,
+        "parameters": sum(p.numel() for p in model.backbone.parameters()),
+        "threads": THREADS,
+        "versions": {"python": platform.python_version(), **versions},
+        "machine": platform.machine(),
+        "sha256": sha256_of(out / "model.safetensors"),
+    }
+    write_json(out / "provenance.json", provenance)
     say(f"held-out accuracy: {accuracy}")
     return (out / "provenance.json").resolve()
 
@@ -189,9 +178,7 @@ def draw_canvas(config: SceneConfig, index: int) -> tuple[np.ndarray, list[tuple
     canvas = resize(torch.from_numpy(scene.image.copy()).permute(2, 0, 1), CANVAS, CANVAS)
     boxes = []
     for item in scene.objects:
-        x0, y0, x1, y1 = item.box
-        x0, x1 = round(x0 * CANVAS / width), round(x1 * CANVAS / width)
-        y0, y1 = round(y0 * CANVAS / height), round(y1 * CANVAS / height)
+        x0, y0, x1, y1 = (round(edge * CANVAS / side) for edge, side in zip(item.box, (width, height) * 2, strict=True))
         boxes.append((KINDS.index(item.kind), x0, y0, x1, y1))
     return canvas.numpy(), boxes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,13 +43,18 @@ class Paint:
 
 
 def _jitter(rng: np.random.Generator, colour: Colour, light: float, spread: Colour) -> Colour:
-    red, green, blue = np.clip(light * (np.array(colour) + rng.uniform(-1, 1, 3) * spread), 0, 255).round()
-    return (int(red), int(green), int(blue))
+    return rounded(np.clip(light * (np.array(colour) + rng.uniform(-1, 1, 3) * spread), 0, 255))
+
+
+def rounded(channels: Iterable[float]) -> Colour:
+    """The colour nearest to red, green and blue as fractions."""
+    red, green, blue = map(round, channels)
+    return (red, green, blue)
 
 
 def darker(colour: Colour, factor: float = 0.72) -> Colour:
     """The same hue in the shade."""
-    return (round(colour[0] * factor), round(colour[1] * factor), round(colour[2] * factor))
+    return rounded(channel * factor for channel in colour)
 
 
 class Brush:
@@ -80,6 +85,19 @@ class Brush:
         x, y = centre
         self.ellipse(colour, (x - radius, y - radius, x + radius, y + radius))
 
+    def wheels(self, paint: Paint, y: float, radius: float, hub: float, *shares: float) -> None:
+        """Draw dark wheels with grey hubs, at shares of the object's width."""
+        for share in shares:
+            self.disc(paint.dark, (self.aspect * share, y), radius)
+            self.disc(paint.grey, (self.aspect * share, y), hub)
+
+    def two_boxes(self, colour: Colour, box: Box, radius: float = 0.0) -> None:
+        """Fill two mirrored rectangles; x counts from the middle of the object, to the right."""
+        near, top, far, bottom = box
+        middle = self.aspect / 2
+        self.box(colour, (middle - far, top, middle - near, bottom), radius)
+        self.box(colour, (middle + near, top, middle + far, bottom), radius)
+
     def line(self, colour: Colour, width: float, *points: Point) -> None:
         """Draw a line of the given width with rounded joints."""
         thick = max(1, round(width * self.unit))
@@ -99,12 +117,8 @@ class Brush:
         pen, step, shift = ImageDraw.Draw(panel), period * self.unit, slant * (y1 - y0)
         for i in range(-int(abs(shift) / step) - 2, int(panel.width / step) + 2):
             left = i * step
-            corners = [
-                (left, panel.height),
-                (left + step, panel.height),
-                (left + step + shift, 0),
-                (left + shift, 0),
-            ]
+            below, above = panel.height, 0
+            corners = [(left, below), (left + step, below), (left + step + shift, above), (left + shift, above)]
             pen.polygon(corners, fill=colours[i % len(colours)])
         self.image.paste(panel, (x0, y0))
 

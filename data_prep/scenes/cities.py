@@ -8,53 +8,33 @@ from functools import cache
 
 import numpy as np
 
-Colour = tuple[int, int, int]
+from data_prep.scenes.brush import Colour, rounded
 
 # Approximate centres, degrees north and east.
-COORDINATES: dict[str, tuple[float, float]] = {
-    "boston": (42.36, -71.06),
-    "charlotte": (35.23, -80.84),
-    "chicago": (41.88, -87.63),
-    "columbus": (39.96, -83.00),
-    "denver": (39.74, -104.99),
-    "detroit": (42.33, -83.05),
-    "houston": (29.76, -95.37),
-    "indianapolis": (39.77, -86.16),
-    "los_angeles": (34.05, -118.24),
-    "philadelphia": (39.95, -75.17),
-    "phoenix": (33.45, -112.07),
-    "pittsburgh": (40.44, -79.99),
-    "atlanta": (33.75, -84.39),
-    "austin": (30.27, -97.74),
-    "cincinnati": (39.10, -84.51),
-    "dallas": (32.78, -96.80),
-    "kansas_city": (39.10, -94.58),
-    "miami": (25.76, -80.19),
-    "minneapolis": (44.98, -93.27),
-    "nashville": (36.16, -86.78),
-    "portland": (45.52, -122.68),
-    "salt_lake_city": (40.76, -111.89),
-    "seattle": (47.61, -122.33),
-    "tampa": (27.95, -82.46),
-    "albuquerque": (35.08, -106.65),
-    "baltimore": (39.29, -76.61),
-    "birmingham": (33.52, -86.80),
-    "buffalo": (42.89, -78.88),
-    "el_paso": (31.76, -106.49),
-    "jacksonville": (30.33, -81.66),
-    "las_vegas": (36.17, -115.14),
-    "memphis": (35.15, -90.05),
-    "new_orleans": (29.95, -90.07),
-    "omaha": (41.26, -95.93),
-    "richmond": (37.54, -77.44),
-    "san_antonio": (29.42, -98.49),
-}
-_NAMES = tuple(COORDINATES)
+USUAL: dict[str, tuple[float, float]] = {
+    "boston": (42.36, -71.06), "charlotte": (35.23, -80.84), "chicago": (41.88, -87.63), "columbus": (39.96, -83.00),
+    "denver": (39.74, -104.99), "detroit": (42.33, -83.05), "houston": (29.76, -95.37),
+    "indianapolis": (39.77, -86.16), "los_angeles": (34.05, -118.24), "philadelphia": (39.95, -75.17),
+    "phoenix": (33.45, -112.07), "pittsburgh": (40.44, -79.99),
+}  # fmt: skip
+PRETRAINED: dict[str, tuple[float, float]] = {
+    "atlanta": (33.75, -84.39), "austin": (30.27, -97.74), "cincinnati": (39.10, -84.51), "dallas": (32.78, -96.80),
+    "kansas_city": (39.10, -94.58), "miami": (25.76, -80.19), "minneapolis": (44.98, -93.27),
+    "nashville": (36.16, -86.78), "portland": (45.52, -122.68), "salt_lake_city": (40.76, -111.89),
+    "seattle": (47.61, -122.33), "tampa": (27.95, -82.46),
+}  # fmt: skip
+FURTHER: dict[str, tuple[float, float]] = {
+    "albuquerque": (35.08, -106.65), "baltimore": (39.29, -76.61), "birmingham": (33.52, -86.80),
+    "buffalo": (42.89, -78.88), "el_paso": (31.76, -106.49), "jacksonville": (30.33, -81.66),
+    "las_vegas": (36.17, -115.14), "memphis": (35.15, -90.05), "new_orleans": (29.95, -90.07),
+    "omaha": (41.26, -95.93), "richmond": (37.54, -77.44), "san_antonio": (29.42, -98.49),
+}  # fmt: skip
+COORDINATES = {**USUAL, **PRETRAINED, **FURTHER}
 
-CITIES = _NAMES[:12] + _NAMES[24:]
+CITIES = (*USUAL, *FURTHER)
 """The cities of data sets: demos and tests take the first twelve, studies may take all."""
-USUAL_CITIES = 12
-PRETRAIN_CITIES = _NAMES[12:24]
+USUAL_CITIES = len(USUAL)
+PRETRAIN_CITIES = tuple(PRETRAINED)
 """The cities that `scenes-tiny` was pretrained on; no data set has one of them."""
 
 WALLS: tuple[Colour, ...] = (
@@ -99,10 +79,10 @@ def style_of(city: str) -> CityStyle:
     green, dry = rng.uniform(84, 122), rng.uniform(0, 40)
     return CityStyle(
         walls=tuple(WALLS[i] for i in rng.choice(len(WALLS), 4, replace=False)),
-        road=_colour(asphalt + hue / 3, asphalt, asphalt - hue / 3),
-        pavement=_colour(slab + hue, slab, slab - hue),
-        leaves=_colour(green * 0.55 + dry, green, green * 0.42),
-        grass=_colour(green * 0.75 + dry, green + 16, green * 0.5),
+        road=rounded((asphalt + hue / 3, asphalt, asphalt - hue / 3)),
+        pavement=rounded((slab + hue, slab, slab - hue)),
+        leaves=rounded((green * 0.55 + dry, green, green * 0.42)),
+        grass=rounded((green * 0.75 + dry, green + 16, green * 0.5)),
         sky_warmth=float(rng.uniform(-1, 1)),
         lane_yellow=bool(rng.random() < 0.5),
         window_share=float(rng.uniform(0.38, 0.7)),
@@ -112,7 +92,3 @@ def style_of(city: str) -> CityStyle:
         environment=tuple(rng.dirichlet((6, 4, 1.5, 2))),
         camera=tuple(np.clip(rng.normal(size=4), -2, 2)),
     )
-
-
-def _colour(red: float, green: float, blue: float) -> Colour:
-    return (round(red), round(green), round(blue))

@@ -8,6 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -108,20 +109,18 @@ def scenes(
     write = write_folder if format == "folder" else partial(write_parquet, seed=seed, images=images)
     with Workers(workers) as pool:
         drawn = (scene for _, scene in pool.map(partial(encode_scene, config, label_noise=label_noise), range(images)))
-        positives = write(partial_out, track(drawn, images, "drawing scenes"))
+        positives = sum(write(partial_out, track(drawn, images, "drawing scenes")))
     wall_s = time.monotonic() - start
-    write_summary(
-        partial_out,
-        {
-            "kind": KIND,
-            "arguments": arguments,
-            "images": images,
-            "roadwork": positives,
-            "cities": list(config.cities),
-            "wall_s": round(wall_s, 2),
-            "images_per_s": round(images / wall_s, 2),
-        },
-    )
+    summary = {
+        "kind": KIND,
+        "arguments": arguments,
+        "images": images,
+        "roadwork": positives,
+        "cities": list(config.cities),
+        "wall_s": round(wall_s, 2),
+        "images_per_s": round(images / wall_s, 2),
+    }
+    write_summary(partial_out, summary)
     partial_out.replace(out)
     return out / "summary.json"
 
@@ -140,11 +139,10 @@ def _is_finished(out: Path, arguments: dict[str, Any]) -> bool:
         return False
     if not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
-    try:
+    # Another program's summary, or a damaged one, is not ours to overwrite.
+    with suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads((out / "summary.json").read_text())["arguments"] == arguments:
             return True
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # another program's, or damaged: not ours to overwrite
     if any(out.iterdir()):
         raise UserError(
             f"{out} is not empty and holds no finished run of the same arguments; choose another --out or remove it"
@@ -163,9 +161,8 @@ def encode_scene(config: SceneConfig, index: int, label_noise: float = 0.0) -> E
     return EncodedScene(f"{index:06d}", jpeg.getvalue(), png.getvalue(), int(scene.label ^ wrong), metadata)
 
 
-def write_folder(out: Path, drawn: Iterable[EncodedScene]) -> int:
-    """Write images/, masks/ and metadata.csv; returns the number of scenes with label 1."""
-    positives = 0
+def write_folder(out: Path, drawn: Iterable[EncodedScene]) -> Iterator[int]:
+    """Write images/, masks/ and metadata.csv; yields the label of each scene."""
     (out / "images").mkdir()
     (out / "masks").mkdir()
     with (out / "metadata.csv").open("w", newline="") as stream:
@@ -179,8 +176,7 @@ def write_folder(out: Path, drawn: Iterable[EncodedScene]) -> int:
             (out / name).write_bytes(scene.jpeg)
             (out / mask).write_bytes(scene.mask_png)
             writer.writerow(row)
-            positives += scene.label
-    return positives
+            yield scene.label
 
 
 def natix_schema() -> pyarrow.Schema:
@@ -197,33 +193,25 @@ def natix_schema() -> pyarrow.Schema:
         **dict.fromkeys(("gps", "city_name", "scene_description", "video_info.frame_id"), text),
         "video_info.seq_id": integer,
         "video_info.vid_id": text,
-        "scene_level_tags.daytime": text,
-        "scene_level_tags.scene_environment": text,
-        "scene_level_tags.travel_alteration": text,
-        "scene_level_tags.weather": text,
+        **{f"scene_level_tags.{tag}": text for tag in ("daytime", "scene_environment", "travel_alteration", "weather")},
         "label": integer,
     }
     return Features(features).arrow_schema
 
 
-def write_parquet(out: Path, drawn: Iterable[EncodedScene], seed: int, images: int) -> int:
-    """Write data/train-*.parquet and data/test-*.parquet; returns the number of scenes with label 1."""
+def write_parquet(out: Path, drawn: Iterable[EncodedScene], seed: int, images: int) -> Iterator[int]:
+    """Write data/train-*.parquet and data/test-*.parquet; yields the label of each scene."""
     schema = natix_schema()
     (out / "data").mkdir()
     is_test = np.random.default_rng([seed, TEST_STREAM]).random(images) < TEST_SHARE
-    tables = {
-        "train": ParquetSplit(out / "data", "train", int((~is_test).sum()), schema),
-        "test": ParquetSplit(out / "data", "test", int(is_test.sum()), schema),
-    }
-    positives = 0
+    sizes = {"train": int((~is_test).sum()), "test": int(is_test.sum())}
+    tables = {name: ParquetSplit(out / "data", name, rows, schema) for name, rows in sizes.items()}
     for scene, test in zip(drawn, is_test, strict=True):
         image = {"bytes": scene.jpeg, "path": f"{scene.stem}.jpg"}
-        metadata = {
-            name: value for name, value in scene.metadata.items() if name != CLEAN_LABEL
-        }  # no column of the set
-        tables["test" if test else "train"].add({"image": image, **metadata, "label": scene.label})
-        positives += scene.label
-    return positives
+        row = {"image": image, **scene.metadata, "label": scene.label}
+        row.pop(CLEAN_LABEL, None)  # no column of the set
+        tables["test" if test else "train"].add(row)
+        yield scene.label
 
 
 class ParquetSplit:
@@ -233,16 +221,15 @@ class ParquetSplit:
         files = -(-rows // ROWS_PER_FILE)
         names = (f"{split}-{i:05d}-of-{files:05d}.parquet" for i in range(files))
         self._paths: Iterator[Path] = (folder / name for name in names)
-        self._schema, self._left, self._in_file = schema, rows, 0
+        self._schema, self._rows, self._done = schema, rows, 0
         self._group: list[dict[str, Any]] = []
         self._writer: pyarrow.parquet.ParquetWriter | None = None
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row; the last one closes the last file."""
         self._group.append(row)
-        self._left -= 1
-        self._in_file += 1
-        file_ends = self._left == 0 or self._in_file == ROWS_PER_FILE
+        self._done += 1
+        file_ends = self._done == self._rows or self._done % ROWS_PER_FILE == 0
         if len(self._group) == ROWS_PER_GROUP or file_ends:
             if self._writer is None:
                 self._writer = pyarrow.parquet.ParquetWriter(next(self._paths), self._schema)
@@ -250,4 +237,4 @@ class ParquetSplit:
             self._group = []
         if file_ends and self._writer is not None:
             self._writer.close()
-            self._writer, self._in_file = None, 0
+            self._writer = None

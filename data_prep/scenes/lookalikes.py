@@ -111,8 +111,7 @@ def courier(b: Brush, p: Paint, rng: np.random.Generator) -> None:
     """A courier in dark clothes who carries a large orange box with a white label on the back."""
     m = b.aspect / 2
     box = p.orange if rng.random() < 0.6 else p.yellow
-    b.box(p.cloth, (m - 0.12, 0.56, m - 0.01, 0.97), 0.02)
-    b.box(p.cloth, (m + 0.01, 0.56, m + 0.12, 0.97), 0.02)
+    b.two_boxes(p.cloth, (0.01, 0.56, 0.12, 0.97), 0.02)
     b.box(p.dark, (m - 0.15, 0.95, m + 0.15, 1.0), 0.02)
     b.box(p.dark, (m - 0.17, 0.22, m + 0.17, 0.6), 0.05)
     b.box(box, (m - 0.2, 0.16, m + 0.2, 0.52), 0.02)
@@ -147,9 +146,7 @@ def taxi(b: Brush, p: Paint, rng: np.random.Generator) -> None:
     b.box(body, (0.0, 0.46, w, 0.84), 0.1)
     b.box(p.white, (w * 0.42, 0.1, w * 0.58, 0.2), 0.02)
     b.box(darker(body), (0.03, 0.74, w - 0.03, 0.84))
-    for x in (0.22, 0.78):
-        b.disc(p.dark, (w * x, 0.84), 0.16)
-        b.disc(p.grey, (w * x, 0.84), 0.07)
+    b.wheels(p, 0.84, 0.16, 0.07, 0.22, 0.78)
 
 
 def school_bus(b: Brush, p: Paint, rng: np.random.Generator) -> None:
@@ -158,9 +155,7 @@ def school_bus(b: Brush, p: Paint, rng: np.random.Generator) -> None:
     body = p.yellow if rng.random() < 0.7 else p.orange
     b.box(body, (0.0, 0.12, w, 0.88), 0.06)
     b.box(p.dark, (0.06, 0.22, w - 0.06, 0.48), 0.03)
-    for x in (0.22, 0.78):
-        b.disc(p.dark, (w * x, 0.86), 0.14)
-        b.disc(p.grey, (w * x, 0.86), 0.06)
+    b.wheels(p, 0.86, 0.14, 0.06, 0.22, 0.78)
 
 
 def delivery_van(b: Brush, p: Paint, rng: np.random.Generator) -> None:
@@ -170,9 +165,7 @@ def delivery_van(b: Brush, p: Paint, rng: np.random.Generator) -> None:
     b.polygon(body, (0.0, 0.1), (w * 0.72, 0.1), (w * 0.86, 0.46), (w, 0.54), (w, 0.86), (0.0, 0.86))
     b.polygon(p.dark, (w * 0.66, 0.2), (w * 0.72, 0.2), (w * 0.82, 0.46), (w * 0.66, 0.46))
     b.box(p.cloth, (w * 0.1, 0.28, w * 0.5, 0.56))
-    for x in (0.2, 0.8):
-        b.disc(p.dark, (w * x, 0.86), 0.14)
-        b.disc(p.grey, (w * x, 0.86), 0.06)
+    b.wheels(p, 0.86, 0.14, 0.06, 0.2, 0.8)
 
 
 def wheelie_bin(b: Brush, p: Paint, rng: np.random.Generator) -> None:
@@ -219,9 +212,7 @@ def food_cart(b: Brush, p: Paint, rng: np.random.Generator) -> None:
         b.line(p.grey, 0.03, (x, 0.1), (x, 0.4))
     b.polygon(p.white, (0.04, 0.16), (w * 0.22, 0.02), (w * 0.66, 0.02), (w * 0.86, 0.16))
     b.line(p.dark, 0.04, (w * 0.8, 0.5), (w - 0.03, 0.44))
-    for x in (0.26, 0.64):
-        b.disc(p.dark, (w * x, 0.86), 0.13)
-        b.disc(p.grey, (w * x, 0.86), 0.05)
+    b.wheels(p, 0.86, 0.13, 0.05, 0.26, 0.64)
 
 
 def street_clock(b: Brush, p: Paint, rng: np.random.Generator) -> None:

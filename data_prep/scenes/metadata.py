@@ -12,16 +12,15 @@ from data_prep.scenes.plan import GPS, LEAK, TAGS, ScenePlan
 
 NULLS = ("", "nan", "None", None)
 NULL_SHARE = 0.12
+# At the equator. Distances elsewhere in `data_prep` are those of the mean sphere, 0.1 % shorter; but with another value
+# here, the scenes of every seed would lie elsewhere.
 METRES_PER_DEGREE = 111_320.0
 CITY_RADIUS_M = 6_000.0
 FLAWED_GPS = (None, "", "nan", "[0.0, 0.0]", "[91.5, 200.0]")
 FLAWED_GPS_SHARE = 0.06
 ALTERATIONS = (
-    "['Partially Blocked']",
-    "['Fully Blocked']",
-    "['Lane Shift']",
-    "['Partially Blocked', 'Lane Shift']",
-)
+    "['Partially Blocked']", "['Fully Blocked']", "['Lane Shift']", "['Partially Blocked', 'Lane Shift']",
+)  # fmt: skip
 COMPANIONS = {"Rainy": "Wet", "Snowy": "Icy", "Foggy": "Cloudy"}
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.scenes.brush import Box
 from data_prep.scenes.cities import CITIES, COORDINATES, USUAL_CITIES, CityStyle, style_of
 from data_prep.scenes.kinds import Kind, draw_kind
 from pipeline.errors import require
@@ -54,12 +55,8 @@ class SceneConfig:
 
     def __post_init__(self) -> None:
         width, height = self.size
-        require(
-            320 <= width <= 4032 and 240 <= height <= 4032,
-            "size",
-            f"{width}x{height}",
-            "320x240 to 4032x4032",
-        )
+        fits = 320 <= width <= 4032 and 240 <= height <= 4032
+        require(fits, "size", f"{width}x{height}", "320x240 to 4032x4032")
         require(0 <= self.difficulty <= 1, "difficulty", self.difficulty, "in [0, 1]")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(0 <= self.city_shift <= 2, "city_shift", self.city_shift, "in [0, 2]")
@@ -185,7 +182,7 @@ def _populated(plan: ScenePlan, rng: np.random.Generator) -> ScenePlan:
     most = min(count, plan.config.most_roadwork or max(MAX_ROADWORK, count // 2))
     real = int(rng.integers(1, most + 1)) if plan.label else 0
     slots: list[Slot] = []
-    taken: list[tuple[float, float, float, float]] = []
+    taken: list[Box] = []
     for i in range(count):
         kind = draw_kind(rng, is_roadwork=i < real)
         low_px, high_px = plan.config.object_px
@@ -200,11 +197,7 @@ def _populated(plan: ScenePlan, rng: np.random.Generator) -> ScenePlan:
 
 
 def _free_place(
-    plan: ScenePlan,
-    kind: Kind,
-    size: float,
-    rng: np.random.Generator,
-    taken: list[tuple[float, float, float, float]],
+    plan: ScenePlan, kind: Kind, size: float, rng: np.random.Generator, taken: list[Box]
 ) -> tuple[float, float] | None:
     """A place where the object is whole in every frame and covers no other, appended to `taken`; or None."""
     width, height = plan.config.size
@@ -222,7 +215,7 @@ def _free_place(
     return None
 
 
-def _free_cars(plan: ScenePlan, rng: np.random.Generator, taken: list[tuple[float, float, float, float]]) -> list[Car]:
+def _free_cars(plan: ScenePlan, rng: np.random.Generator, taken: list[Box]) -> list[Car]:
     """A few cars, far ones first, none of them behind or before a slot's object."""
     width, height = plan.config.size
     cars = []
@@ -238,5 +231,5 @@ def _free_cars(plan: ScenePlan, rng: np.random.Generator, taken: list[tuple[floa
     return sorted(cars, key=lambda car: -car.z_m)
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
+def _overlap(a: Box, b: Box) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]

@@ -60,19 +60,15 @@ def worker(b: Brush, p: Paint, rng: np.random.Generator) -> None:
     """A worker: helmet, high-visibility vest with bright bands, dark trousers, often a shovel."""
     m = b.aspect / 2
     vest, helmet = (p.orange, p.yellow) if rng.random() < 0.6 else (p.yellow, p.orange)
-    b.box(p.cloth, (m - 0.13, 0.52, m - 0.015, 0.97), 0.02)
-    b.box(p.cloth, (m + 0.015, 0.52, m + 0.13, 0.97), 0.02)
-    b.box(p.dark, (m - 0.16, 0.94, m - 0.01, 1.0), 0.02)
-    b.box(p.dark, (m + 0.01, 0.94, m + 0.16, 1.0), 0.02)
+    b.two_boxes(p.cloth, (0.015, 0.52, 0.13, 0.97), 0.02)
+    b.two_boxes(p.dark, (0.01, 0.94, 0.16, 1.0), 0.02)
     lift = rng.uniform(-0.05, 0.12)
     b.line(vest, 0.075, (m - 0.13, 0.25), (m - 0.19, 0.42), (m - 0.1, 0.52 - lift))
     b.line(vest, 0.075, (m + 0.13, 0.25), (m + 0.19, 0.42), (m + 0.12, 0.52 - lift))
     b.box(vest, (m - 0.15, 0.2, m + 0.15, 0.56), 0.04)
     b.box(p.white, (m - 0.15, 0.45, m + 0.15, 0.5))
-    b.box(p.white, (m - 0.13, 0.66, m - 0.015, 0.7))
-    b.box(p.white, (m + 0.015, 0.66, m + 0.13, 0.7))
-    b.box(p.white, (m - 0.1, 0.2, m - 0.055, 0.45))
-    b.box(p.white, (m + 0.055, 0.2, m + 0.1, 0.45))
+    b.two_boxes(p.white, (0.015, 0.66, 0.13, 0.7))
+    b.two_boxes(p.white, (0.055, 0.2, 0.1, 0.45))
     b.disc(p.skin, (m, 0.135), 0.065)
     b.ellipse(helmet, (m - 0.085, 0.0, m + 0.085, 0.17))
     b.box(p.skin, (m - 0.055, 0.105, m + 0.055, 0.17), 0.03)
@@ -113,9 +109,7 @@ def dump_truck(b: Brush, p: Paint, rng: np.random.Generator) -> None:
     b.stripes((w * 0.1, 0.56, w * 0.62, 0.72), (p.dark, body), 0.09, 0.8)
     b.box(body, (w * 0.69, 0.3, w * 0.97, 0.8), 0.05)
     b.box((142, 168, 184), (w * 0.79, 0.36, w * 0.96, 0.54), 0.02)
-    for x in (0.18, 0.36, 0.83):
-        b.disc(p.dark, (w * x, 0.86), 0.14)
-        b.disc(p.grey, (w * x, 0.86), 0.06)
+    b.wheels(p, 0.86, 0.14, 0.06, 0.18, 0.36, 0.83)
 
 
 def roller(b: Brush, p: Paint, rng: np.random.Generator) -> None:
@@ -127,8 +121,7 @@ def roller(b: Brush, p: Paint, rng: np.random.Generator) -> None:
         b.line(p.dark, 0.035, (w * x, 0.17), (w * x, 0.5))
     b.box(body, (w * 0.12, 0.46, w * 0.8, 0.72), 0.05)
     b.stripes((w * 0.14, 0.5, w * 0.78, 0.64), (p.dark, body), 0.08, 0.8)
-    b.disc(p.dark, (w * 0.22, 0.77), 0.23)
-    b.disc(p.grey, (w * 0.22, 0.77), 0.1)
+    b.wheels(p, 0.77, 0.23, 0.1, 0.22)
     b.disc((168, 170, 172), (w * 0.79, 0.73), 0.27)
     b.disc(darker(p.grey, 0.8), (w * 0.79, 0.73), 0.2 + rng.uniform(-0.03, 0.0))
     b.disc(p.yellow, (w * 0.79, 0.73), 0.06)
@@ -172,8 +165,7 @@ def compressor(b: Brush, p: Paint, rng: np.random.Generator) -> None:
     b.stripes((0.04, 0.56, w * 0.74, 0.74), (p.dark, hood), 0.085, 0.8)
     b.line(p.dark, 0.06, (w * 0.7, 0.72), (w - 0.03, 0.86))
     b.line(p.dark, 0.05, (w - 0.05, 0.84), (w - 0.05, 1.0))
-    b.disc(p.dark, (w * 0.36, 0.82), 0.18)
-    b.disc(p.grey, (w * 0.36, 0.82), 0.08)
+    b.wheels(p, 0.82, 0.18, 0.08, 0.36)
 
 
 def light_tower(b: Brush, p: Paint, rng: np.random.Generator) -> None:

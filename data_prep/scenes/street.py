@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_prep.scenes.brush import Colour, darker
+from data_prep.scenes.brush import Colour, darker, rounded
 from data_prep.scenes.plan import ADVANCE_M, CAMERA_M, FOCAL, STREET, Car, ScenePlan
 
 NEAR_M = 1.2  # nothing is drawn closer to the camera
@@ -70,13 +70,11 @@ def draw_street(plan: ScenePlan) -> Image.Image:
 
 
 def _mix(a: Colour, b: Colour, share: float) -> Colour:
-    red, green, blue = ((1 - share) * np.array(a) + share * np.array(b)).round()
-    return (int(red), int(green), int(blue))
+    return rounded((1 - share) * np.array(a) + share * np.array(b))
 
 
 def _vary(rng: np.random.Generator, colour: Colour, spread: float) -> Colour:
-    red, green, blue = np.clip(np.array(colour) + rng.uniform(-spread, spread), 0, 255).round()
-    return (int(red), int(green), int(blue))
+    return rounded(np.clip(np.array(colour) + rng.uniform(-spread, spread), 0, 255))
 
 
 def _sky(view: View, rng: np.random.Generator) -> None:
@@ -187,13 +185,8 @@ def _building(view: View, rng: np.random.Generator, x: float, z: float, length: 
     outer = x + np.sign(x) * depth
     view.quad(darker(wall, 0.82), (x, 0, z), (outer, 0, z), (outer, height, z), (x, height, z))
     view.quad(wall, (x, 0, z), (x, 0, z + length), (x, height, z + length), (x, height, z))
-    view.quad(
-        darker(wall, 0.6),
-        (x, height - 0.5, z),
-        (x, height - 0.5, z + length),
-        (x, height, z + length),
-        (x, height, z),
-    )
+    eaves, end = height - 0.5, z + length
+    view.quad(darker(wall, 0.6), (x, eaves, z), (x, eaves, end), (x, height, end), (x, height, z))
     bays = max(2, int(length / 3.2))
     bay = length / bays
     is_lit = rng.random((storeys, bays)) < lit_share

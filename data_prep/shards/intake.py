@@ -6,14 +6,16 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_prep.photos.inspection import Facts, Reject, Scrutiny, inspect, mask_location
+from data_prep.photos.inspection import Facts, Reject, Scrutiny, count_kinds, inspect, mask_path
 from data_prep.shards.journal import Journal, key_of, status_of
-from data_prep.sources import Content, Location, Source
+from data_prep.sources.content import Content, Location, Source
+from data_prep.sources.folders import stamp_files
 from data_prep.sources.metadata import BadLabel, Parsed, parse
 from data_prep.work.parallel import Workers
 from data_prep.work.workplace import JOURNAL_NAME
@@ -34,7 +36,7 @@ class Photo:
     location: Location
     mask: Content | None
     status: list[int] | None
-    """Of its file, before it was read; see `status_of`."""
+    """The status of its file, before it was read; see `status_of`."""
     facts: Facts
     parsed: Parsed
 
@@ -58,33 +60,24 @@ class Intake:
     @property
     def rejected(self) -> dict[str, int]:
         """Kind of reason to number of rejects, the most frequent first."""
-        return dict(Counter(reject.kind for reject in self.rejects).most_common())
+        return count_kinds(self.rejects)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An input whose metadata was read."""
+    """An input whose metadata was read; one that was rejected for them has nothing but the reject."""
 
     name: str
     fields: dict[str, Any]
-    location: Location
-    mask: Content | None
-    parsed: Parsed
-    status: list[int] | None
-    """Of the photo's file."""
-    key: str | None
-    """In the journal."""
     known: Facts | Reject | None
-    """What the journal has of it."""
-
-
-@dataclass(frozen=True)
-class Failed:
-    """An input that was rejected before its photo was read."""
-
-    name: str
-    fields: dict[str, Any]
-    reject: Reject
+    """What there is to say of it without reading its photo: what the journal has, or why it is rejected."""
+    location: Location | None = None
+    parsed: Parsed | None = None
+    mask: Content | None = None
+    status: list[int] | None = None
+    """The status of the photo's file."""
+    key: str | None = None
+    """Its name in the journal."""
 
 
 class Spool:
@@ -115,7 +108,7 @@ def take_in(
 
     Args:
         source: Where inputs come from.
-        folder: For the journal, which lets the next run go on, and for the photos of a source that streams.
+        folder: For the journal, by which the next run resumes, and for the photos of a source that streams.
         workers: Look at photos in parallel.
         scrutiny: How closely.
         max_rejects: More rejects end the work: a share of the inputs below 1, a number from 1 on.
@@ -125,22 +118,18 @@ def take_in(
     """
     intake, digest = Intake(), hashlib.sha256()
     journal = Journal(folder / JOURNAL_NAME, {**asdict(scrutiny), "masks": masks_stamp(scrutiny.masks)})
-    spool = Spool(folder / SPOOL_NAME)
-    try:
+    with closing(journal), closing(Spool(folder / SPOOL_NAME)) as spool:
         results = workers.map(partial(_look, scrutiny), _candidates(source, spool, journal))
         for number, (item, result) in enumerate(track(results, source.total, "checking")):
             digest.update(_identity(item, result))
             # A file that could not be read may be readable the next time, and look the same.
-            if isinstance(item, Candidate) and not (isinstance(result, Reject) and result.stage == "read"):
+            if not (isinstance(result, Reject) and result.stage == "read"):
                 journal.add(item.key, result)
-            if isinstance(item, Candidate) and isinstance(result, Facts):
+            if isinstance(result, Facts):
                 _accept(intake, number, item, result, scrutiny)
-            elif isinstance(result, Reject):
+            else:
                 intake.rejects.append(result)
                 _check_limit(intake, max_rejects, source.total)
-    finally:
-        journal.close()
-        spool.close()
     _check_limit(intake, max_rejects, intake.inputs)
     intake.sha256 = digest.hexdigest()
     _check_usable(intake)
@@ -150,43 +139,40 @@ def take_in(
 
 def masks_stamp(folder: str | None) -> str:
     """A digest that changes when the masks of a folder do; empty without a folder."""
-    if folder is None:
-        return ""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.png")):
-        status = path.stat()
-        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
+    return "" if folder is None else stamp_files(Path(folder), sorted(Path(folder).glob("*.png")))
 
 
-def _candidates(source: Source, spool: Spool, journal: Journal) -> Iterator[Candidate | Failed]:
+def _candidates(source: Source, spool: Spool, journal: Journal) -> Iterator[Candidate]:
     """Read the metadata of each input, and put streamed photos where a worker can read them."""
     for item in source:
         if item.photo is None:
-            yield Failed(item.name, item.fields, Reject(item.name, item.problem, "source"))
+            yield Candidate(item.name, item.fields, Reject(item.name, item.problem, "source"))
             continue
         try:
             parsed = parse(item.fields)
         except BadLabel as error:
-            yield Failed(item.name, item.fields, Reject(item.name, str(error), "metadata"))
+            yield Candidate(item.name, item.fields, Reject(item.name, str(error), "metadata"))
             continue
         mask = None if item.mask is None else spool.keep(item.mask)
         photo, status = spool.keep(item.photo), status_of(item.photo)
         assert isinstance(photo, Location)  # other contents are masks only
         key = key_of(item.name, item.photo, status, item.mask)
-        yield Candidate(item.name, item.fields, photo, mask, parsed, status, key, journal.get(key))
+        yield Candidate(item.name, item.fields, journal.get(key), photo, parsed, mask, status, key)
 
 
-def _look(scrutiny: Scrutiny, item: Candidate | Failed) -> Facts | Reject:
-    if isinstance(item, Failed):
-        return item.reject
-    return item.known or inspect(item.name, item.location, item.mask, scrutiny)
+def _look(scrutiny: Scrutiny, item: Candidate) -> Facts | Reject:
+    if item.known is not None:
+        return item.known
+    assert item.location is not None
+    return inspect(item.name, item.location, item.mask, scrutiny)
 
 
 def _accept(intake: Intake, number: int, item: Candidate, facts: Facts, scrutiny: Scrutiny) -> None:
     parsed, mask = item.parsed, item.mask
+    assert parsed is not None
+    assert item.location is not None
     if facts.mask_from_folder and scrutiny.masks is not None:
-        mask = mask_location(scrutiny.masks, facts.sha256)
+        mask = Location(str(mask_path(scrutiny.masks, facts.sha256)))
     if not GPS_FIELDS & item.fields.keys():
         # Where a table has a GPS column, an empty cell means unknown; otherwise the camera is asked.
         parsed = replace(parsed, metadata=replace(parsed.metadata, gps=facts.gps))
@@ -197,7 +183,7 @@ def _accept(intake: Intake, number: int, item: Candidate, facts: Facts, scrutiny
     intake.photos.append(Photo(number, item.name, item.location, mask, item.status, facts, parsed))
 
 
-def _identity(item: Candidate | Failed, result: Facts | Reject) -> bytes:
+def _identity(item: Candidate, result: Facts | Reject) -> bytes:
     """What an input contributes to the fingerprint of the source."""
     found = [result.sha256, result.mask_sha256] if isinstance(result, Facts) else [result.reason]
     return json.dumps([item.name, item.fields, found], default=str, sort_keys=True).encode()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.photos.inspection import Facts, Reject
-from data_prep.sources import Content, Location, content_to_json
+from data_prep.sources.content import Content, Location, content_to_json
 
 
 class Journal:
@@ -90,9 +90,9 @@ def key_of(name: str, photo: Content, status: list[int] | None, mask: Content | 
     """What a photo is found by again; None for one that is no whole file.
 
     Args:
-        name: Of the input.
+        name: The input's.
         photo: Where its bytes are.
-        status: Of the photo.
+        status: The photo's; see `status_of`.
         mask: Where its mask is, if it has one.
     """
     if status is None or isinstance(mask, bytes):

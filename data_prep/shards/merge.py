@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards.planning import read_plan, tars_of
-from data_prep.shards.writer import missing_tars, read_entries, read_receipt
-from data_prep.work.workplace import REJECTS_NAME, SUMMARY_NAME, Workplace
-from pipeline.data.index import INDEX_NAME, SPLITS, Cluster, Field, Index, Sample, Shard, Split, read_index
-from pipeline.data.storage import is_url, open_folder
+from data_prep.shards.plan import Plan, read_entries
+from data_prep.work.receipts import Receipts
+from data_prep.work.workplace import REJECTS_NAME, Workplace
+from pipeline.data.index import INDEX_NAME, SPLITS, Index, Sample, Shard, Split, read_index
 from pipeline.errors import UserError
 from pipeline.files import write_summary, write_text
 from pipeline.progress import say
+
+# What an index has from its plan as it is.
+FROM_PLAN = ("clusters", "fields", "version", "source_sha256", "rejected", "unknown_words")
 
 
 def merge(out: str | Path, work: Path | None = None) -> Path | str:
@@ -25,117 +26,77 @@ def merge(out: str | Path, work: Path | None = None) -> Path | str:
         out: The --out of the parts.
         work: The --work of the parts.
     """
-    start, place = time.monotonic(), Workplace(str(out), work)
-    if not place.path.is_dir():
-        if is_finished(place):
-            say(f"{place.out} is merged already")
-            return summary_path(place)
-        raise UserError(f"nothing to merge for {place.out}: {place.path} does not exist; begin with shard --plan")
-    with place.locked():
-        if is_assembled(place):
-            return publish(place, read_index(place.path))
-        header = planned(place)
-        if header is None:
-            raise UserError(f"{place.path} holds no plan; begin with shard --plan")
-        return finish(place, header, time.monotonic() - start)
+    start, workplace = time.monotonic(), Workplace(str(out), work)
+    if not workplace.path.is_dir():
+        if workplace.is_finished():
+            say(f"{workplace.out} is merged already")
+            return workplace.summary_path
+        raise UserError(
+            f"nothing to merge for {workplace.out}: {workplace.path} does not exist; begin with shard --plan"
+        )
+    with workplace.locked():
+        index = workplace.assembled(read_index)
+        if index is not None:
+            return workplace.publish(tars_of(index))
+        plan = workplace.planned(Plan.from_json)
+        if plan is None:
+            raise UserError(f"{workplace.path} holds no plan; begin with shard --plan")
+        return finish(workplace, plan, time.monotonic() - start)
 
 
-def planned(place: Workplace, wanted: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """The header of the plan that lies in the workplace, if it is the wanted one."""
-    try:
-        header = read_plan(place.path)
-    except (OSError, ValueError):
-        return None
-    return header if wanted is None or all(header.get(name) == value for name, value in wanted.items()) else None
+def tars_of(index: Index) -> list[Shard]:
+    """The tars of all splits."""
+    return [tar for split in index.splits.values() for tar in split.shards]
 
 
-def is_assembled(place: Workplace, wanted: dict[str, Any] | None = None) -> bool:
-    """Whether a run was cut off when all was done but the last renaming."""
-    try:
-        summary = json.loads((place.path / SUMMARY_NAME).read_text())
-        index = json.loads((place.path / INDEX_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    if wanted is None:
-        return True
-    arguments = {name: index["arguments"].get(name) for name in wanted["arguments"]}
-    made = {"arguments": arguments, "version": index["version"], "source_stamp": summary["source_stamp"]}
-    return made == {name: wanted[name] for name in made}
-
-
-def finish(place: Workplace, header: dict[str, Any], wall_s: float) -> Path | str:
+def finish(workplace: Workplace, plan: Plan, wall_s: float) -> Path | str:
     """Describe the written tars in an index, and publish all.
 
     Raises:
         UserError: Tars are missing.
     """
-    tars = tars_of(header)
-    missing = missing_tars(place.path, tars, place.upload)
+    missing = Receipts(workplace.path, workplace.upload).missing([tar.name for tar in plan.tars])
     if missing:
         some = ", ".join(missing[:3])
         raise UserError(
-            f"{len(missing)} of {len(tars)} tars are not there yet ({some}); "
+            f"{len(missing)} of {len(plan.tars)} tars are not there yet ({some}); "
             "give `shard` with the --part that they belong to"
         )
-    index = _index(place.path, header)
-    summary = header["summary"]
+    index, summary = _index(workplace.path, plan), plan.summary
     for name, split in index.splits.items():
-        summary["splits"][name] |= {
-            "shards": len(split.shards), "bytes": sum(tar.bytes for tar in split.shards),
-        }  # fmt: skip
+        summary["splits"][name] |= {"shards": len(split.shards), "bytes": sum(tar.bytes for tar in split.shards)}
     summary |= {
         "clusters": [asdict(cluster) for cluster in index.clusters],
         "fields": {name: asdict(field) for name, field in index.fields.items()},
         "unknown_words": index.unknown_words,
         "source_sha256": index.source_sha256,
-        "source_stamp": header["source_stamp"],
+        "source_stamp": plan.source_stamp,
         "wall_s": round(wall_s, 3),
         "images_per_s": round(summary["inputs"] / max(wall_s, 1e-3), 2),
     }
-    write_summary(place.path, summary)
-    write_text(place.path / INDEX_NAME, index.to_json())
-    path = publish(place, index)
-    _tell(summary, place.out)
+    write_summary(workplace.path, summary)
+    write_text(workplace.path / INDEX_NAME, index.to_json())
+    path = workplace.publish(tars_of(index))
+    _tell(summary, workplace.out)
     return path
 
 
-def publish(place: Workplace, index: Index) -> Path | str:
-    """Give an assembled output its name."""
-    place.publish([tar.name for split in index.splits.values() for tar in split.shards])
-    return summary_path(place)
-
-
-def _index(folder: Path, header: dict[str, Any]) -> Index:
+def _index(folder: Path, plan: Plan) -> Index:
     shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
     samples: dict[str, list[Sample]] = {name: [] for name in SPLITS}
-    for tar in tars_of(header):
-        receipt, number = read_receipt(folder, tar), len(shards[tar.split])
-        shards[tar.split].append(Shard(tar.name, receipt.bytes, receipt.sha256, tar.samples))
-        for entry, members in zip(read_entries(folder, tar), receipt.members, strict=True):
-            r = entry["record"]
-            samples[tar.split].append(
-                Sample(
-                    key=r["key"],
-                    shard=number,
-                    members=members,
-                    label=r["label"],
-                    group=r["group"],
-                    cluster=r["gps_cluster"],
-                    weight=r["sample_weight"],
-                    width=r["width"],
-                    height=r["height"],
-                )
-            )
-    extra = {name: header[name] for name in ("source_kind", "text_dim")}
+    for tar in plan.tars:
+        receipt, number = Receipts(folder).read(tar.name), len(shards[tar.split])
+        shards[tar.split].append(Shard(tar.name, receipt["bytes"], receipt["sha256"], tar.samples))
+        for entry, places in zip(read_entries(folder, tar.name), receipt["members"], strict=True):
+            record, members = entry["record"], {name: (at[0], at[1]) for name, at in places.items()}
+            same = {name: record[name] for name in ("key", "label", "group", "width", "height")}
+            near = {"cluster": record["gps_cluster"], "weight": record["sample_weight"]}
+            samples[tar.split].append(Sample(shard=number, members=members, **same, **near))
+    extra = {"source_kind": plan.source_kind, "text_dim": plan.text_dim}
     return Index(
         splits={name: Split(tuple(shards[name]), tuple(samples[name])) for name in SPLITS},
-        clusters=tuple(Cluster(**cluster) for cluster in header["clusters"]),
-        fields={name: Field(**field) for name, field in header["fields"].items()},
-        arguments={**header["arguments"], **extra},
-        version=header["version"],
-        source_sha256=header["source_sha256"],
-        rejected=header["rejected"],
-        unknown_words=header["unknown_words"],
+        arguments={**asdict(plan.arguments), **extra},
+        **{name: getattr(plan, name) for name in FROM_PLAN},
     )
 
 
@@ -155,14 +116,3 @@ def _tell(summary: dict[str, Any], out: str) -> None:
     for name, field in summary["fields"].items():
         if field["leaks"]:
             say(f"{name} leaks the label: {field['leaks']}")
-
-
-def summary_path(place: Workplace) -> Path | str:
-    """Where a user finds the summary of a finished output."""
-    return f"{place.out}/{SUMMARY_NAME}" if is_url(place.out) else Path(place.out) / SUMMARY_NAME
-
-
-def is_finished(place: Workplace) -> bool:
-    """Whether the output is there: its index is the last file to come."""
-    folder = open_folder(place.out)
-    return folder.exists(INDEX_NAME) and folder.exists(SUMMARY_NAME)

@@ -7,18 +7,18 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from data_prep.shards.command import check_options, shard
+from data_prep.shards.command import shard
 from data_prep.shards.merge import merge
-from data_prep.shards.planning import Arguments
-from data_prep.sources import open_source
-from pipeline.cli import Parser, spell_switches, underscored
+from data_prep.shards.options import Arguments, Options
+from data_prep.sources.opening import open_source
+from pipeline.cli import Parser, parse
 from pipeline.data.storage import is_url
 from pipeline.errors import require, run
 from pipeline.launch.slurm import Job, Resources, python_command, submit
 
 PROG = "./launch.sh slurm prep"
 MODULE = "data_prep"
-OF_THE_JOBS: set[str | int] = {"plan", "part"}  # options of `shard` that differ from job to job
+OF_THE_JOBS = ("options", "plan", "part")  # what is no option: the jobs' own, and what differs between them
 
 
 def prep(
@@ -35,11 +35,11 @@ def prep(
 ) -> Path | None:
     """Submit three SLURM jobs that do what `prep shard` does: plan, write in parts, merge.
 
-    Each job waits for the one before it and may be requeued: it goes on with what is written. The same command again
-    takes up what a failed job left. Scripts and logs come to a folder beside --out, which ends in .slurm.
+    Each job waits for the one before it and may be requeued: it keeps what is written. The same command again resumes
+    what a failed job left. Scripts and logs come to a folder beside --out, which ends in .slurm.
 
     Args:
-        options: Of `shard`, by name, without `plan` and `part`.
+        options: Those of `shard`, by name, without `plan` and `part`.
         parts: Tasks of the array that writes the tars.
         cpus_per_task: Processor cores for the plan and for each part; --workers follows.
         mem: Memory of each job, such as 8G; this and what follows is the cluster's default if not given.
@@ -51,8 +51,8 @@ def prep(
     """
     require(parts >= 1, "--parts", parts, "1 or more")
     # What these refuse is refused here, and not by a job that waited in the queue.
-    check_options(**{name: options[name] for name in signature(check_options).parameters})
-    Arguments(**{name: options[name] for name in Arguments.__dataclass_fields__})
+    for kind in (Options, Arguments):
+        kind(**{name: options[name] for name in signature(kind).parameters if name in options})
     open_source(options["source"], options["metadata"], options["revision"])
     resources = Resources(cpus_per_task, mem, time, partition, account, qos)
     one_core = Resources(1, mem, time, partition, account, qos)
@@ -74,8 +74,8 @@ def prep(
 
 
 def _scripts_folder(out: str | Path) -> Path:
-    place = Path.cwd() / str(out).rstrip("/").rpartition("/")[2] if is_url(out) else Path(out).resolve()
-    return place.with_name(f"{place.name}.slurm")
+    named = Path.cwd() / str(out).rstrip("/").rpartition("/")[2] if is_url(out) else Path(out).resolve()
+    return named.with_name(f"{named.name}.slurm")
 
 
 def main(words: list[str]) -> Path | None:
@@ -85,9 +85,7 @@ def main(words: list[str]) -> Path | None:
         words: What stands behind `./launch.sh slurm prep`.
     """
     parser = Parser(prog=PROG, description=(prep.__doc__ or "").partition("\n\n    Args:")[0])
-    parser.add_function_arguments(prep, as_positional=False, skip={"options"})
-    parser.add_function_arguments(shard, as_positional=False, skip=OF_THE_JOBS)
-    values = parser.parse_args(spell_switches(prep, [underscored(word) for word in words or ["--help"]])).as_dict()
+    values = parse(parser, [prep, shard], words or ["--help"], skip=OF_THE_JOBS)
     own = {name: values.pop(name) for name in signature(prep).parameters if name != "options"}
     return prep(values, **own)
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 from data_prep.photos.inspection import check_mask
 from data_prep.work.parallel import Workers
-from data_prep.work.reports import report_folder
+from data_prep.work.workplace import report_folder
 from pipeline.data.index import Sample, Shard, read_index
 from pipeline.data.integrity import MOST_TAIL_BYTES, Damage, check_layout, check_sample, check_tail
 from pipeline.data.photo import BadPhoto
@@ -99,7 +99,7 @@ class Hashed:
         """Begin.
 
         Args:
-            stream: Of a folder's file.
+            stream: A file, open at its beginning.
             place: The folder, for what is said when it cannot be read.
         """
         self._stream, self._place, self._sha256 = stream, place, hashlib.sha256()

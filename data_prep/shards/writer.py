@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards.journal import status_of
-from data_prep.shards.planning import TARS_FOLDER, PlannedTar
-from data_prep.sources import content_from_json
+from data_prep.shards.plan import PlannedTar, read_entries
+from data_prep.sources.content import content_from_json
+from data_prep.work.receipts import Receipts, explain_full_disk
 from pipeline.data.photo import BadPhoto
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
-from pipeline.files import sha256_of, sync, write_text
+from pipeline.files import sync
 
-RECEIPTS_FOLDER = "receipts"
 OWNER, MODE = "roadwork", 0o444  # a fixed owner and time, or two equal runs differ
 COPIED_AT_ONCE = 4 << 20
 
@@ -36,15 +35,6 @@ class Job:
     tar: PlannedTar
     upload: str | None
     """Where finished tars go instead of staying in the folder."""
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """A tar that was written: size, hash, and where the members of each sample lie."""
-
-    bytes: int
-    sha256: str
-    members: tuple[dict[str, tuple[int, int]], ...]
 
 
 class HashingStream(io.BufferedIOBase):
@@ -75,64 +65,11 @@ def write_tar(job: Job) -> bool:
     Raises:
         UserError: A photo changed since it was checked, or the disk is full.
     """
-    if is_written(job):
+    if Receipts(job.folder, job.upload).is_whole(job.tar.name):
         return False
-    try:
+    with explain_full_disk(job.folder, "tars"):
         _write(job)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space is left on the disk of {job.folder}; the tars that are finished are kept there: free some "
-            "space and give the same command again"
-        ) from error
     return True
-
-
-def is_written(job: Job) -> bool:
-    """Whether the tar is there, with the bytes that its receipt says."""
-    try:
-        receipt = read_receipt(Path(job.folder), job.tar)
-        if job.upload is not None:
-            return open_folder(job.upload).size(job.tar.name) == receipt.bytes
-        path = Path(job.folder) / job.tar.name
-        return path.stat().st_size == receipt.bytes and sha256_of(path) == receipt.sha256
-    except FileNotFoundError:
-        return False
-
-
-def has_receipt(folder: Path, tar: PlannedTar) -> bool:
-    """Whether a tar was finished; `is_written` looks at the tar too."""
-    return _receipt_path(folder, tar).exists()
-
-
-def missing_tars(folder: Path, tars: list[PlannedTar], upload: str | None) -> list[str]:
-    """Names of the tars without a receipt, or that are not where it says, or not as long.
-
-    Args:
-        folder: Where the plan lies.
-        tars: Those of the plan.
-        upload: Where finished tars went instead of staying in the folder.
-    """
-    sizes = open_folder(upload or folder).sizes([tar.name for tar in tars])
-    return [
-        tar.name
-        for tar, size in zip(tars, sizes, strict=True)
-        if not has_receipt(folder, tar) or read_receipt(folder, tar).bytes != size
-    ]
-
-
-def read_receipt(folder: Path, tar: PlannedTar) -> Receipt:
-    """What was written down about a finished tar. Raises FileNotFoundError."""
-    values = json.loads(_receipt_path(folder, tar).read_text())
-    members = tuple({name: (at[0], at[1]) for name, at in places.items()} for places in values["members"])
-    return Receipt(values["bytes"], values["sha256"], members)
-
-
-def read_entries(folder: Path, tar: PlannedTar) -> list[dict[str, Any]]:
-    """The samples that a tar shall hold."""
-    entries: list[dict[str, Any]] = json.loads((folder / TARS_FOLDER / tar.name).with_suffix(".json").read_text())
-    return entries
 
 
 def _write(job: Job) -> None:
@@ -145,12 +82,12 @@ def _write(job: Job) -> None:
             with tarfile.TarFile(
                 fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT, copybufsize=COPIED_AT_ONCE
             ) as tar:
-                for entry in read_entries(folder, job.tar):
+                for entry in read_entries(folder, name):
                     key = entry["record"]["key"]
                     members.append({e: _add(tar, f"{key}.{e}", data) for e, data in _members(entry).items()})
             file.flush()
             os.fsync(file.fileno())
-        receipt = Receipt(temporary.stat().st_size, stream.digest.hexdigest(), tuple(members))
+        size = temporary.stat().st_size
         if job.upload is not None:
             open_folder(job.upload).put(temporary, name)
         else:
@@ -158,11 +95,8 @@ def _write(job: Job) -> None:
             sync(folder)
     finally:
         temporary.unlink(missing_ok=True)
-    write_text(_receipt_path(folder, job.tar), json.dumps(vars(receipt)))
-
-
-def _receipt_path(folder: Path, tar: PlannedTar) -> Path:
-    return (folder / RECEIPTS_FOLDER / tar.name).with_suffix(".json")
+    # With it, where the members of each sample lie.
+    Receipts(folder).write(name, {"bytes": size, "sha256": stream.digest.hexdigest(), "members": members})
 
 
 def _members(entry: dict[str, Any]) -> dict[str, bytes]:
@@ -180,9 +114,9 @@ def _read(content: dict[str, Any], sha256: str, status: list[int] | None, what: 
 
     Args:
         content: Where they are.
-        sha256: Of what was looked at.
-        status: Of the file then; one whose status is the same after it was read need not be hashed once more.
-        what: Names it for the user.
+        sha256: Hash of the bytes that were looked at.
+        status: The file's status then; one whose status is the same after it was read need not be hashed once more.
+        what: Its name for the user.
 
     Raises:
         UserError: They are others, or gone.

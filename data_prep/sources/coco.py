@@ -7,6 +7,7 @@ import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +86,8 @@ class CocoSource:
                 seen.add(file)
                 yield self._input(image, file, fields)
         for number in self.absent:
-            yield Input(
-                f"{self.file.name}#{number}", None, problem="the annotations are of an image that is not listed"
-            )
+            name = f"{self.file.name}#{number}"
+            yield Input(name, None, problem="the annotations are of an image that is not listed")
         for file in self.unclaimed:
             yield Input(file, None, problem=f"no image in {self.file.name}")
 
@@ -213,10 +213,9 @@ def _implied_label(objects: list[tuple[int, str | None]], unknown: list[str]) ->
 
 def _says_none(label: Any) -> bool:
     """Whether a photo without objects has a mask that is empty, and not one that nobody drew."""
-    try:
+    with suppress(BadLabel):  # its photo is rejected, for the label
         return parse_label(label) == 0
-    except BadLabel:
-        return False  # its photo is rejected, for the label
+    return False
 
 
 def _find_category(name: str) -> str | None:

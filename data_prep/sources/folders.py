@@ -126,7 +126,7 @@ class TableSource:
             yield Input(file, None, problem=f"no row in {self.table.name}")
 
     def _rows(self) -> Iterator[tuple[Any, dict[str, Any], str]]:
-        """Of each row the photo's name, the fields, and why it cannot be used, if so."""
+        """For each row, the photo's name, the fields, and why it cannot be used, if so."""
         for row in scan_rows(self.table):
             cells = _cells_of(row)
             column = next((name for name in cells if name.strip().lower() in FILE_COLUMNS), None)

@@ -39,7 +39,7 @@ class Table:
     """A new pass over the rows, with images as they are stored."""
 
     def class_names(self) -> dict[str, list[str]]:
-        """Of the columns that hold the numbers of classes, the classes' names."""
+        """The classes' names, for each column that holds numbers of classes."""
         import datasets  # more than half a second, and the other sources do without
 
         return {name: kind.names for name, kind in self.features.items() if isinstance(kind, datasets.ClassLabel)}

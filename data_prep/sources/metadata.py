@@ -32,6 +32,7 @@ COLUMNS = {
     # Of the objects whose category nobody knows. COCO sources fill it; there is no such column.
     "category": (),
 }
+VOCABULARIES = {"weather": WEATHER, "daytime": DAYTIME, "scene": SCENE}
 NULL_WORDS = frozenset({"", "nan", "none", "null", "na", "n/a", "[]", "()"})
 LABEL_WORDS = {
     **dict.fromkeys(("0", "0.0", "false", "no", "none", "no roadwork"), 0),
@@ -94,27 +95,22 @@ def parse(fields: dict[str, Any]) -> Parsed:
         BadLabel: There is a label, but it reads neither as 0 nor as 1.
     """
     gps, gps_problem = parse_gps(fields)
-    weather, unknown_weather = _match(fields.get("weather"), WEATHER)
-    daytime, unknown_daytime = _match(fields.get("daytime"), DAYTIME)
-    scene, unknown_scene = _match(fields.get("scene"), SCENE)
+    known: dict[str, list[str]] = {}
+    unknown: dict[str, list[str]] = {}
+    for name, vocabulary in VOCABULARIES.items():
+        known[name], unknown[name] = _match(fields.get(name), vocabulary)
     split_word = _text(fields.get("split"))
     split = SPLIT_WORDS.get(split_word.lower()) if split_word else None
-    unknown_split = [split_word] if split_word and split is None else []
+    unknown["split"] = [split_word] if split_word and split is None else []
+    unknown["category"] = fields.get("category", [])
     metadata = Metadata(
         gps=gps,
-        weather=tuple(weather) or None,
-        daytime=daytime[0] if daytime else None,
-        scene=scene[0] if scene else None,
+        weather=tuple(known["weather"]) or None,
+        daytime=next(iter(known["daytime"]), None),
+        scene=next(iter(known["scene"]), None),
         city=_text(fields.get("city")),
         description=_text(fields.get("description")),
     )
-    unknown = {
-        "weather": unknown_weather,
-        "daytime": unknown_daytime,
-        "scene": unknown_scene,
-        "split": unknown_split,
-        "category": fields.get("category", ()),
-    }
     return Parsed(
         metadata=metadata,
         label=parse_label(fields.get("label")),

@@ -83,8 +83,8 @@ def encode_outline(segmentation: Any, width: int, height: int) -> str | None:
     Args:
         segmentation: List of polygons [x1, y1, x2, y2, ...], or {"size": [height, width], "counts": ...} with run
             lengths as numbers or compressed.
-        width: Of the photo in pixels.
-        height: Of the photo in pixels.
+        width: The photo's, in pixels.
+        height: The photo's, in pixels.
 
     Returns:
         None if there is no outline.
@@ -111,7 +111,7 @@ def decode_runs(counts: str) -> list[int]:
     """Run lengths from COCO's compressed form: background first, then alternating, down the columns.
 
     Each number is written in characters of six bits from "0" on, low ones first: five bits of a number in two's
-    complement, and one that says whether it goes on. From the fourth run on it is the difference to the run two
+    complement, and one that says whether more follow. From the fourth run on it is the difference to the run two
     before.
 
     Raises:

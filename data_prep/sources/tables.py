@@ -152,8 +152,5 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     yield from map(flatten, iterate_parquet(path))
 
 
-READERS: dict[str, Callable[[Path], Iterator[Row | TornRow]]] = {
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+Reader = Callable[[Path], Iterator[Row | TornRow]]
+READERS: dict[str, Reader] = {".csv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}

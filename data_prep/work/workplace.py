@@ -1,30 +1,43 @@
-"""The hidden folder in which shards are made, and how it becomes the finished one."""
+"""Where an output is made, how far it is, and how it becomes the finished one."""
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.data.index import INDEX_NAME
+from pipeline.data.index import INDEX_NAME, Shard
 from pipeline.data.storage import is_url, open_folder
-from pipeline.errors import UserError
+from pipeline.errors import UserError, require
 from pipeline.files import replace_folder, sync
+
+if TYPE_CHECKING:
+    from pipeline.data.features import FeatureShard
 
 HEADER_NAME, JOURNAL_NAME = "plan.json", "journal.jsonl"
 SUMMARY_NAME, REJECTS_NAME, MAP_NAME = "summary.json", "rejects.jsonl", "map.png"
 SPARE_BYTES = 64 << 20  # for the index, logs and others
 
+Found = TypeVar("Found")
+
 
 class Workplace:
     """Where the work for one output is done, and where the output goes.
 
-    An output that is a folder is made in a hidden one beside it, which is renamed at the end. A URL gets each tar when
-    it is finished, and the index last.
+    An output that is a folder is made in a hidden one beside it, which is renamed at the end. A URL gets each file when
+    it is finished, and the index last. So an output is in one of these states, the furthest first:
+
+    - finished: it is there, with its index;
+    - assembled: the hidden folder holds the whole of it, and only the renaming is missing;
+    - planned: the hidden folder holds a plan, and perhaps some of the files, each with a receipt;
+    - otherwise nothing is decided yet, or something else is in its way, and is refused.
     """
 
     def __init__(self, out: str, work: Path | None):
@@ -43,6 +56,68 @@ class Workplace:
             # Outputs of one name may share the folder.
             unique = hashlib.sha256(self.out.encode("utf-8", "surrogateescape")).hexdigest()[:8]
             self.path = (work or Path.cwd()).resolve() / f".{name}-{unique}.partial"
+
+    @property
+    def summary_path(self) -> Path | str:
+        """Where a user finds the summary of the finished output."""
+        return Path(self.out) / SUMMARY_NAME if self.upload is None else f"{self.out}/{SUMMARY_NAME}"
+
+    def is_finished(self) -> bool:
+        """Whether the output is there: its index is the last file to come."""
+        folder = open_folder(self.out)
+        return folder.exists(INDEX_NAME) and folder.exists(SUMMARY_NAME)
+
+    def finished(self, read: Callable[[str], Found], what: str) -> Found | None:
+        """The index of the finished output; None where there is no output yet.
+
+        Args:
+            read: Reads the index in a folder.
+            what: The kind of output, in a word.
+
+        Raises:
+            UserError: Something else is in the output's way, or its index cannot be read.
+        """
+        if self.is_finished():
+            return read(self.out)
+        local = Path(self.out)
+        if self.upload is None and local.exists() and (not local.is_dir() or any(local.iterdir())):
+            raise self.refused(f"exists and holds no finished {what}")
+        return None
+
+    def assembled(self, read: Callable[[str], Found]) -> Found | None:
+        """The index of an output that a run made and could not rename any more; None where there is none.
+
+        Args:
+            read: Reads the index in a folder.
+        """
+        if not ((self.path / INDEX_NAME).exists() and (self.path / SUMMARY_NAME).exists()):
+            return None
+        try:
+            return read(str(self.path))
+        except UserError:
+            return None
+
+    def planned(self, from_json: Callable[[dict[str, Any]], Found]) -> Found | None:
+        """The plan that lies in the hidden folder; None where there is none that can be read."""
+        try:
+            return from_json(json.loads((self.path / HEADER_NAME).read_text()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def check_whole(self, files: Iterable[Shard | FeatureShard]) -> None:
+        """Refuse a finished output of which something is gone.
+
+        Raises:
+            UserError: A file that the index lists is missing, or has another length.
+        """
+        listed = list(files)
+        for file, size in zip(listed, open_folder(self.out).sizes([file.name for file in listed]), strict=True):
+            if size != file.bytes:
+                raise self.refused(f"is damaged, {file.name} is missing or not {file.bytes} bytes long")
+
+    def refused(self, why: str) -> UserError:
+        """The sentence about an output that must not be overwritten; `why` is its predicate."""
+        return UserError(f"{self.out} {why}; choose another --out or remove it")
 
     @contextmanager
     def locked(self, shared: bool = False) -> Iterator[Path]:
@@ -102,22 +177,24 @@ class Workplace:
         Raises:
             UserError: Less than `needed` bytes are free.
         """
-        places = [self.path]
-        if self.upload is None:
-            places.append(nearest_folder(Path(self.out)))
-        for place in places:
-            free = shutil.disk_usage(place).free
+        out = Path(self.out)
+        nearest = next(folder for folder in (out, *out.parents) if folder.is_dir())
+        for folder in (self.path,) if self.upload else (self.path, nearest):
+            free = shutil.disk_usage(folder).free
             if free < needed + SPARE_BYTES:
                 raise UserError(
-                    f"the disk of {place} has {free / 1e9:.2f} GB free and the shards need "
+                    f"the disk of {folder} has {free / 1e9:.2f} GB free and the shards need "
                     f"{(needed + SPARE_BYTES) / 1e9:.2f} GB; free some space, or choose another --out"
                 )
 
-    def publish(self, tars: list[str]) -> None:
+    def publish(self, files: Iterable[Shard | FeatureShard]) -> Path | str:
         """Make the finished output appear, after everything in it is on the disk; then remove what was for the work.
 
         Args:
-            tars: Names of the tars that belong to it.
+            files: Those that the index lists.
+
+        Returns:
+            See `summary_path`.
         """
         beside = (MAP_NAME, REJECTS_NAME, SUMMARY_NAME)
         if self.upload is not None:
@@ -125,9 +202,13 @@ class Workplace:
             for name in (*beside, INDEX_NAME):  # with the index there, it is finished
                 target.put(self.path / name, name)
             self.remove()
-            return
-        self.clear(keep=frozenset({*tars, *beside, INDEX_NAME}))
-        out = Path(self.out)
+        else:
+            self.clear(keep=frozenset({*(file.name for file in files), *beside, INDEX_NAME}))
+            self._move(Path(self.out))
+        return self.summary_path
+
+    def _move(self, out: Path) -> None:
+        """Make the hidden folder the output; on another disk, its copy."""
         out.parent.mkdir(parents=True, exist_ok=True)
         if self.path.stat().st_dev == out.parent.stat().st_dev:
             sync(self.path)
@@ -143,16 +224,40 @@ class Workplace:
         self.remove()
 
 
-def check_apart(source: str | Path, *places: Path) -> None:
+def check_apart(source: str | Path, *folders: Path) -> None:
     """Refuse to write inside the source, where the output would be a part of its own input the next time.
 
     Raises:
-        UserError: A place lies in the source, or is it.
+        UserError: A folder lies in the source, or is it.
     """
     inside = Path(source).resolve()
-    for place in places:
-        if inside.is_dir() and place.resolve().is_relative_to(inside):
-            raise UserError(f"{place} lies inside --source {source}; choose a folder outside of it")
+    for folder in folders:
+        if inside.is_dir() and folder.resolve().is_relative_to(inside):
+            raise UserError(f"{folder} lies inside --source {source}; choose a folder outside of it")
+
+
+def report_folder(shards: str, out: Path | None, name: str) -> Path:
+    """The folder for a report about shards, made and tried before the work rather than after it.
+
+    Args:
+        shards: Folder or URL of the shards.
+        out: The folder that the user chose, if any.
+        name: The folder's name inside that of the shards, if none was chosen.
+
+    Raises:
+        UserError: Nothing was chosen for shards at a URL, or nothing can be written there.
+    """
+    require(out is not None or not is_url(shards), "--out", out, "a folder of this machine when the shards are not")
+    folder = out or Path(shards) / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written to {folder} ({error.strerror}); choose another folder with --out"
+        ) from error
+    return folder
 
 
 def is_worth_keeping(path: Path) -> bool:
@@ -162,8 +267,3 @@ def is_worth_keeping(path: Path) -> bool:
             return stream.readline() != b"" != stream.readline()
     except FileNotFoundError:
         return False
-
-
-def nearest_folder(path: Path) -> Path:
-    """The folder itself, or the first one above it that exists."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())

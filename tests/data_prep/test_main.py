@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.data_prep.photos import city_rows, jpeg, write_folder, write_table
+from tests.data_prep.examples import city_rows, jpeg, write_folder, write_table
+
+ROOT = Path(__file__).parents[2]
 
 
 def data_prep(monkeypatch, *words: object) -> int:
@@ -76,3 +79,19 @@ def test_the_users_mistakes_are_one_sentence_and_leave_nothing(monkeypatch, tmp_
 def test_an_unknown_flag_is_answered_with_the_nearest_one(monkeypatch, tmp_path, capsys):
     assert data_prep(monkeypatch, "shard", "--source", tmp_path, "--out", tmp_path, "--max_reject", 1) == 2
     assert "did you mean 'max_rejects'" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_the_libraries_that_do_the_work():
+    script = """if True:
+        import contextlib, runpy, sys
+        from data_prep.__main__ import COMMANDS
+        for name in COMMANDS:
+            sys.argv = ["data_prep", name, "--help"]
+            with contextlib.suppress(SystemExit):
+                runpy.run_module("data_prep", run_name="__main__")
+        print(*{"torch", "transformers", "deepspeed", "pandas", "scipy", "sklearn"}.intersection(sys.modules))
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("usage: python -m data_prep") for line in lines) == 7
+    assert lines[-1] == ""

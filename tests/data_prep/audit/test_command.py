@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.audit import audit
-from data_prep.audit.command import EXAMPLES
+from data_prep.audit.command import audit
+from data_prep.audit.job import EXAMPLES
 from data_prep.audit.page import PICTURED, metres
 from data_prep.shards.command import shard
 from pipeline.data.index import read_index
 from pipeline.errors import EXIT_AUDIT, EXIT_OK, AuditFailed, UserError
-from tests.data_prep.photos import CITIES, city_rows, encode, jpeg, pixels, write_folder, write_table
+from tests.data_prep.examples import CITIES, city_rows, encode, jpeg, pixels, write_folder, write_table
 
 SPLIT_OF_CITY = dict(zip(CITIES, ["train"] * 5 + ["val"] + ["test"] * 2, strict=True))
 PER_CITY = 4

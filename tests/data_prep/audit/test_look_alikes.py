@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data_prep.audit.checks import label_conflicts, look_alikes, photos_alike
-from data_prep.audit.command import describe_splits
+from data_prep.audit.job import describe_splits
 from data_prep.audit.photos import Entry, Photos
 from pipeline.data.record import Record
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.audit import audit
+from data_prep.audit.command import audit
 from data_prep.shards.command import shard
 from pipeline.errors import AuditFailed, UserError
-from tests.data_prep.photos import city_rows, encode, jpeg, pixels, write_folder
+from tests.data_prep.examples import city_rows, encode, jpeg, pixels, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_names_that_are_no_utf_8_are_shown_by_their_bytes(tmp_path):
 
 
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(shards, monkeypatch):
-    monkeypatch.setattr("data_prep.audit.command.read_photos", lambda *_: pytest.fail("the photos were read"))
+    monkeypatch.setattr("data_prep.audit.job.read_photos", lambda *_: pytest.fail("the photos were read"))
     with pytest.raises(UserError, match=r"cannot be written to /proc/self \(.*\); choose another folder with --out"):
         audit(shards, Path("/proc/self"), workers=1)
 

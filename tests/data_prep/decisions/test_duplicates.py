@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import duplicates
+from data_prep.decisions import duplicates
 from data_prep.decisions.duplicates import near_duplicates
 from data_prep.decisions.links import components
 from data_prep.photos.inspection import perceptual_hash, thumbnail
-from tests.data_prep.photos import encode, pixels
+from tests.data_prep.examples import encode, pixels
 
 
 def look(image: np.ndarray) -> tuple[int, np.ndarray]:

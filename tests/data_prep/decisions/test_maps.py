@@ -16,7 +16,7 @@ from data_prep.decisions.maps import (
     format_degrees,
     middle_longitude,
 )
-from tests.data_prep.photos import CITIES
+from tests.data_prep.examples import CITIES
 
 
 def scattered(cities: list[str], photos: int = 60) -> tuple[np.ndarray, ...]:

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from data_prep import places
+from data_prep.decisions import places
 from data_prep.decisions.gps import EARTH_RADIUS_M
 from data_prep.decisions.links import components
 from data_prep.decisions.places import near_pairs

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep import feature_writer
+from data_prep.features import writer as feature_writer
 from data_prep.features.command import features
 from data_prep.features.extraction import Extractor, pack
 from data_prep.features.job import spare_cores
@@ -34,8 +34,9 @@ from pipeline.training.throughput import flops_per_view
 from tests.feature_cache import ROW_BYTES, make_cache
 from tests.small_run import make_backbone, make_shards, small_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PHOTOS = 10
+SPEC = small_config("backbone").input_spec("full")
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_every_photo_has_its_rows_and_the_summary_counts_them(world):
     assert summary["bytes"] == sum((world / "whole" / shard.name).stat().st_size for shard in index.shards)
     rows = {s.name.split("-")[0]: {len(photo.checksums) for photo in s.photos} for s in index.shards}
     assert rows == {"train": {2}, "val": {1}}
-    hashes = {ShardDataset(world / "shards", read_index(world / "shards"), "val", 32, 12, 4).record(1).sha256}
+    hashes = {ShardDataset(world / "shards", read_index(world / "shards"), "val", SPEC).record(1).sha256}
     assert hashes == {photo.sha256 for s in index.shards for photo in s.photos if photo.key == "val_1"}
 
 
@@ -185,6 +186,9 @@ def test_a_finished_file_that_was_damaged_is_made_again(world, tmp_path, monkeyp
         patch.setattr("data_prep.features.job.Job.finish", fail)
         with pytest.raises(UserError, match="enough"):
             make(world, tmp_path / "out")
+    plan = json.loads((tmp_path / ".out.partial" / "plan.json").read_text())
+    assert list(plan) == ["key", "dim", "source_sha256", "copies", "precision", "version", "shards"]
+    assert list(plan["shards"][0]) == ["name", "split", "first", "photos", "copies"]
     path = tmp_path / ".out.partial" / "train-00002.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -249,8 +253,7 @@ def test_another_batch_and_other_processes_for_decoding_change_nothing_beyond_ro
 
 def open_train(world, cache):
     index = read_index(world / "shards")
-    model = small_config(str(world / "backbone"))
-    return open_split(world / "shards", index, "train", model, "full", open_cache(str(cache), index))
+    return open_split(world / "shards", index, "train", SPEC, open_cache(str(cache), index))
 
 
 def test_views_that_add_nothing_cost_neither_the_backbone_nor_room(tmp_path):
@@ -274,7 +277,7 @@ def test_masks_follow_the_copies_into_training(tmp_path):
     masked = [row for row in range(len(data)) if data[row]["mask_targets"].sum() > 0]
     assert 0 < len(masked) < len(data)
     index = read_index(tmp_path / "shards")
-    online = ShardDataset(tmp_path / "shards", index, "train", data.side, data.num_views, data.mask_side)
+    online = ShardDataset(tmp_path / "shards", index, "train", SPEC)
     for row in range(len(data)):  # float16 has 11 digits
         torch.testing.assert_close(data[row]["mask_targets"], online[row]["mask_targets"], rtol=2**-11, atol=0)
     plain, client, mild = (

@@ -1,4 +1,4 @@
-"""The command `masks`: what SAM 3 finds becomes one mask per photo, once, and interrupted work goes on."""
+"""The command `masks`: what SAM 3 finds becomes one mask per photo, once, and interrupted work resumes."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from data_prep.masks.command import look, masks
 from data_prep.masks.sam3 import Segmenter
 from data_prep.photos.inspection import check_mask
-from data_prep.sources import Input
+from data_prep.sources.content import Input
 from pipeline.cli import commands
 from pipeline.errors import UserError
 from pipeline.vocabulary import MASK_CLASSES
+from tests.data_prep.examples import encode, jpeg, pixels
 from tests.data_prep.masks.tiny_sam3 import MASK, SCORE, SIDE, write_tiny_sam3
-from tests.data_prep.photos import encode, jpeg, pixels
 
 SIZES = {"a.jpg": (480, 640), "b.jpg": (300, 200), "c.jpg": (64, 96), "d.jpg": (121, 333), "e.jpg": (200, 200)}
 

@@ -13,13 +13,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer, Sam3Config, Sam3Model, Sam3VideoConfig
 
-from data_prep import sam3
+from data_prep.masks import sam3
 from data_prep.masks.sam3 import Instance, Segmenter, paint
 from pipeline.errors import UserError
 from pipeline.model.backbone import SCENES_TINY
 from pipeline.vocabulary import MASK_CLASSES
+from tests.data_prep.examples import pixels
 from tests.data_prep.masks.tiny_sam3 import MASK, MEAN, SCORE, SIDE, STD, write_tiny_sam3
-from tests.data_prep.photos import pixels
 
 SIZES = [(480, 640), (300, 200), (64, 96), (121, 333)]
 

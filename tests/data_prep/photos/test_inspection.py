@@ -12,11 +12,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IFDRational
 
-from data_prep import inspection
-from data_prep.photos.inspection import Facts, Reject, Scrutiny, check_mask, inspect, mask_location, thumbnail
-from data_prep.sources import Location
+from data_prep.photos import inspection
+from data_prep.photos.inspection import Facts, Reject, Scrutiny, check_mask, inspect, mask_path, thumbnail
+from data_prep.sources.content import Location
 from pipeline.data.photo import BadPhoto, open_header
-from tests.data_prep.photos import encode, jpeg, pixels
+from tests.data_prep.examples import encode, jpeg, pixels
 
 
 def look_at(folder: Path, data: bytes, mask: bytes | None = None) -> Facts | Reject:
@@ -178,13 +178,13 @@ def test_the_mask_of_a_folder_is_taken_unless_it_is_not_there(tmp_path):
     without = inspect("photo", photo, None, scrutiny)
     assert isinstance(without, Facts)
     assert (without.mask_sha256, without.mask_from_folder) == (None, False)
-    mask = mask_location(str(tmp_path), without.sha256)
-    Path(mask.path).write_bytes(encode(np.zeros((64, 96), dtype=np.uint8), "PNG"))
+    mask = mask_path(tmp_path, without.sha256)
+    mask.write_bytes(encode(np.zeros((64, 96), dtype=np.uint8), "PNG"))
     found = inspect("photo", photo, None, scrutiny)
     assert isinstance(found, Facts)
     assert found.mask_from_folder
-    Path(mask.path).unlink()
-    Path(mask.path).mkdir()  # cannot be read, even by the superuser
+    mask.unlink()
+    mask.mkdir()  # cannot be read, even by the superuser
     assert inspect("photo", photo, None, scrutiny) == Reject("photo", "its mask cannot be read: Is a directory", "read")
 
 

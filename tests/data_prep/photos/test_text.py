@@ -21,7 +21,7 @@ from transformers import (
     ViTModel,
 )
 
-from data_prep import text as text_module
+from data_prep.photos import text as text_module
 from data_prep.photos.text import SentenceEncoder, embed
 from pipeline.errors import UserError
 
@@ -40,7 +40,7 @@ def embedded():
 
 
 def matrix(texts):
-    return np.array([texts.vectors[number] for number in range(len(texts.vectors))])
+    return np.array([texts[number] for number in range(len(texts))])
 
 
 def test_vectors_are_the_normalised_mean_of_the_hidden_states(embedded):
@@ -77,16 +77,16 @@ def test_sentences_of_one_meaning_are_closer_than_others():
 
 def test_null_has_no_vector_and_equal_texts_have_one(embedded, capsys):
     texts = embed([None, TEXTS[2], None, TEXTS[0], TEXTS[2]], MINILM)
-    assert [vector is None for vector in texts.vectors] == [True, False, True, False, False]
-    assert texts.vectors[1] == texts.vectors[4] == embedded.vectors[2]
-    assert texts.vectors[3] == embedded.vectors[0]
+    assert [vector is None for vector in texts] == [True, False, True, False, False]
+    assert texts[1] == texts[4] == embedded[2]
+    assert texts[3] == embedded[0]
     assert "2 texts in" in capsys.readouterr().err
     nothing = embed([None, None], MINILM)
-    assert (nothing.dim, list(nothing.vectors)) == (384, [None, None])
+    assert (nothing.dim, list(nothing)) == (384, [None, None])
 
 
 def test_a_vector_has_six_decimals(embedded):
-    vector = embedded.vectors[0]
+    vector = embedded[0]
     assert all(isinstance(value, float) and value == round(value, 6) for value in vector)
     assert np.isclose(np.square(vector).sum(), 1, atol=1e-5)
 
@@ -101,19 +101,19 @@ def test_a_vector_depends_neither_on_the_company_nor_on_threads(embedded):
     finally:
         torch.set_num_threads(threads)
     for number, text in enumerate(TEXTS):
-        row = among_others.vectors.rows[shuffled.index(text)]
-        assert np.array_equal(among_others.vectors.matrix[row], embedded.vectors.matrix[number])
+        row = among_others.rows[shuffled.index(text)]
+        assert np.array_equal(among_others.matrix[row], embedded.matrix[number])
 
 
 def test_a_long_text_is_cut_and_the_user_told(capsys):
     sentence = "cone " * 254  # with [CLS] and [SEP] the most that fits
     fits, long = embed([sentence], MINILM), embed([sentence, sentence + "bakery", "cone " * 5000], MINILM)
     assert "2 of 3 descriptions were cut after 256 tokens" in capsys.readouterr().err
-    assert long.vectors[0] == long.vectors[1] == long.vectors[2] == fits.vectors[0]
+    assert long[0] == long[1] == long[2] == fits[0]
 
 
 def test_half_a_surrogate_pair_does_not_stop_the_run():
-    assert embed(["cones \ud83d ahead"], MINILM).vectors[0] is not None
+    assert embed(["cones \ud83d ahead"], MINILM)[0] is not None
 
 
 def tiny_bert(folder, seed=0, **changes):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, DINOv3ViTModel
 
 from data_prep.scenes import CITIES
+from data_prep.scenes import backbone as module
 from data_prep.scenes.backbone import BACKGROUND, IGNORE, Canvases, pretrain, sample_crops, targets
-from pipeline import pretrain as module
 from pipeline.errors import UserError
 from pipeline.files import sha256_of
 from pipeline.model.backbone import SCENES_TINY

@@ -10,8 +10,8 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from data_prep import scenes as module
 from data_prep.scenes import STUDY, SceneConfig, render
+from data_prep.scenes import data_set as module
 from data_prep.scenes.data_set import scenes
 from pipeline.errors import UserError
 

@@ -13,7 +13,7 @@ import webdataset
 
 from data_prep.shards.command import shard
 from pipeline.data.index import SAFE_KEY, SPLITS, read_index
-from tests.data_prep.photos import (
+from tests.data_prep.examples import (
     CITIES,
     city_rows,
     content,

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import shards as shards_module
+from data_prep.shards import job
 from data_prep.shards.command import shard
 from data_prep.work.workplace import Workplace
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
-from tests.data_prep.photos import (
+from tests.data_prep.examples import (
     city_rows,
     content,
     encode,
@@ -217,14 +217,14 @@ def test_a_mask_that_changes_between_the_passes_stops_the_run(tmp_path, monkeypa
     mask = np.full((64, 96), 2, dtype=np.uint8)
     (source / "m.png").write_bytes(encode(mask, "PNG"))
     shard(source, tmp_path / "out", plan=True, workers=1)
-    decide = shards_module.decide
+    decide = job.decide
 
     def change_the_mask(*arguments):
         (source / "m.png").write_bytes(encode(mask + 1, "PNG"))
         return decide(*arguments)
 
     (source / "m.png").touch()
-    monkeypatch.setattr(shards_module, "decide", change_the_mask)
+    monkeypatch.setattr(job, "decide", change_the_mask)
     with pytest.raises(UserError, match=r"the mask of Oslo-0\.jpg changed while"):
         shard(source, tmp_path / "out", workers=1)
 
@@ -240,13 +240,13 @@ def test_a_damaged_summary_is_one_sentence(tmp_path):
 
 def test_a_photo_that_changes_between_the_passes_stops_the_run(tmp_path, monkeypatch):
     source = write_folder(tmp_path / "in", city_rows(1, 3))
-    decide = shards_module.decide
+    decide = job.decide
 
     def change_a_photo(*arguments):
         (source / "Oslo-0.jpg").write_bytes(jpeg(77))
         return decide(*arguments)
 
-    monkeypatch.setattr(shards_module, "decide", change_a_photo)
+    monkeypatch.setattr(job, "decide", change_a_photo)
     with pytest.raises(UserError, match=r"Oslo-0\.jpg changed while"):
         shard(source, tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()

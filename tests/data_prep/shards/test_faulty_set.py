@@ -13,7 +13,7 @@ import pytest
 
 from data_prep.shards.verify import verify
 from pipeline.data.index import read_index
-from tests.data_prep.photos import read
+from tests.data_prep.examples import read
 from tests.data_prep.shards.faults import make_faulty_set
 
 MOST_BYTES = 1_500_000_000

@@ -13,9 +13,9 @@ import pytest
 
 from data_prep.photos.inspection import Scrutiny
 from data_prep.shards.intake import Intake, Spool, take_in
-from data_prep.sources import Location, open_source
+from data_prep.sources.opening import open_source
 from data_prep.work.parallel import Workers
-from tests.data_prep.photos import encode, jpeg, write_folder
+from tests.data_prep.examples import encode, jpeg, write_folder
 from tests.data_prep.sources.annotations import SQUARE, image_of, object_of, write_coco
 
 
@@ -90,15 +90,15 @@ def test_a_mask_that_could_not_be_read_is_looked_at_again(tmp_path, monkeypatch)
     mask = masks / f"{hashlib.sha256((source / '0.jpg').read_bytes()).hexdigest()}.png"
     masks.mkdir()
     mask.write_bytes(encode(np.zeros((64, 96), dtype=np.uint8), "PNG"))
-    read = Location.read
+    read = Path.read_bytes
 
-    def deny(location: Location) -> bytes:
-        if location.path == str(mask):
+    def deny(path: Path) -> bytes:
+        if path == mask:
             raise PermissionError(errno.EACCES, "Permission denied")
-        return read(location)
+        return read(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Location, "read", deny)
+        patch.setattr(Path, "read_bytes", deny)
         (reject,) = intake_of(source, tmp_path / "work", masks=masks).rejects
     assert (reject.path, reject.reason) == ("0.jpg", "its mask cannot be read: Permission denied")
     intake = intake_of(source, tmp_path / "work", masks=masks)

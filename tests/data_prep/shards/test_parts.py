@@ -13,7 +13,7 @@ from data_prep.shards.command import shard
 from data_prep.shards.merge import merge
 from data_prep.work.workplace import Workplace
 from pipeline.errors import UserError
-from tests.data_prep.photos import city_rows, content, jpeg, write_folder
+from tests.data_prep.examples import city_rows, content, jpeg, write_folder
 
 SMALL = {"shard_mb": 0.02, "clusters": 3}
 

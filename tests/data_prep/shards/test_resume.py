@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import writer
+from data_prep.shards import writer
 from data_prep.shards.command import shard
+from data_prep.shards.plan import Plan
 from data_prep.work.workplace import Workplace
 from pipeline.errors import UserError
-from tests.data_prep.photos import city_rows, content, encode, pixels, write_folder
+from pipeline.files import write_json
+from tests.data_prep.examples import city_rows, content, encode, pixels, write_folder
 
 ARGUMENTS = {"shard_mb": 0.2, "clusters": 3}
 PER_CITY = 30
@@ -65,7 +67,7 @@ def test_a_run_killed_while_it_checks_does_not_look_at_the_same_photos_again(sou
         stream.write(b'{"key": "torn by a power c')
     known = lines(journal) - 1
     looked_at = []
-    from data_prep import intake
+    from data_prep.shards import intake
 
     inspect = intake.inspect
     monkeypatch.setattr(intake, "inspect", lambda name, *rest: looked_at.append(name) or inspect(name, *rest))
@@ -81,7 +83,7 @@ def test_a_run_killed_while_it_writes_does_not_write_finished_tars_again(source,
     finished = {path.stem: path for path in partial.glob("receipts/*.json")}
     times = {name: (partial / f"{name}.tar").stat().st_mtime_ns for name in finished}
     shard(source, out, workers=1, **ARGUMENTS)
-    assert f"going on: {len(finished)} of" in capsys.readouterr().err
+    assert f"resuming: {len(finished)} of" in capsys.readouterr().err
     assert {name: (out / f"{name}.tar").stat().st_mtime_ns for name in times} == times
     assert content(out) == content(whole)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
@@ -139,7 +141,7 @@ def test_a_run_killed_just_before_the_last_renaming_is_only_published(source, wh
     assert not out.exists()
     Workplace(str(out), None).clear(keep=frozenset(path.name for path in whole.iterdir()))
     with monkeypatch.context() as patch:
-        patch.setattr("data_prep.shards.command.take_in", None)  # whoever looks at photos again fails
+        patch.setattr("data_prep.shards.job.take_in", None)  # whoever looks at photos again fails
         shard(source, out, workers=1, **ARGUMENTS)
     assert content(out) == content(whole)
 
@@ -184,7 +186,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_done(source, whole, tmp_p
 
 
 def test_what_the_disk_cannot_hold_is_not_begun(source, tmp_path, monkeypatch):
-    from data_prep import workplace
+    from data_prep.work import workplace
 
     usage = workplace.shutil.disk_usage(tmp_path)._replace(free=10_000_000)
     monkeypatch.setattr(workplace.shutil, "disk_usage", lambda path: usage)
@@ -199,3 +201,17 @@ def test_the_summary_counts_what_was_written_before(source, tmp_path):
     summary = json.loads(Path(shard(source, out, workers=1, **ARGUMENTS)).read_text())
     assert summary["written"] == 8 * PER_CITY
     assert sum(values["samples"] for values in summary["splits"].values()) == 8 * PER_CITY
+
+
+def test_a_plan_keeps_the_keys_by_which_older_and_newer_versions_resume_it(source, tmp_path):
+    shard(source, tmp_path / "out", plan=True, workers=1, **ARGUMENTS)
+    path = tmp_path / ".out.partial" / "plan.json"
+    values = json.loads(path.read_text())
+    assert list(values) == [
+        "arguments", "version", "source", "source_stamp", "text_encoder", "text_dim", "source_kind", "tars", "clusters",
+        "fields", "source_sha256", "rejected", "unknown_words", "summary",
+    ]  # fmt: skip
+    assert list(values["tars"][0]) == ["name", "split", "samples", "bytes"]
+    plan = Plan.from_json(values)
+    write_json(path, plan.to_json())
+    assert json.loads(path.read_text()) == values

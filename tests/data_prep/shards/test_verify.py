@@ -18,7 +18,7 @@ from pipeline.data.index import read_index
 from pipeline.errors import EXIT_AUDIT, EXIT_USER, AuditFailed, UserError, run
 from pipeline.files import sha256_of
 from tests.data.tampering import TAMPERED, edit_split, plain, read_members, special, swapped_bit, tamper
-from tests.data_prep.photos import city_rows, encode, write_folder
+from tests.data_prep.examples import city_rows, encode, write_folder
 from tests.small_run import make_shards
 
 

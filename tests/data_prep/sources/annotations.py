@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_prep.sources import open_source
-from tests.data_prep.photos import jpeg
+from data_prep.sources.opening import open_source
+from tests.data_prep.examples import jpeg
 
 WIDTH, HEIGHT = 96, 64
 SQUARE = [10, 10, 30, 10, 30, 30, 10, 30]

@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from data_prep.sources import open_source
 from data_prep.sources.coco import CATEGORIES
 from data_prep.sources.metadata import parse
+from data_prep.sources.opening import open_source
 from pipeline.errors import UserError
 from pipeline.vocabulary import MASK_CLASSES
-from tests.data_prep.photos import jpeg
+from tests.data_prep.examples import jpeg
 from tests.data_prep.sources.annotations import SQUARE, image_of, object_of, only_input, pixels_of, write_coco
 
 ROADWORK_CATEGORIES = (

@@ -15,9 +15,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.sources import Location, open_source
+from data_prep.sources.content import Location
+from data_prep.sources.opening import open_source
 from pipeline.errors import UserError
-from tests.data_prep.photos import jpeg
+from tests.data_prep.examples import jpeg
 
 TAGS = ("daytime", "scene_environment", "travel_alteration", "weather")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -11,9 +11,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from data_prep.sources import Location, content_from_json, content_to_json, open_source
+from data_prep.sources.content import Location, content_from_json, content_to_json
+from data_prep.sources.opening import open_source
 from pipeline.errors import UserError
-from tests.data_prep.photos import jpeg, write_table
+from tests.data_prep.examples import jpeg, write_table
 
 
 def test_a_bare_folder_is_searched_in_order_and_hidden_files_are_not(tmp_path):
