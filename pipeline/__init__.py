@@ -2,10 +2,10 @@
 
 import os
 
-from pipeline.devices import expects_gpu
+from pipeline.devices import may_use_gpu
 
 if os.environ.get("DS_ACCELERATOR") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else accelerate and DeepSpeed would choose different devices
-elif not expects_gpu():
+elif not may_use_gpu():
     # DeepSpeed, which accelerate and transformers import, would warn on stdout, where only a summary's path belongs.
     os.environ["DS_ACCELERATOR"] = "cpu"

@@ -13,16 +13,23 @@ if TYPE_CHECKING:  # importing torch takes seconds, and `--help` needs none of i
     import torch
 
 # Device files that the drivers for NVIDIA, AMD and WSL create on a machine with a GPU.
-DEVICE_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+DEVICE_FILES = ("/dev/nvidiactl",)
+OTHER_FILES = ("/dev/kfd", "/dev/dxg")  # AMD's and WSL's, which are also there where torch could use no GPU
+NO_GPU = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
 CPU_ONLY = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # the environment of a process that takes no GPU
 
 
 def expects_gpu() -> bool:
     """Whether this machine has a GPU that is not hidden, even if torch cannot use it. Imports no torch."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or os.environ.get("DS_ACCELERATOR") == "cpu":
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in NO_GPU or os.environ.get("DS_ACCELERATOR") == "cpu":
         return False
     allocated = os.environ.get("SLURM_GPUS_ON_NODE", "0") not in ("", "0")
     return allocated or any(Path(file).exists() for file in DEVICE_FILES)
+
+
+def may_use_gpu() -> bool:
+    """Whether torch could find a GPU here. Imports no torch."""
+    return expects_gpu() or any(Path(file).exists() for file in OTHER_FILES)
 
 
 def uses_gpu() -> bool:

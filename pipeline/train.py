@@ -77,6 +77,7 @@ def train(config: Config, dry_run: bool) -> Path | None:
     schedule = plan_schedule(config, loader.samples)
     if lead:
         say_plan(describe_engine(engine, config))
+        say_plan(("note", note) for note in engine.notes)
         say_plan(describe_schedule(config, schedule))
     torch.manual_seed(config.train.seed)
     model = RoadworkModel.build(config.model, config.loss, config.data.decode_scale, accelerator.device)

@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from pipeline import devices
-from pipeline.devices import CPU_ONLY, expects_gpu, gpu_count, has_bf16, pick_device, refuse_idle_gpu, uses_gpu
+from pipeline.devices import (
+    CPU_ONLY,
+    expects_gpu,
+    gpu_count,
+    has_bf16,
+    may_use_gpu,
+    pick_device,
+    refuse_idle_gpu,
+    uses_gpu,
+)
 from pipeline.distributed.startup import refuse_shared_gpu
 from pipeline.errors import UserError
 
@@ -26,8 +35,11 @@ def machine(tmp_path, monkeypatch):
     """A machine with some of the files that drivers make, some variables, and a torch with or without a GPU."""
 
     def make(files=(), gpus=0, reason=REASON, **variables):
-        places = {name: tmp_path / name.strip("/").replace("/", "-") for name in devices.DEVICE_FILES}
-        monkeypatch.setattr(devices, "DEVICE_FILES", tuple(map(str, places.values())))
+        places = {}
+        for group in ("DEVICE_FILES", "OTHER_FILES"):
+            own = {name: tmp_path / name.strip("/").replace("/", "-") for name in getattr(devices, group)}
+            monkeypatch.setattr(devices, group, tuple(map(str, own.values())))
+            places |= own
         for name in files:
             places[name].touch()
         for name in VARIABLES:
@@ -45,9 +57,22 @@ def machine(tmp_path, monkeypatch):
     return make
 
 
-@pytest.mark.parametrize("file", ["/dev/nvidiactl", "/dev/kfd", "/dev/dxg"])
-def test_a_gpu_that_torch_cannot_use_is_refused_with_torchs_reason_and_the_ways_out(machine, file):
+@pytest.mark.parametrize("file", ["/dev/kfd", "/dev/dxg"])
+def test_files_that_are_there_without_a_gpu_too_refuse_nothing_and_leave_the_choice_to_torch(machine, file):
     machine([file])
+    refuse_idle_gpu()
+    assert may_use_gpu()
+    assert pick_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize("value", ["", "-1", "NoDevFiles"])
+def test_hidden_gpus_are_not_missed(machine, value):
+    machine(["/dev/nvidiactl"], CUDA_VISIBLE_DEVICES=value)
+    refuse_idle_gpu()
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused_with_torchs_reason_and_the_ways_out(machine):
+    machine(["/dev/nvidiactl"])
     assert expects_gpu()
     assert not uses_gpu()
     with pytest.raises(UserError) as refusal:

@@ -19,6 +19,7 @@ from pipeline.errors import UserError
 DEFAULT_DEEPSPEED = "ds_configs/zero2.json"
 # Sections that DeepSpeed 0.19.8 has removed and refuses at the start of a run.
 REMOVED = ("amp", "eigenvalue", "elasticity", "nebula")
+SECTIONS = ("zero_optimization", "fp16", "offload_param", "offload_optimizer")  # objects that are read here
 # Keys that the recipe decides, whatever the file has.
 RECIPE_KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
@@ -168,6 +169,11 @@ def read_deepspeed(file: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise UserError(f"the DeepSpeed configuration {file} is not a JSON object; see ds_configs/")
+    zero = values.get("zero_optimization", {})
+    for name in SECTIONS:
+        section = values.get(name, zero.get(name, {}) if isinstance(zero, dict) else {})
+        if not isinstance(section, dict):
+            raise UserError(f"{file}: {name} is {section!r}, but must be an object; see ds_configs/")
     return values
 
 
@@ -175,7 +181,7 @@ def deepspeed_problems(deepspeed: dict[str, Any]) -> Iterator[str]:
     """Why a DeepSpeed configuration cannot be used."""
     zero = deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield f"zero_optimization.stage is {stage!r}, but must be 0, 1, 2 or 3"
     for key in ("optimizer", "scheduler"):
         if key in deepspeed:
@@ -275,5 +281,5 @@ def describe_engine(engine: EngineSettings, config: Config) -> Iterator[tuple[st
     if config.model.head == "roadwork":
         experts, size = config.model.experts, sharding.expert_parallel
         groups = sharding.world_size // size
-        shared = f"{experts // size} on each of {size} processes, in {groups} such groups"
+        shared = f"{experts // size} on each of {size} processes" + f", in {groups} such groups" * (groups > 1)
         yield "experts", f"{experts} per layer, {shared if size > 1 else 'all on every process'}"

@@ -29,7 +29,7 @@ def start(engine: EngineSettings, log_with: list[str], hang_minutes: float) -> A
     Raises:
         UserError: There is a GPU that torch cannot use, or there are fewer GPUs than processes.
     """
-    refuse_idle_gpu()
+    refuse_idle_gpu("--cpu to ./launch.sh")
     on_gpu = uses_gpu()
     if on_gpu:
         refuse_shared_gpu()

@@ -99,7 +99,7 @@ def main(words: Sequence[str]) -> Path | None:
     )  # fmt: skip
     folder = Path(config.train.run).resolve()
     folder = folder.with_name(f"{folder.name}.slurm")
-    launch += [f"--log_folder={folder / 'ranks'}", *overrides]
+    launch += [f"--log_folder={folder / 'ranks'}", *([] if own.gpus_per_node else ["--cpu"]), *overrides]
     job = Job("train", script(launch, folder, own.requeue), resources, requeue=own.requeue)
     return submit([job], folder, own.dry_run)
 

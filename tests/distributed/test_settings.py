@@ -66,6 +66,9 @@ FAULTS = {
         f"the removed section {name}": ({name: {}}, f"it has the section {name}, which DeepSpeed .* no longer knows")
         for name in ("amp", "eigenvalue", "elasticity", "nebula")
     },
+    "a section that is none": ({"zero_optimization": 2}, "zero_optimization is 2, but must be an object"),
+    "a section within": ({"zero_optimization": {"offload_optimizer": None}}, "offload_optimizer is None, but must be"),
+    "fp16 as a switch": ({"fp16": True}, "fp16 is True, but must be an object"),
     "fp16": ({"fp16": {"enabled": True}}, r"fp16 is enabled, whose loss scaling .* train\.precision is bf16 or fp32"),
     "auto in ZeRO": (
         {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
@@ -201,7 +204,7 @@ def test_experts_are_shared_as_the_recipe_says_and_one_process_keeps_them_with_a
     told = dict(describe_engine(engine, config))["experts"]
     assert told == {
         1: "4 per layer, all on every process",
-        2: "4 per layer, 2 on each of 2 processes, in 1 such groups",
+        2: "4 per layer, 2 on each of 2 processes",
         4: "4 per layer, 2 on each of 2 processes, in 2 such groups",
     }[processes]  # fmt: skip
 
