@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.cli import command
 from pipeline.errors import UserError, require
-from pipeline.vocabulary import Profile
+from pipeline.names import Profile
 
 
 def evaluate(

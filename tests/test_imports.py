@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the ground up. Rooms on one line know nothing of each other.
 FLOORS = (
-    {"pipeline.errors", "pipeline.files", "pipeline.progress", "pipeline.vocabulary"},
+    {"pipeline.errors", "pipeline.files", "pipeline.progress", "pipeline.names"},
     {"pipeline.cli", "pipeline.devices"},
     {"pipeline"},  # what importing any of it runs first
     {"pipeline.model"},

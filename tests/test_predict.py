@@ -15,8 +15,8 @@ from pipeline.errors import UserError
 from pipeline.evaluation.prediction import find_photos
 from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
+from pipeline.names import VIEW_NAMES
 from pipeline.predict import predict
-from pipeline.vocabulary import VIEW_NAMES
 from tests.small_run import make_backbone, make_model, noisy_photo
 
 

@@ -14,6 +14,7 @@ from threadpoolctl import threadpool_limits
 from data_prep.sources.metadata import parse_gps, select_fields
 from data_prep.sources.tables import read_rows
 from pipeline.errors import UserError
+from pipeline.names import EARTH_RADIUS_KM
 from pipeline.progress import say
 
 MOST_CLUSTERS = 30
@@ -25,7 +26,7 @@ SEPARATED = 0.5
 WEIGHT_CAP = 10.0
 RESTARTS = 4
 FAR_M = 50_000.0  # from a cluster's centre: another city
-EARTH_RADIUS_M = 6_371_008.8  # mean radius, IUGG
+EARTH_RADIUS_M = 1000 * EARTH_RADIUS_KM
 NO_GPS = 0
 
 

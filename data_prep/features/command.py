@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.features.options import MOST_VIEWS, Attention, ModelChoice, Options
+from data_prep.features.options import Attention, ModelChoice, Options
 from pipeline.errors import require
-from pipeline.vocabulary import NUM_VIEWS
+from pipeline.model.config import MAX_VIEWS_PER_PASS
+from pipeline.names import NUM_VIEWS
 
 
 def features(
@@ -49,8 +50,8 @@ def features(
     require(copies >= 0, "--copies", copies, "0 or more")
     require(shard_mb > 0, "--shard_mb", shard_mb, "above 0")
     require(workers is None or workers >= 0, "--workers", workers, "0 or more")
-    fits = batch_views is None or NUM_VIEWS <= batch_views <= MOST_VIEWS
-    require(fits, "--batch_views", batch_views, f"in [{NUM_VIEWS}, {MOST_VIEWS}]")
+    fits = batch_views is None or NUM_VIEWS <= batch_views <= MAX_VIEWS_PER_PASS
+    require(fits, "--batch_views", batch_views, f"in [{NUM_VIEWS}, {MAX_VIEWS_PER_PASS}]")
     from data_prep.features.job import extract  # transformers and DeepSpeed: seconds that no other command should wait
 
     options = Options(device, workers, batch_views, compile, attention, shard_mb)

@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.features.options import MOST_VIEWS, Options
+from data_prep.features.options import Options
 from pipeline.data.allocator import keep_freed_memory
 from pipeline.data.dataset import ShardDataset, decode_scaled
 from pipeline.data.feature_key import STORED_DTYPE
 from pipeline.data.features import PhotoTokens
 from pipeline.model.backbone import FrozenBackbone
+from pipeline.model.config import MAX_VIEWS_PER_PASS
 from pipeline.model.encoder import view_tokens
-from pipeline.vocabulary import NUM_VIEWS
+from pipeline.names import NUM_VIEWS
 
 KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -100,7 +101,7 @@ class Extractor:
     def __init__(self, backbone: FrozenBackbone, pool_grid: int, options: Options, workers: int):
         self.backbone, self.pool_grid, self.options, self.workers = backbone, pool_grid, options, workers
         self.on_gpu = backbone.device.type == "cuda"
-        self.batch_views = options.batch_views or (MOST_VIEWS if self.on_gpu else NUM_VIEWS)
+        self.batch_views = options.batch_views or (MAX_VIEWS_PER_PASS if self.on_gpu else NUM_VIEWS)
         self.views = 0
         """Views that were computed."""
         if self.on_gpu and options.compile:

@@ -36,9 +36,9 @@ from pipeline.distributed.signals import StopSignal
 from pipeline.errors import Stopped, require
 from pipeline.files import write_json, write_summary
 from pipeline.model.backbone import FrozenBackbone, compute_dtype
+from pipeline.names import MASK_CLASSES
 from pipeline.progress import say, silence_libraries, track
 from pipeline.training.throughput import flops_per_view, matmul_rate
-from pipeline.vocabulary import MASK_CLASSES
 
 # Ranks wait for the slowest one with nothing else to do; a fault ends them all through the launcher.
 PATIENCE = timedelta(days=7)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Attention = Literal["auto", "cudnn", "flash", "efficient", "math"]
-MOST_VIEWS = 192  # in one pass of the backbone
 
 
 @dataclass

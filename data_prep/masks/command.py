@@ -30,8 +30,8 @@ from data_prep.work.workplace import REJECTS_NAME, check_apart
 from pipeline.data.photo import BadPhoto, decode
 from pipeline.errors import UserError, require
 from pipeline.files import write_bytes, write_json, write_summary
+from pipeline.names import MASK_CLASSES
 from pipeline.progress import say, track
-from pipeline.vocabulary import MASK_CLASSES
 
 SETTINGS_NAME = "masks.json"
 Segment = Callable[[np.ndarray, Sequence[tuple[int, int]]], list[np.ndarray]]

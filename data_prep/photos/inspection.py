@@ -21,7 +21,7 @@ from data_prep.sources.content import Content, Location
 from data_prep.sources.metadata import check_gps
 from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, decode, open_header, upright_size
 from pipeline.files import write_text
-from pipeline.vocabulary import MASK_CLASSES
+from pipeline.names import MASK_CLASSES
 
 MAX_FILE_BYTES = 256 << 20  # before it is read into memory; 100 megapixels are less, even as PNG
 HASHED_SIDE = 32

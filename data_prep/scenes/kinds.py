@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_prep.scenes import lookalikes, roadwork
 from data_prep.scenes.brush import Brush, Paint
-from pipeline.vocabulary import MASK_CLASSES
+from pipeline.names import MASK_CLASSES
 
 Draw = Callable[[Brush, Paint, np.random.Generator], None]
 

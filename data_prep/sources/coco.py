@@ -18,8 +18,8 @@ from data_prep.sources.outlines import BadOutline, CocoMask, area, encode_outlin
 from data_prep.sources.tables import flatten
 from pipeline.data.photo import MAX_PIXELS
 from pipeline.errors import UserError
+from pipeline.names import MASK_CLASSES
 from pipeline.progress import say
-from pipeline.vocabulary import MASK_CLASSES
 
 CONE, BARRIER, SIGN, WORKER, VEHICLE, EQUIPMENT = MASK_CLASSES
 # Category to class; None is what the masks leave out. Beside the classes' own names, the categories of CMU ROADWork

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.data.index import SPLITS
 from pipeline.data.record import Metadata
-from pipeline.vocabulary import DAYTIME, SCENE, WEATHER
+from pipeline.names import DAYTIME, SCENE, WEATHER
 
 # Our field, and the columns that may hold it: the plain name, then those of the NATIX table.
 COLUMNS = {

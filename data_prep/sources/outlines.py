@@ -12,7 +12,7 @@ import numpy as np
 import pycocotools.mask
 from PIL import Image, ImageOps
 
-from pipeline.data.photo import ORIENTATION_TAG, PILLOW_ERRORS, BadPhoto, probe
+from pipeline.data.photo import ORIENTATION_TAG, BadPhoto, orientation_of, probe
 
 FARTHEST_PX = 1e9  # a coordinate beyond it is damage
 # Around the photo, where the edges lie that clipping adds, so that they are not drawn.
@@ -51,7 +51,8 @@ class CocoMask:
         """
         photo = Path(self.photo).read_bytes()
         upright = probe(photo)
-        orientation = _orientation(photo)
+        with Image.open(io.BytesIO(photo)) as image:
+            orientation = orientation_of(image)
         stored = upright if orientation < QUARTER_TURN else upright[::-1]
         annotated = (self.width, self.height)
         if annotated not in (stored, upright):
@@ -191,12 +192,3 @@ def _clip(points: np.ndarray, width: int, height: int) -> np.ndarray:
         both = np.stack([points, cuts], axis=1).reshape(-1, 2)
         points = both[np.stack([depth >= 0, crosses], axis=1).ravel()]
     return points
-
-
-def _orientation(photo: bytes) -> int:
-    """EXIF orientation 1 to 8 of what `probe` accepts; broken EXIF counts as upright, as in `decode`."""
-    try:
-        value = Image.open(io.BytesIO(photo)).getexif().get(ORIENTATION_TAG, 1)
-    except PILLOW_ERRORS:
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1

@@ -29,7 +29,7 @@ from pipeline.data.storage import open_folder
 from pipeline.data.views import canvas_side, extract_views, useful_views, view_boxes
 from pipeline.errors import UserError
 from pipeline.model.config import InputSpec
-from pipeline.vocabulary import DAYTIME, MASK_CLASSES, SCENE, WEATHER
+from pipeline.names import DAYTIME, MASK_CLASSES, SCENE, WEATHER
 
 _SCRATCH = Scratch()
 

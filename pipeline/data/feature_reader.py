@@ -26,7 +26,7 @@ from pipeline.data.features import (
 from pipeline.data.integrity import Damage
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
-from pipeline.vocabulary import MASK_CLASSES
+from pipeline.names import MASK_CLASSES
 
 MOST_HEADER_BYTES = 1 << 20
 LENGTH_BYTES = 8  # of the little-endian number that a safetensors file starts with

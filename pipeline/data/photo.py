@@ -71,7 +71,7 @@ def decode(data: bytes, at_least_px: int | None = None, scratch: Scratch | None 
         BadPhoto: The bytes are no image, or it is truncated, too small or too large.
     """
     image = open_header(data)
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1 and simplejpeg is not None:
         try:
             small = {} if at_least_px is None else {"min_height": at_least_px, "min_width": at_least_px}
@@ -116,10 +116,10 @@ def open_header(data: bytes) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Width and height in pixels after EXIF orientation."""
-    return image.size if _orientation(image) < 5 else (image.height, image.width)
+    return image.size if orientation_of(image) < 5 else (image.height, image.width)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """EXIF orientation 1 to 8; broken EXIF counts as upright."""
     try:
         with warnings.catch_warnings():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pipeline.vocabulary import NUM_VIEWS, TILE_GRID
+from pipeline.names import NUM_VIEWS, TILE_GRID
 
 CANVAS_RATIO = 2.5  # canvas side in view sides: three tiles that overlap by a quarter
 TILE_STRIDE = 0.75  # in view sides

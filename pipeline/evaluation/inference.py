@@ -9,7 +9,7 @@ import torch
 from pipeline.errors import UserError
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.vocabulary import VIEW_NAMES
+from pipeline.names import VIEW_NAMES
 
 
 def load_model(folder: Path, device: torch.device) -> RoadworkModel:

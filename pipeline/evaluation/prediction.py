@@ -22,7 +22,7 @@ from pipeline.errors import UserError, require
 from pipeline.evaluation.inference import kept_views, probability_of
 from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.vocabulary import LABEL_NAMES
+from pipeline.names import LABEL_NAMES
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 COLUMNS = ("path", "probability", "label", "kept_views", "error")

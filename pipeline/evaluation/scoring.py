@@ -24,8 +24,8 @@ from pipeline.evaluation.inference import kept_views, probability_of
 from pipeline.evaluation.metrics import best_threshold, binary_metrics, bootstrap_intervals, has_both
 from pipeline.model.config import ModelConfig
 from pipeline.model.roadwork import RoadworkModel
+from pipeline.names import Profile
 from pipeline.progress import say, track
-from pipeline.vocabulary import Profile
 
 BOOTSTRAP_SEED, BOOTSTRAP_ROUNDS = 0, 1000
 SMALLEST_CLUSTER = 20  # labelled photos; an MCC of fewer is noise

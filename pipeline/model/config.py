@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from pipeline.errors import Rule, at_least, check_fields, in_range, one_of, require
-from pipeline.vocabulary import NUM_VIEWS
+from pipeline.names import NUM_VIEWS
 
 HEADS = ("roadwork", "single_view", "mean_pool", "attention_mil")
 PRUNING = ("scored", "dynamic", "off", "random", "fixed", "oracle")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pipeline.model.backbone import interval_overlap as overlap
-from pipeline.vocabulary import MASK_CLASSES, WEATHER
+from pipeline.names import MASK_CLASSES, WEATHER
 
 PRIOR = 0.01  # share of cells in which a class is seen
 

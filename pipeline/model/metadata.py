@@ -9,11 +9,10 @@ from torch import nn
 
 from pipeline.model.config import METADATA_FIELDS, ModelConfig
 from pipeline.model.mixup import Mix
-from pipeline.vocabulary import DAYTIME, SCENE, WEATHER
+from pipeline.names import DAYTIME, EARTH_RADIUS_KM, SCENE, WEATHER
 
 FIELD_WIDTHS = {"gps": 256, "weather": 128, "daytime": 64, "scene": 64, "text": 192}
 METADATA_WIDTH = sum(FIELD_WIDTHS.values())
-EARTH_RADIUS_KM = 6371.0
 # Wavelengths under 100 m are float32 noise, and would let the model memorise places.
 LONGEST_KM, SHORTEST_KM, WAVELENGTHS = 20_000.0, 0.1, 18
 

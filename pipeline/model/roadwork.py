@@ -26,7 +26,7 @@ from pipeline.model.output import RoadworkOutput
 from pipeline.model.projection import InputProjection
 from pipeline.model.pruning import StoppingRule
 from pipeline.model.pyramid import Pyramid
-from pipeline.vocabulary import LABEL_NAMES, MASK_CLASSES, WEATHER
+from pipeline.names import LABEL_NAMES, MASK_CLASSES, WEATHER
 
 
 class RoadworkConfig(PreTrainedConfig):

@@ -22,7 +22,7 @@ from pipeline.evaluation.inference import load_model
 from pipeline.evaluation.report.page import read_results
 from pipeline.files import write_json, write_text
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.vocabulary import Profile
+from pipeline.names import Profile
 
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "numpy", "scikit-learn", "webdataset")
 

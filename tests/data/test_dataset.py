@@ -19,7 +19,7 @@ from pipeline.data.record import Metadata
 from pipeline.data.storage import open_folder
 from pipeline.errors import EXIT_USER, UserError, run
 from pipeline.model.config import InputSpec
-from pipeline.vocabulary import WEATHER
+from pipeline.names import WEATHER
 from tests.data.tampering import TAMPERED, edit_split, read_members, swapped_bit, tamper
 from tests.small_run import make_shards, noisy_photo
 

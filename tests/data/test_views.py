@@ -12,7 +12,7 @@ from pipeline.data.dataset import decode_scaled, prepare
 from pipeline.data.photo import decode
 from pipeline.data.views import extract_views, resize, useful_views, view_boxes
 from pipeline.model.config import InputSpec
-from pipeline.vocabulary import NUM_VIEWS, VIEW_NAMES
+from pipeline.names import NUM_VIEWS, VIEW_NAMES
 
 SPEC, HALF = InputSpec(64), InputSpec(64, decode_scale="half")
 

@@ -68,6 +68,7 @@ FAULTS = {
     },
     "a section that is none": ({"zero_optimization": 2}, "zero_optimization is 2, but must be an object"),
     "a section within": ({"zero_optimization": {"offload_optimizer": None}}, "offload_optimizer is None, but must be"),
+    "a stage as a switch": ({"zero_optimization": {"stage": True}}, "stage is True, but must be 0, 1, 2 or 3"),
     "fp16 as a switch": ({"fp16": True}, "fp16 is True, but must be an object"),
     "fp16": ({"fp16": {"enabled": True}}, r"fp16 is enabled, whose loss scaling .* train\.precision is bf16 or fp32"),
     "auto in ZeRO": (

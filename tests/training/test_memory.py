@@ -4,7 +4,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-from data_prep.scenes.backbone import scenes_tiny_config
+from data_prep.scenes.pretraining import scenes_tiny_config
 from pipeline.config import Config
 from pipeline.distributed.settings import Sharding
 from pipeline.model.config import ModelConfig

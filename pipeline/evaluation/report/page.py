@@ -17,7 +17,7 @@ from pipeline.data.index import SPLITS
 from pipeline.data.photo import decode
 from pipeline.evaluation.report import plots
 from pipeline.files import write_text
-from pipeline.vocabulary import TILE_GRID, VIEW_NAMES, Profile
+from pipeline.names import TILE_GRID, VIEW_NAMES, Profile
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -21,7 +21,7 @@ from data_prep.photos.inspection import check_mask
 from data_prep.sources.content import Input
 from pipeline.cli import commands
 from pipeline.errors import UserError
-from pipeline.vocabulary import MASK_CLASSES
+from pipeline.names import MASK_CLASSES
 from tests.data_prep.examples import encode, jpeg, pixels
 from tests.data_prep.masks.tiny_sam3 import MASK, SCORE, SIDE, write_tiny_sam3
 

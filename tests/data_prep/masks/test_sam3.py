@@ -17,7 +17,7 @@ from data_prep.masks import sam3
 from data_prep.masks.sam3 import Instance, Segmenter, paint
 from pipeline.errors import UserError
 from pipeline.model.backbone import SCENES_TINY
-from pipeline.vocabulary import MASK_CLASSES
+from pipeline.names import MASK_CLASSES
 from tests.data_prep.examples import pixels
 from tests.data_prep.masks.tiny_sam3 import MASK, MEAN, SCORE, SIDE, STD, write_tiny_sam3
 

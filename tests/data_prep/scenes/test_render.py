@@ -14,7 +14,7 @@ from data_prep.scenes.cities import COORDINATES, style_of
 from data_prep.scenes.metadata import raw_metadata
 from data_prep.scenes.plan import plan_scene
 from pipeline.errors import UserError
-from pipeline.vocabulary import MASK_CLASSES
+from pipeline.names import MASK_CLASSES
 
 SMALL = SceneConfig(size=(512, 384), seed=901, video_lengths=(1, 2, 3, 4))
 

@@ -18,7 +18,7 @@ from data_prep.scenes import STUDY, SceneConfig, render
 from data_prep.scenes.data_set import encode_scene
 from data_prep.scenes.metadata import NULLS
 from data_prep.scenes.plan import plan_scene
-from pipeline.vocabulary import DAYTIME, SCENE, WEATHER
+from pipeline.names import DAYTIME, SCENE, WEATHER
 
 # At n = 400 the AUROC of a useless classifier has a standard deviation of 0.03: 0.6 lies three and a half above it.
 PHOTOS = 400

@@ -10,7 +10,7 @@ from data_prep.sources.coco import CATEGORIES
 from data_prep.sources.metadata import parse
 from data_prep.sources.opening import open_source
 from pipeline.errors import UserError
-from pipeline.vocabulary import MASK_CLASSES
+from pipeline.names import MASK_CLASSES
 from tests.data_prep.examples import jpeg
 from tests.data_prep.sources.annotations import SQUARE, image_of, object_of, only_input, pixels_of, write_coco
 

@@ -18,7 +18,7 @@ from data_prep.sources.content import content_from_json, content_to_json
 from data_prep.sources.opening import open_source
 from data_prep.sources.outlines import BadOutline, CocoMask, decode_runs, encode_outline
 from pipeline.data.photo import BadPhoto, decode
-from pipeline.vocabulary import MASK_CLASSES
+from pipeline.names import MASK_CLASSES
 from tests.data_prep.examples import encode
 from tests.data_prep.sources.annotations import (
     HEIGHT,

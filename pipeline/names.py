@@ -16,6 +16,8 @@ WEATHER = ("sunny", "partly cloudy", "cloudy", "rainy", "snowy", "foggy", "wet",
 DAYTIME = ("light", "dark", "twilight")
 SCENE = ("urban", "suburban", "rural", "highway")
 
+EARTH_RADIUS_KM = 6371.0  # part of what a saved model means by a place
+
 # The six segmentation classes; value c + 1 in a mask PNG marks class c, 0 is background.
 MASK_CLASSES = (
     "traffic cone",

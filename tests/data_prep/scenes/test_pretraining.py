@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, DINOv3ViTModel
 
 from data_prep.scenes import CITIES
-from data_prep.scenes import backbone as module
-from data_prep.scenes.backbone import BACKGROUND, IGNORE, Canvases, pretrain, sample_crops, targets
+from data_prep.scenes import pretraining as module
+from data_prep.scenes.pretraining import BACKGROUND, IGNORE, Canvases, pretrain, sample_crops, targets
 from pipeline.errors import UserError
 from pipeline.files import sha256_of
 from pipeline.model.backbone import SCENES_TINY
@@ -31,7 +31,7 @@ def test_the_committed_weights_are_those_of_the_provenance(provenance):
 
 
 def test_the_provenance_names_a_command_that_asks_for_nothing_but_the_defaults(provenance):
-    assert shlex.split(provenance["command"]) == ["python", "-m", "data_prep.scenes.backbone"]
+    assert shlex.split(provenance["command"]) == ["python", "-m", "data_prep.scenes.pretraining"]
     parameters = inspect.signature(pretrain).parameters
     assert provenance["arguments"] == {name: p.default for name, p in parameters.items() if name != "out"}
 

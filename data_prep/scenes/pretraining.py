@@ -1,4 +1,4 @@
-"""Pretrain `scenes-tiny`, the small DINOv3 backbone that comes with the project: `python -m data_prep.scenes.backbone`.
+"""Pretrain `scenes-tiny`, the small DINOv3 backbone of the project: `python -m data_prep.scenes.pretraining`.
 
 The frozen backbone of the real system is 840 M gated parameters. Machines without them need a stand-in that plays the
 same part: patch tokens that tell roadwork from its look-alikes, learned elsewhere. So this trains the same
@@ -139,7 +139,7 @@ def pretrain(
     model.backbone.save_pretrained(out)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     provenance = {
-        "command": shlex.join(["python", "-m", "data_prep.scenes.backbone", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "data_prep.scenes.pretraining", *sys.argv[1:]]),
         "arguments": {"seed": seed, "images": images, "steps": steps, "difficulty": difficulty, **rates},
         "cities": list(PRETRAIN_CITIES),
         "slots": list(SLOTS),
