@@ -170,7 +170,10 @@ dispatch() {
         module pipeline.launch.slurm_train "$@"
       fi
       ;;
-    bench) module benchmarks "$@" ;;
+    bench)
+      export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # benchmarks are not installed
+      module benchmarks "$@"
+      ;;
     doctor | evaluate | early-exit | export | predict) module "pipeline.${command/-/_}" "$@" ;;
   esac
 }

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pipeline.cli import commands
 
 BENCHMARKS = (
-    "checkpoint", "features", "loader", "parity", "prep", "pruning", "scaling", "sophia", "study", "tables", "trainer",
-    "views",
+    "checkpoint", "features", "gpu", "loader", "parity", "prep", "pruning", "scaling", "sophia", "study", "tables",
+    "trainer", "views",
 )  # fmt: skip
 
 if __name__ == "__main__":

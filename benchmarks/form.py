@@ -120,7 +120,7 @@ def interleave(arms: Mapping[str, Callable[[], Measured]], rounds: int, seed: in
         arms: Name to a function that runs the arm once and says what it measured. It prepares and cleans up outside
             what it times.
         rounds: How often each arm runs, at least twice; the n-th results of all arms belong together.
-        seed: Of the order, which is another one in each round, so that no arm always follows the same one.
+        seed: Decides about the order, which is another one in each round: no arm always follows the same one.
     """
     generator = np.random.default_rng(seed)
     order = [name for _ in range(rounds) for name in generator.permutation(list(arms)).tolist()]
@@ -161,19 +161,31 @@ def compare(
     note: str = "",
 ) -> Row:
     """A row from paired measurements; see `Row` and `ratio_interval`."""
-    ratio, interval = ratio_interval(ours, theirs)
-    return Row(
-        what=what,
-        against=against,
-        ours=float(stats.gmean(ours)),
-        theirs=float(stats.gmean(theirs)),
-        unit=unit,
-        ratio=ratio,
-        interval=interval,
-        goal=None if goal is None else str(goal),
-        met=None if goal is None else goal.met_by(*interval),
-        note=note,
-    )
+    means = float(stats.gmean(ours)), float(stats.gmean(theirs))
+    return judged(what, against, means, unit, *ratio_interval(ours, theirs), goal, note)
+
+
+def exact(
+    what: str, against: str, ours: float, theirs: float, unit: str, goal: Goal | None = None, note: str = ""
+) -> Row:
+    """A row of two numbers in which there is no chance."""
+    ratio = ours / theirs
+    return judged(what, against, (ours, theirs), unit, ratio, (ratio, ratio), goal, note)
+
+
+def judged(
+    what: str,
+    against: str,
+    sides: tuple[float, float],
+    unit: str,
+    ratio: float,
+    interval: tuple[float, float],
+    goal: Goal | None = None,
+    note: str = "",
+) -> Row:
+    """A row with a ratio and an interval from elsewhere; `sides` are ours and theirs."""
+    met = None if goal is None else goal.met_by(*interval)
+    return Row(what, against, *sides, unit, ratio, interval, None if goal is None else str(goal), met, note)
 
 
 @contextmanager

@@ -1,18 +1,28 @@
 #!/usr/bin/env bash
-# Every benchmark that a GPU changes, one after the other: under 9 minutes on one H100 or H200 with 16 cores.
-# Options go to each of them: `benchmarks/gpu.sh --out FOLDER`. Needs neither network nor weights.
+# What only a GPU can tell, in two calls of under eight minutes each on one H100 or H200 with 16 cores:
+#   benchmarks/gpu.sh 1 OUT    every path once; extraction
+#   benchmarks/gpu.sh 2 OUT    prediction, compilation, training
+# OUT gets HARDWARE-gpu-CALL.jsonl, a line for each number as soon as it is known, and gpu-CALL.log. `--dry` behind it
+# rehearses a call on the CPU in a minute. Needs neither network nor weights: what cannot be installed there, this project
+# among it, is taken from wheels in .whl/.
 set -euo pipefail
+(($# >= 2)) || {
+  echo "usage: benchmarks/gpu.sh 1|2 OUT [--dry]" >&2
+  exit 2
+}
+call=$1 out=$(realpath -m "$2")
+shift 2
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 
 python=.venv/bin/python
 [[ -x $python ]] || python=python3
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
-  echo "error: there is no GPU here; these benchmarks are about one" >&2
-  exit 2
-}
-nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader >&2
-for name in features views pruning; do
-  started=$SECONDS
-  "$python" -m "benchmarks.$name" "$@"
-  echo "$name: $((SECONDS - started)) s" >&2
-done
+if compgen -G '.whl/*.whl' >/dev/null; then
+  site=$(mktemp -d)
+  trap 'rm -rf "$site"' EXIT
+  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" .whl/*.whl >&2
+  export PYTHONPATH=$site
+fi
+# All that is said goes to the log as well; stdout has the path of the results alone.
+"$python" -m benchmarks gpu --call "$call" --out "$out" "$@" 2> >(tee "$out/gpu-$call.log" >&2)

@@ -31,14 +31,14 @@ from pipeline.data.allocator import keep_freed_memory
 from pipeline.data.batch import collate
 from pipeline.data.dataset import ShardDataset, prepare
 from pipeline.data.index import Index, read_index
-from pipeline.data.views import NUM_VIEWS
+from pipeline.model.config import InputSpec
 
 PACKAGES = ("torch", "webdataset", "datasets", "pillow", "simplejpeg")
 SIDE = 512
 WORKERS = 2
 BATCH_SIZE = 4
-MASK_SIDE = 64
 FIDELITY_DB = 50.0
+PILLOW_GOAL, SAME_GOAL = Goal(5), Goal(1)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def loader(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path:
     Args:
         quick: Fewer photos and rounds, in 90 seconds on two cores; starting the workers then weighs more.
         out: Folder for loader.json; benchmarks/results if not given, or runs/benchmarks with --quick.
-        seed: Of the scenes and of the order of measuring.
+        seed: Decides about the scenes and the order of measuring.
     """
     plan = QUICK if quick else FULL
     datasets.disable_progress_bars()
@@ -135,22 +135,22 @@ def measure(shards: Shards, plan: Plan, seed: int) -> tuple[Row, ...]:
             f"against {walls[name]:.1f}; worst view of ours against theirs: {worst_db[name]:.1f} dB",
         )
         for name, against, goal, note in (
-            ("webdataset", "webdataset, Pillow", Goal(4), "decode('pilrgb'), map, batched"),
-            ("datasets", "datasets, Pillow", Goal(4), "load_dataset('webdataset', streaming=True), map, DataLoader"),
-            ("webdataset, ours", "webdataset, our views", Goal(0.95), "map(prepare), batched"),
-            ("datasets, ours", "datasets, our views", Goal(0.95), "Image(decode=False), map(prepare), DataLoader"),
+            ("webdataset", "webdataset, Pillow", PILLOW_GOAL, "decode('pilrgb'), map, batched"),
+            ("datasets", "datasets, Pillow", PILLOW_GOAL, "load_dataset(streaming=True), map, DataLoader"),
+            ("webdataset, ours", "webdataset, our views", SAME_GOAL, "map(prepare), batched"),
+            ("datasets, ours", "datasets, our views", SAME_GOAL, "Image(decode=False), map(prepare), DataLoader"),
         )
     )  # fmt: skip
 
 
 def views_of(data: bytes, side: int) -> torch.Tensor:
     """What the other readers call of ours."""
-    return prepare(data, side, NUM_VIEWS)["views"]
+    return prepare(data, InputSpec(side))["views"]
 
 
 def ours(shards: Shards) -> Iterator[peers.Batch]:
     """The training split in its order, read as validation reads it."""
-    data = ShardDataset(shards.folder, shards.index, "train", SIDE, NUM_VIEWS, MASK_SIDE)
+    data = ShardDataset(shards.folder, shards.index, "train", InputSpec(SIDE))
     for batch in DataLoader(
         data, BATCH_SIZE, num_workers=WORKERS, collate_fn=collate, worker_init_fn=keep_freed_memory
     ):

@@ -1,5 +1,8 @@
 """Cells of the parity matrix: short runs of DeepSpeed's engine in one of its forms, many in one start of processes.
 
+The bare loop and the estimate of the Hessian here are the reference, and on purpose share nothing with
+`benchmarks.loops`.
+
 Every cell takes the trainer's own steps on the same few photos (as cached tokens, some without label, weather or mask,
 some with views that do not exist), so that all its numbers can be compared with those of a bare loop in PyTorch.
 """
@@ -7,7 +10,6 @@ some with views that do not exist), so that all its numbers can be compared with
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,23 +19,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file, save_file
-from torch import multiprocessing
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pipeline.config import Config, OptimConfig, TrainConfig
-from pipeline.data.batch import Batch, collate, loss_inputs, targets_of
+from benchmarks import loops
+from benchmarks.processes import run_apart
+from pipeline.config import ROOT, Config, OptimConfig, TrainConfig
+from pipeline.data.batch import Batch, collate
 from pipeline.data.dataset import mask_targets, metadata_tensors
 from pipeline.data.record import Metadata
 from pipeline.data.views import view_boxes
-from pipeline.distributed import start
 from pipeline.distributed.engine_tensors import gather_tensors, set_tensors
-from pipeline.distributed.settings import Batching
-from pipeline.distributed.startup import ROOT
-from pipeline.launch.launcher import free_port
 from pipeline.model.config import TERMS, ModelConfig
-from pipeline.model.losses import count_targets
+from pipeline.model.losses import Targets, count_targets
 from pipeline.model.moe import SparseExperts
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.optim.build import build_optimizer
@@ -42,7 +40,6 @@ from pipeline.optim.hessian import hutchinson, rademacher
 from pipeline.optim.sampled_loss import draws_needed, sampled_loss, uniform
 from pipeline.optim.schedule import lr_at
 from pipeline.optim.sophia import Sophia
-from pipeline.progress import silence_libraries
 from pipeline.trainer import Trainer
 from pipeline.training.plan import Schedule
 
@@ -72,7 +69,7 @@ class Cell:
     idle: bool = False
     """Whether the routers send every token to one of the first two experts, so that the others get none."""
     resume: str = ""
-    """Folder of tensors to go on from."""
+    """Folder of tensors to resume from."""
     save: str = ""
     """Folder that tensors are saved to half-way."""
     again: bool = False
@@ -84,7 +81,7 @@ class Cell:
     optimizer: str = "adamw"
     """`optim.name`."""
     precision: str = "fp32"
-    """Of the weights in the forward and backward pass."""
+    """What the weights have in the forward and backward pass."""
 
     def __str__(self) -> str:
         experts = f"experts over {self.sharding}" if self.sharding > 1 else "whole experts"
@@ -116,7 +113,7 @@ class Curve:
 
         Args:
             other: To compare with.
-            single: Of the parameters that are one number, or else of all others. The curvature of one number is a sum
+            single: Look at the parameters that are one number, or else at all others. The curvature of one is a sum
                 over all photos and views whose parts nearly cancel, with no larger neighbour to be compared with.
         """
         assert self.hessian.keys() == other.hessian.keys()
@@ -133,7 +130,10 @@ def config(cell: Cell) -> Config:
     # A step so small that the idle experts stay idle.
     lr = 1e-5 if cell.idle else 3e-3
     return Config(
-        train=TrainConfig(batch_size=BATCH, distil_every=2, seed=SEED, expert_parallel=cell.sharding, wandb=False),
+        train=TrainConfig(
+            batch_size=BATCH, micro_batch_size=BATCH // cell.processes // cell.accumulation, distil_every=2, seed=SEED,
+            expert_parallel=cell.sharding, wandb=False,
+        ),
         model=ModelConfig(
             backbone="scenes-tiny", view_side=32, keep_views=4, pool_grid=2, width=32, layers=2, heads=2,
             fusion_heads=2, experts=EXPERTS, experts_per_token=1 if cell.idle else 2, expert_width=16,
@@ -149,8 +149,7 @@ def build(cell: Cell) -> RoadworkModel:
     """The same model for every cell."""
     torch.manual_seed(SEED)
     settings = config(cell)
-    model = RoadworkModel.build(settings.model)
-    model.loss_config = settings.loss
+    model = RoadworkModel.build(settings.model, settings.loss)
     if cell.idle:
         favour_two_experts(model)
     return model
@@ -205,7 +204,7 @@ def bare_loop(cell: Cell) -> Curve:
         if isinstance(optimizer, Sophia) and step % HESSIAN_EVERY == 0:
             diagonal = bare_estimate(optimizer, model, photos, step)
             hessian = hessian or diagonal
-        output = model(**loss_inputs(photos, count_targets(targets_of(photos)), keep_all=step % 2 == 0))
+        output = model(photos, with_loss=True, keep_all=step % 2 == 0)
         assert output.loss is not None
         optimizer.zero_grad()
         output.loss.backward()
@@ -229,16 +228,16 @@ def bare_loop(cell: Cell) -> Curve:
 
 def bare_estimate(optimizer: Sophia, model: RoadworkModel, photos: Batch, step: int) -> dict[str, np.ndarray]:
     """An estimate of the Hessian's diagonal by autograd alone, into the optimizer's mean; returns the mean."""
-    weights, seed = dict(model.named_parameters()), SEED
+    weights, seed, targets = dict(model.named_parameters()), SEED, Targets.from_batch(photos)
     model.eval()
-    counts = count_targets(targets_of(photos))
     with sdpa_kernel(SDPBackend.MATH):
-        output = model(**loss_inputs(photos, counts, keep_all=step % 2 == 0))
+        output = model(photos, with_loss=True, keep_all=step % 2 == 0)
     assert output.loss is not None
+    assert model.loss_config is not None
     if optimizer.squared:
         draws = uniform(photos["row"].tolist(), draws_needed(output), seed, step)
         optimizer.zero_grad()
-        sampled_loss(output, targets_of(photos), counts, model.loss_config, draws).backward()
+        sampled_loss(output, targets, count_targets(targets), model.loss_config, draws).backward()
     else:
         probes = rademacher({name: tuple(weight.shape) for name, weight in weights.items()}, seed, step)
         for name, product in hutchinson(output.loss, weights, probes).items():
@@ -258,36 +257,18 @@ def held_hessian(trainer: Trainer) -> dict[str, np.ndarray]:
 
 def run(cells: Sequence[Cell]) -> list[Curve]:
     """The curves of cells that have the same number of processes, which are started once for all of them."""
-    assert len({cell.processes for cell in cells}) == 1
-    processes = cells[0].processes
-    with tempfile.TemporaryDirectory(prefix="roadwork-parity-") as folder:
-        multiprocessing.spawn(worker, (free_port(), list(cells), folder), processes)
-        found = [np.load(Path(folder) / f"{number}.npz") for number in range(len(cells))]
-        return [
-            Curve(values["losses"], values["norms"], {name: values[name] for name in values.files if "." in name})
-            for values in found
-        ]  # a parameter's name has a point in it
+    (processes,) = {cell.processes for cell in cells}
+    return run_apart(train_all, processes, cells)
 
 
-def worker(rank: int, port: int, cells: Sequence[Cell], folder: str) -> None:
-    """One process: all cells in turn, each with an engine of its own; rank 0 writes the curves."""
-    join(rank, port, cells[0].processes)
-    linear = torch.nn.functional.linear
-    for number, cell in enumerate(cells):
+def train_all(cells: Sequence[Cell]) -> list[Curve]:
+    """All cells in turn, each with an engine of its own."""
+    linear, curves = torch.nn.functional.linear, []
+    for cell in cells:
         torch.nn.functional.linear = linear  # ZeRO-3 leaves one of its own, whose last digits differ
-        curve = train(cell, Path(folder) / f"{number}-{rank}.json")
-        if rank == 0:
-            arrays: dict[str, Any] = {"losses": curve.losses, "norms": curve.norms, **curve.hessian}
-            np.savez(Path(folder) / f"{number}.npz", **arrays)
-    dist.destroy_process_group()
-
-
-def join(rank: int, port: int, processes: int) -> None:
-    """What a launcher says to a process."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    torch.set_num_threads(1)
-    silence_libraries()
+        with tempfile.TemporaryDirectory(prefix="roadwork-parity-") as place:
+            curves.append(train(cell, Path(place) / "deepspeed.json"))
+    return curves
 
 
 def train(cell: Cell, settings_file: Path) -> Curve:
@@ -300,7 +281,7 @@ def train(cell: Cell, settings_file: Path) -> Curve:
         load(trainer, Path(cell.save))
         curve = take_steps(cell, trainer)
     if cell.export:
-        averaged = trainer._averaged_model()
+        averaged = trainer.best_model.averaged()
         if trainer.rank == 0:
             averaged.save_pretrained(cell.export)
     trainer.engine.destroy()
@@ -309,32 +290,22 @@ def train(cell: Cell, settings_file: Path) -> Curve:
 
 def make_trainer(cell: Cell, settings_file: Path) -> Trainer:
     """The trainer on the cell's form of the engine, whose DeepSpeed configuration is written to a file."""
-    settings = config(cell)
     settings_file.write_text(json.dumps(ds_settings(cell)))
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(settings_file)
-    micro = BATCH // cell.processes // cell.accumulation
-    AcceleratorState._reset_state()  # the state of the cell before; the process group stays
-    accelerator = start(
-        batch_size=micro, accumulation=cell.accumulation, grad_clip=settings.optim.grad_clip, precision=cell.precision,
-        log_with=[], hang_minutes=10, expert_parallel=cell.sharding, experts=EXPERTS, optimizer=cell.optimizer,
-    )  # fmt: skip
-    model = build(cell)
-    batching, schedule = Batching(BATCH, micro, cell.accumulation), Schedule(BATCH, STEPS, frozenset())
-    nothing: Any = None
-    return Trainer(settings, accelerator, model, nothing, None, batching, schedule, None)
+    schedule = Schedule(BATCH, STEPS, frozenset())
+    return loops.make_trainer(config(cell), build(cell), settings_file, schedule, precision=cell.precision)
 
 
 def take_steps(cell: Cell, trainer: Trainer) -> Curve:
     """From where the trainer stands to the last step."""
     hessian: dict[str, np.ndarray] = {}
     losses, norms = [], []
-    for step in range(trainer.step, STEPS):
+    for step in range(trainer.state.step, STEPS):
         if cell.save and step == STEPS // 2:
             save(trainer, Path(cell.save))
         parts = micro_batches(cell, trainer, step)
         counts, _, _ = trainer._agree(parts, None)
         sums, _ = trainer._take_step(parts, counts)
-        trainer.step += 1
+        trainer.state.step += 1
         if cell.optimizer != "adamw" and step == 0:
             hessian = held_hessian(trainer)
         dist.all_reduce(sums)
@@ -371,13 +342,13 @@ def save(trainer: Trainer, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for name, tensors in (("weights", weights), ("moments", moments), ("average", average)):
             save_file(tensors, folder / f"{name}.safetensors")
-        (folder / "step").write_text(str(trainer.step))
+        (folder / "step").write_text(str(trainer.state.step))
     dist.barrier()
 
 
 def load(trainer: Trainer, folder: Path) -> None:
-    """Go on from what `save` wrote."""
-    trainer.step = int((folder / "step").read_text())
+    """Resume from what `save` wrote."""
+    trainer.state.step = int((folder / "step").read_text())
     weights, moments = (load_file(folder / f"{name}.safetensors") for name in ("weights", "moments"))
-    set_tensors(trainer.engine, weights, moments, trainer.step)
+    set_tensors(trainer.engine, weights, moments, trainer.state.step)
     trainer.average.load(load_file(folder / "average.safetensors"))

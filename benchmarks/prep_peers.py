@@ -1,4 +1,4 @@
-"""Sharding and reading back with other tools, as their users write it, at their sensible fastest.
+"""Sharding with other tools, as their users write it, at their sensible fastest.
 
 Every way of writing reads each photo, hashes it, looks at its header, types its metadata, writes the original bytes,
 and hashes the file that it made, as `data_prep shard` does.
@@ -12,12 +12,11 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import datasets
-import webdataset
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.table import embed_table_storage
 from PIL import Image
@@ -32,9 +31,7 @@ FEATURES = Features(
     }
 )
 ROW_GROUP_BYTES = 100_000_000  # datasets.config.MAX_ROW_GROUP_SIZE
-DRAFT_PX = 256  # the sides that `data_prep.photos.inspection` asks for, too
 
-Check = Callable[[bytes], tuple[int, int]]
 Route = Literal["imagefolder", "paths", "bytes"]
 
 
@@ -45,37 +42,18 @@ def check_header(data: bytes) -> tuple[int, int]:
         return image.size
 
 
-def decode_fully(data: bytes) -> tuple[int, int]:
-    """Every pixel at full size."""
-    with Image.open(io.BytesIO(data)) as image:
-        assert image.format == "JPEG"
-        image.load()
-        return image.size
-
-
-def decode_small(data: bytes) -> tuple[int, int]:
-    """The whole file, but pixels of a half, a quarter or an eighth of the size."""
-    with Image.open(io.BytesIO(data)) as image:
-        assert image.format == "JPEG"
-        size = image.size
-        image.draft(None, (DRAFT_PX, DRAFT_PX))
-        image.load()
-        return size
-
-
-def read_photos(folder: str, check: Check, keep: bool = True) -> Iterator[dict[str, Any]]:
+def read_photos(folder: str, keep: bool = True) -> Iterator[dict[str, Any]]:
     """The photos of a folder with `metadata.csv`, as a script of twenty lines reads them.
 
     Args:
-        folder: Of procedural scenes.
-        check: Looks at the bytes and gives width and height.
+        folder: Has procedural scenes.
         keep: Yield the bytes; otherwise the path, from which `datasets` reads them again.
     """
     with Path(folder, "metadata.csv").open(newline="") as stream:
         for row in csv.DictReader(stream):
             path = Path(folder, row["file_name"])
             data = path.read_bytes()
-            width, height = check(data)
+            width, height = check_header(data)
             yield {
                 "image": {"bytes": data, "path": path.name} if keep else {"bytes": None, "path": str(path)},
                 "key": path.stem,
@@ -97,7 +75,7 @@ def write_parquet(folder: Path, out: Path, route: Route) -> str:
     """Make `out/photos.parquet` with `datasets`. Returns the file's SHA-256, which the hub asks for.
 
     Args:
-        folder: Of photos.
+        folder: Has the photos.
         out: Empty folder.
         route: "bytes" gives the photos' bytes to `from_generator`, and `to_parquet` is all. "paths" gives their paths,
             and takes the steps of `push_to_hub` up to the sending: a map over row groups embeds the bytes, then
@@ -109,7 +87,7 @@ def write_parquet(folder: Path, out: Path, route: Route) -> str:
         photos = load_dataset("imagefolder", data_dir=str(folder), split="train", cache_dir=cache)
         photos = photos.cast_column("image", datasets.Image(decode=False)).map(_look)
     else:
-        arguments = {"folder": str(folder), "check": check_header, "keep": route == "bytes"}
+        arguments = {"folder": str(folder), "keep": route == "bytes"}
         photos = Dataset.from_generator(read_photos, FEATURES, cache_dir=cache, gen_kwargs=arguments)
     if route != "bytes":
         total = sum(path.stat().st_size for path in (folder / "images").iterdir())
@@ -121,37 +99,16 @@ def write_parquet(folder: Path, out: Path, route: Route) -> str:
     return _hash(out / "photos.parquet")
 
 
-def write_tar(folder: Path, out: Path, check: Check) -> str:
+def write_tar(folder: Path, out: Path) -> str:
     """Make `out/photos.tar` with `tarfile`: for each photo its bytes and a JSON record. Returns the tar's SHA-256."""
     with tarfile.open(out / "photos.tar", "w") as tar:
-        for row in read_photos(str(folder), check):
+        for row in read_photos(str(folder)):
             data = row.pop("image")["bytes"]
             for extension, content in (("jpg", data), ("json", json.dumps(row).encode())):
                 member = tarfile.TarInfo(f"{row['key']}.{extension}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
     return _hash(out / "photos.tar")
-
-
-def open_parquet(path: Path, cache: Path) -> Dataset:
-    """The rows of `write_parquet`, any of them at once: `datasets` converts the file to Arrow for it."""
-    return load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(cache))
-
-
-def read_rows(rows: Iterable[dict[str, Any]], verify: bool) -> int:
-    """Go through rows of `datasets`; returns the bytes of the photos."""
-    return _consume(((row["image"]["bytes"], row) for row in rows), verify)
-
-
-def read_tar(path: Path, verify: bool) -> int:
-    """Go through the tar of `write_tar` with `tarfile`; returns the bytes of the photos."""
-    return _consume(_tar_samples(path), verify)
-
-
-def read_webdataset(paths: list[Path], verify: bool) -> int:
-    """Go through our own shards with `webdataset`, undecoded; returns the bytes of the photos."""
-    samples = webdataset.WebDataset([str(path) for path in paths], shardshuffle=False)
-    return _consume(((sample["jpg"], json.loads(sample["json"])) for sample in samples), verify)
 
 
 def _look(row: dict[str, Any]) -> dict[str, Any]:
@@ -166,22 +123,6 @@ def _look(row: dict[str, Any]) -> dict[str, Any]:
         "gps": _literal(row["gps"]),
         "weather": _literal(row["scene_level_tags.weather"]),
     }
-
-
-def _tar_samples(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    with tarfile.open(path) as tar:
-        contents = (stream.read() for member in tar if (stream := tar.extractfile(member)) is not None)
-        for photo in contents:
-            yield photo, json.loads(next(contents))
-
-
-def _consume(samples: Iterable[tuple[bytes, dict[str, Any]]], verify: bool) -> int:
-    total = 0
-    for photo, record in samples:
-        if verify:
-            assert hashlib.sha256(photo).hexdigest() == record["sha256"]
-        total += len(photo)
-    return total
 
 
 def _hash(path: Path) -> str:

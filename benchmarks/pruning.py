@@ -1,16 +1,15 @@
 """View pruning on procedural scenes: MCC against the share of the backbone's FLOPs, counted and timed.
 
-Heads on `scenes-tiny` are trained to answer from any number of views. Then they are asked after the views that the
-pruner scores best, after random ones, the same ones for every photo, and those that matter most among all twelve; and
-in the mode `dynamic`, whose rule is calibrated on photos of its own. What pruning costs is the difference to all twelve
-views on the same photos.
+A study (`benchmarks/study`, recipe `pruning`) trains heads on `scenes-tiny` to answer from any number of views. They
+are asked after the views that the pruner scores best, after random ones, the same ones for every photo, and those that
+matter most among all twelve; and in the mode `dynamic`, whose rule is calibrated on the fold's validation part. What
+pruning costs is the difference to all twelve views on the same photos.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,226 +17,184 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.form import Goal, Report, Row, Timing, compare, interleave, machine, one_core, publish, timed, versions
-from benchmarks.pruning_study import (
-    KEPT,
-    MODEL,
-    POLICIES,
-    STATED_LOSS,
-    Data,
-    Plan,
-    SeedAnswers,
-    photos_of,
-    run_study,
-    scenes_of,
-)
-from data_prep.scenes import render
+from benchmarks.form import (
+    Goal,
+    Report,
+    Row,
+    compare,
+    exact,
+    interleave,
+    judged,
+    machine,
+    one_core,
+    publish,
+    timed,
+    versions,
+)  # fmt: skip
+from benchmarks.study.answers import ArmAnswers
+from benchmarks.study.arms import COMPLETE
+from benchmarks.study.claims import POINTS
+from benchmarks.study.command import Done, run_study
+from benchmarks.study.config import StudyConfig, read_recipe
+from benchmarks.study.folds import make_fold
+from benchmarks.study.views import KEPT, MAX_LOSSES, POLICIES, STATED_LOSS, dynamic_name, policy_name
+from benchmarks.study.work import read_outcome
+from data_prep.scenes import SceneConfig, render
 from pipeline.cli import command
+from pipeline.data.batch import Batch, collate
+from pipeline.data.dataset import prepare_image
 from pipeline.evaluation.inference import load_model
-from pipeline.evaluation.metrics import confusion_counts, mcc_of
+from pipeline.evaluation.metrics import confusion_counts
 from pipeline.model.roadwork import RoadworkModel
+from pipeline.names import NUM_VIEWS
 
 PACKAGES = ("torch", "transformers")
-FULL = Plan({"train": 1500, "val": 900, "test": 2000}, steps=800, seeds=4, timed=32, rounds=7)
-QUICK = Plan({"train": 128, "val": 64, "test": 96}, steps=40, seeds=3, timed=8, rounds=3)
-DRAWS = 1000
 TWELVE = "all 12 views, same head"
 MOST_LOSS, MOST_LOSS_BOUND = 0.2, 1.0  # points of MCC: the mean, and the upper end of its interval
-MOST_FLOPS = Goal(0.56, at_most=True)
-SMALLEST_MCC = 1.0  # points; with less a ratio says nothing
+MOST_FLOPS = Goal(0.41, at_most=True)
 
-Answers = Callable[[SeedAnswers], np.ndarray]
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is timed."""
+
+    photos: int
+    """In one batch."""
+    rounds: int
+
+
+FULL, QUICK = Plan(photos=32, rounds=7), Plan(photos=8, rounds=3)
 
 
 def pruning(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path:
     """Measure what view pruning saves and what it costs, for every way to choose the views.
 
+    Cut off at any moment, the same command resumes: the study is in runs/pruning.
+
     Args:
         quick: Fewer photos, steps and heads, in 90 seconds on two cores; heads are then poor and intervals wide.
         out: Folder for pruning.json; benchmarks/results if not given, or runs/benchmarks with --quick.
-        seed: Of the scenes, the bootstrap and the order of measuring.
+        seed: Decides about the bootstrap and the order of measuring.
     """
-    rows = measure(QUICK if quick else FULL, seed)
+    config = read_recipe("pruning")
+    config = config.quick(config.plan.arms) if quick else config
+    rows = measure(config, Path("runs") / ("pruning-quick" if quick else "pruning"), QUICK if quick else FULL, seed)
     return publish(Report("pruning", machine(), versions(PACKAGES), seed, rows), out, quick)
 
 
-def measure(plan: Plan, seed: int) -> tuple[Row, ...]:
+def measure(config: StudyConfig, folder: Path, plan: Plan, seed: int) -> tuple[Row, ...]:
     """All rows of the benchmark."""
-    with tempfile.TemporaryDirectory(prefix="roadwork-pruning-") as place:
-        labels, heads = run_study(Path(place), plan, seed)
-        study = Study(labels, heads, seed)
-        model = load_model(Path(place) / "model", torch.device("cpu"))
-        with one_core():
-            spent = spending_rows(model, plan, seed)
-    about = (
-        f"{len(labels)} distinct photos, {plan.photos['val']} others for cuts and rules, {plan.seeds} heads; intervals "
-        "by bootstrap over photos and heads"
-    )
-    return (*dynamic_rows(study, about), *spent, *policy_rows(study, about))
+    done = run_study(config, folder.resolve(), None, None, 0, seed)
+    first = done.work.of_arm[COMPLETE][0][0][0]
+    model = load_model(done.results / first.name, torch.device("cpu"))
+    with one_core():
+        spent = spending_rows(model, config, plan, seed)
+    asked = read_views(done)
+    return (*dynamic_rows(done, asked), *spent, *policy_rows(done, asked))
 
 
-class Study:
-    """Paired comparisons over photos and heads."""
+@dataclass(frozen=True)
+class Asked:
+    """What the heads say when they are asked in one of the ways of `ask_views`."""
 
-    def __init__(self, labels: np.ndarray, heads: list[SeedAnswers], seed: int):
-        """Draw photos and heads with replacement. A photo is a street of its own, so photos are the groups."""
-        self.labels, self.heads = labels, heads
-        rng = np.random.default_rng(seed)
-        photos = len(labels)
-        drawn = (np.bincount(rng.integers(photos, size=photos), minlength=photos) for _ in range(DRAWS))
-        self.photo_draws = np.stack(list(drawn))
-        self.head_draws = rng.integers(len(heads), size=(DRAWS, len(heads)))
-
-    def mcc(self, answers: Answers) -> tuple[float, np.ndarray]:
-        """Mean over the heads, in points, of the photos at hand and of every draw [DRAWS]."""
-        outcomes = [confusion_counts(self.labels, answers(head), 0.0) for head in self.heads]
-        observed = np.mean([mcc_of(*outcome.sum(axis=0)) for outcome in outcomes])
-        by_head = np.stack([mcc_of(*(self.photo_draws @ outcome).T) for outcome in outcomes], axis=1)  # [DRAWS, heads]
-        return 100 * float(observed), 100 * np.take_along_axis(by_head, self.head_draws, axis=1).mean(axis=1)
-
-    def share(self, views: Answers) -> tuple[float, np.ndarray]:
-        """Mean share of the twelve views that reach the backbone, of the photos at hand and of every draw."""
-        spent = np.stack([views(head) for head in self.heads]) / MODEL.num_views  # [heads, photos]
-        by_head = self.photo_draws @ spent.T / len(self.labels)
-        return float(spent.mean()), np.take_along_axis(by_head, self.head_draws, axis=1).mean(axis=1)
+    answers: ArmAnswers
+    views: np.ndarray
+    """How many they looked at, [seeds, photos]."""
 
 
-def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The middle 95 %."""
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(low), float(high)
+def read_views(done: Done) -> dict[str, Asked]:
+    """Every way to ask the arm `complete`, by its name in `ask_views`."""
+    complete, labels = done.answers[COMPLETE], done.photos.labels
+    asked: dict[str, Asked] = {}
+    for fold in done.work.of_arm[COMPLETE]:
+        for number, (training,) in enumerate(fold):
+            rows = make_fold(done.photos, training.parts, training.fold).test
+            for name, says in read_outcome(done.results, training)["views"].items():
+                if name not in asked:
+                    answers = replace(complete, outcomes=np.zeros_like(complete.outcomes))
+                    asked[name] = Asked(answers, np.zeros(complete.outcomes.shape[:2]))
+                found = confusion_counts(labels[rows], np.array(says["roadwork"]), 0.5)
+                asked[name].answers.outcomes[number, rows] = found
+                asked[name].views[number, rows] = says["views"]
+    return asked
 
 
-def mcc_row(study: Study, what: str, against: str, ours: Answers, theirs: Answers, note: str) -> Row:
-    """MCC of both sides on the same photos."""
-    (mine, my_draws), (other, other_draws) = study.mcc(ours), study.mcc(theirs)
-    ratios = np.maximum(my_draws, SMALLEST_MCC) / np.maximum(other_draws, SMALLEST_MCC)
-    return Row(
-        what=what,
-        against=against,
-        ours=mine,
-        theirs=other,
-        unit="points of MCC",
-        ratio=max(mine, SMALLEST_MCC) / max(other, SMALLEST_MCC),
-        interval=interval(ratios),
-        goal=None,
-        met=None,
-        note=note,
-    )
+def dynamic_rows(done: Done, asked: dict[str, Asked]) -> list[Row]:
+    """The mode `dynamic` at every stated loss: share of FLOPs and MCC."""
+    rows, twelve = [], asked[policy_name("scored", max(KEPT))].answers
+    for max_loss in MAX_LOSSES:
+        name, is_stated = dynamic_name(max_loss), max_loss == STATED_LOSS
+        ours = asked[name]
+        share = done.bootstrap.mean(ours.views / NUM_VIEWS, ours.answers.tested)
+        row = judged(
+            f"backbone FLOPs: {name}", TWELVE, (share.value * NUM_VIEWS, NUM_VIEWS), "views per photo", share.value,
+            (share.low, share.high), MOST_FLOPS if is_stated else None, done.about,
+        )  # fmt: skip
+        what = f"MCC at {share.value:.0%} of the FLOPs: {name}"
+        rows += [row, mcc_row(done, what, TWELVE, ours.answers, twelve, with_loss=is_stated)]
+        if is_stated:
+            rows.append(mcc_row(done, what, "a head trained on all 12", ours.answers, done.answers["all_views"]))
+    return rows
 
 
-def with_loss(study: Study, row: Row, ours: Answers, theirs: Answers) -> Row:
-    """The row with the difference of the two MCCs, which the goal is about."""
-    (mine, my_draws), (other, other_draws) = study.mcc(ours), study.mcc(theirs)
-    loss, (low, high) = other - mine, interval(other_draws - my_draws)
+def policy_rows(done: Done, asked: dict[str, Asked]) -> list[Row]:
+    """Every way to choose, at every number of views short of all."""
+    twelve = asked[policy_name("scored", max(KEPT))].answers
+    names = {policy_name(policy, keep): keep for keep in KEPT[:-1] for policy in POLICIES}
+    return [
+        mcc_row(done, f"MCC at {keep / NUM_VIEWS:.0%} of the FLOPs: {name}", TWELVE, asked[name].answers, twelve)
+        for name, keep in names.items()
+    ]
+
+
+def mcc_row(done: Done, what: str, against: str, ours: ArmAnswers, theirs: ArmAnswers, with_loss: bool = False) -> Row:
+    """MCC of both sides on the same photos; with the loss of the one against the other, which the goal is about."""
+    found = done.bootstrap.compare(ours, theirs)
+    sides, interval = (POINTS * found.ours, POINTS * found.theirs), (found.ratio.low, found.ratio.high)
+    row = judged(what, against, sides, "points of MCC", found.ratio.value, interval, None, done.about)
+    if not with_loss:
+        return row
+    loss, high, low = vars(found.difference.scaled(-POINTS)).values()  # the ends change places with the sign
     return replace(
         row,
         goal=f"loss <= {MOST_LOSS}, bound <= {MOST_LOSS_BOUND}",
         met=loss <= MOST_LOSS and high <= MOST_LOSS_BOUND,
-        note=f"loss of {loss:.2f} points ({low:.2f} to {high:.2f}); {row.note}",
+        note=f"loss of {loss:z.2f} points ({low:z.2f} to {high:z.2f}); {row.note}",
     )
 
 
-def dynamic_rows(study: Study, about: str) -> list[Row]:
-    """The mode `dynamic` at every stated loss: share of FLOPs and MCC."""
-    rows = []
-    for max_loss in study.heads[0].dynamic:
-
-        def answers(head: SeedAnswers, key: float = max_loss) -> np.ndarray:
-            return head.dynamic[key][0]
-
-        def views(head: SeedAnswers, key: float = max_loss) -> np.ndarray:
-            return head.dynamic[key][1]
-
-        share, draws = study.share(views)
-        bounds, name = interval(draws), f"dynamic, stated loss {100 * max_loss:g}"
-        is_stated = max_loss == STATED_LOSS
-        row = Row(
-            what=f"backbone FLOPs: {name}",
-            against=TWELVE,
-            ours=share * MODEL.num_views,
-            theirs=MODEL.num_views,
-            unit="views per photo",
-            ratio=share,
-            interval=bounds,
-            goal=str(MOST_FLOPS) if is_stated else None,
-            met=MOST_FLOPS.met_by(*bounds) if is_stated else None,
-            note=about,
-        )
-        what = f"MCC at {share:.0%} of the FLOPs: {name}"
-        cost = mcc_row(study, what, TWELVE, answers, twelve_views, about)
-        rows += [row, with_loss(study, cost, answers, twelve_views) if is_stated else cost]
-        if is_stated:
-            rows.append(mcc_row(study, what, "a head trained on all 12", answers, lambda head: head.twelve, about))
-    return rows
-
-
-def twelve_views(head: SeedAnswers) -> np.ndarray:
-    """The same head's answers from all views."""
-    return head.policies["scored"][:, -1]
-
-
-def policy_rows(study: Study, about: str) -> list[Row]:
-    """Every way to choose, at every number of views short of all."""
-    rows = []
-    for place, keep in enumerate(KEPT[:-1]):
-        for policy in POLICIES if keep > 1 else POLICIES[:1]:
-
-            def answers(head: SeedAnswers, policy: str = policy, place: int = place) -> np.ndarray:
-                return head.policies[policy][:, place]
-
-            name = f"{policy}, K={keep}" if keep > 1 else "the global view alone"
-            what = f"MCC at {keep / MODEL.num_views:.0%} of the FLOPs: {name}"
-            rows.append(mcc_row(study, what, TWELVE, answers, twelve_views, about))
-    return rows
-
-
-def spending_rows(model: RoadworkModel, plan: Plan, seed: int) -> list[Row]:
+def spending_rows(model: RoadworkModel, config: StudyConfig, plan: Plan, seed: int) -> list[Row]:
     """Counted FLOPs of the backbone and wall clock of the whole model, at K=8 and `dynamic`, against all views."""
-    config = scenes_of("test", seed)
-    photos = photos_of([render(config, number) for number in range(plan.timed)])
+    drawn = SceneConfig(difficulty=config.scenes["difficulty"], seed=config.scenes["seed"] + 1)
+    images = [render(drawn, number).image.copy() for number in range(plan.photos)]
+    photos = collate([prepare_image(image, model.config.input_spec) for image in images])
     arms: dict[str, Callable[[], None]] = {
-        "all": partial(run_model, model, photos, "off", 12),
-        "scored, K=8": partial(run_model, model, photos, "scored", 8),
-        f"dynamic, stated loss {100 * STATED_LOSS:g}": partial(run_model, model, photos, "dynamic", 12),
+        "all": partial(run_model, model, photos, "off", NUM_VIEWS),
+        policy_name("scored", 8): partial(run_model, model, photos, "scored", 8),
+        dynamic_name(STATED_LOSS): partial(run_model, model, photos, "dynamic", NUM_VIEWS),
     }
-    for arm in arms.values():
-        arm()
-    flops = {name: backbone_flops(arm) / plan.timed for name, arm in arms.items()}
-    taken: dict[str, list[Timing]] = interleave(
-        {name: partial(timed, arm) for name, arm in arms.items()}, plan.rounds, seed
-    )
-    walls = {name: [timing.wall_s / plan.timed * 1e3 for timing in timings] for name, timings in taken.items()}
+    flops = {name: backbone_flops(arm) / plan.photos for name, arm in arms.items()}
+    taken = interleave({name: partial(timed, arm) for name, arm in arms.items()}, plan.rounds, seed)
+    walls = {name: [timing.wall_s / plan.photos * 1e3 for timing in timings] for name, timings in taken.items()}
+    note = f"{plan.photos} photos in one batch, one core; the head's own work, in every round, is in the time"
     rows = []
     for name in list(arms)[1:]:
-        ratio = flops[name] / flops["all"]
-        note = f"{plan.timed} photos in one batch, one core; the head's own work, in every round, is in the time"
-        row = Row(
-            what=f"backbone FLOPs, counted by PyTorch: {name}",
-            against=TWELVE,
-            ours=flops[name] / 1e9,
-            theirs=flops["all"] / 1e9,
-            unit="GFLOP per photo",
-            ratio=ratio,
-            interval=(ratio, ratio),
-            goal=None,
-            met=None,
-            note=note,
-        )
-        rows.append(row)
+        sides = flops[name] / 1e9, flops["all"] / 1e9
+        counted = f"backbone FLOPs, counted by PyTorch: {name}"
+        rows.append(exact(counted, TWELVE, *sides, "GFLOP per photo", None, note))
         rows.append(compare(f"wall clock: {name}", TWELVE, walls[name], walls["all"], "ms per photo", None, note))
     return rows
 
 
 @torch.inference_mode()
-def run_model(model: RoadworkModel, photos: Data, pruning: str, keep: int) -> None:
+def run_model(model: RoadworkModel, photos: Batch, pruning: str, keep: int) -> None:
     """One forward pass in a mode."""
     model.config.pruning, model.config.keep_views = pruning, keep
-    model(**photos, null_metadata=True)
+    model(photos, null_metadata=True)
 
 
 def backbone_flops(work: Callable[[], None]) -> int:
-    """Of the frozen model alone."""
+    """Counted in the frozen model alone; the first call of `work`, so it is warm afterwards."""
     with FlopCounterMode(display=False) as counter:
         work()
     return sum(counter.get_flop_counts()["DINOv3ViTModel"].values())

@@ -30,31 +30,17 @@ def decode_once(data: bytes, side: int) -> torch.Tensor:
         return cut(image.convert("RGB"), side)
 
 
-def reopen(data: bytes, side: int) -> torch.Tensor:
-    """Open and decode the photo for every view anew."""
-    boxes = boxes_px(*Image.open(io.BytesIO(data)).size, side)
-    return as_tensor([resized(Image.open(io.BytesIO(data)).convert("RGB"), box, side) for box in boxes])
-
-
 def cut(image: Image.Image, side: int) -> torch.Tensor:
-    """Every view of a decoded photo."""
-    return as_tensor([resized(image, box, side) for box in boxes_px(*image.size, side)])
-
-
-def resized(image: Image.Image, box: Box, side: int) -> np.ndarray:
-    """One view: uint8 [S, S, 3]."""
-    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, box=box))
+    """Every view of a decoded photo: uint8 [V, 3, S, S]."""
+    lanczos = Image.Resampling.LANCZOS
+    views = [np.asarray(image.resize((side, side), lanczos, box=box)) for box in boxes_px(*image.size, side)]
+    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
 
 
 def boxes_px(width: int, height: int, side: int) -> list[Box]:
     """Each view's box in pixels of the photo."""
     boxes = view_boxes(width, height, side).double() * torch.tensor([width, height, width, height])
     return [(x0, y0, x1, y1) for x0, y0, x1, y1 in boxes.tolist()]
-
-
-def as_tensor(views: list[np.ndarray]) -> torch.Tensor:
-    """Views as a model takes them: uint8 [V, 3, S, S]."""
-    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
 
 
 def webdataset_pillow(tars: list[Path], side: int, batch_size: int, workers: int) -> Iterator[Batch]:

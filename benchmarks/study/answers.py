@@ -37,7 +37,7 @@ class ArmAnswers:
     lrs: tuple[float, ...]
     """Chosen on validation, in each fold and with each seed."""
     curves: np.ndarray
-    """Of these trainings, [F * S, validations, 2]: step, and validation loss without metadata."""
+    """Step, and validation loss without metadata, in these trainings: [F * S, validations, 2]."""
     parameters: int
     wall_s: float
     """Median of a training, alone on its thread."""
@@ -118,7 +118,7 @@ class Bootstrap:
         Args:
             units: What is drawn, by photo: int64 [N].
             seeds: Trainings of each arm in each fold.
-            seed: Of the draws.
+            seed: Decides about the draws.
         """
         self.units, self.seed = units, seed
         self.seed_draws = np.random.default_rng([seed, 1]).integers(seeds, size=(ROUNDS, seeds))
@@ -144,13 +144,24 @@ class Bootstrap:
         np.add.at(counts, unit.ravel(), outcomes[:, rows].transpose(1, 0, 2))
         drawn = self._draws(tuple(present.tolist())) @ counts.reshape(len(present), -1).astype(np.float64)
         drawn = drawn.reshape(ROUNDS, *counts.shape[1:])
-        of_seeds = mcc_of(*np.moveaxis(drawn, -1, 0))
+        observed = mcc_of(*counts.sum(axis=0).T)
+        return float(observed.mean()), self._over_seeds(mcc_of(*np.moveaxis(drawn, -1, 0))), len(present)
+
+    def _over_seeds(self, of_seeds: np.ndarray) -> np.ndarray:
+        """Means over drawn seeds, [ROUNDS], of [ROUNDS, S] values."""
         middle, by_seed = of_seeds.mean(axis=1), np.take_along_axis(of_seeds, self.seed_draws, axis=1)
         # Drawing S of S seeds varies less than S new ones would, by (S - 1) / S in variance.
         seeds = of_seeds.shape[1]
-        spread = np.sqrt(seeds / max(seeds - 1, 1)) * (by_seed.mean(axis=1) - middle)
-        observed = mcc_of(*counts.sum(axis=0).T)
-        return float(observed.mean()), middle + spread, len(present)
+        return middle + np.sqrt(seeds / max(seeds - 1, 1)) * (by_seed.mean(axis=1) - middle)
+
+    def mean(self, values: np.ndarray, rows: np.ndarray) -> Estimate:
+        """Mean over seeds and photos of [S, N] values, of the photos bool [N]."""
+        present, unit = np.unique(self.units[rows], return_inverse=True)
+        sums = np.zeros((len(present), len(values)))
+        np.add.at(sums, unit.ravel(), values[:, rows].T)
+        drawn = self._draws(tuple(present.tolist()))
+        of_seeds = drawn @ sums / (drawn @ np.bincount(unit.ravel()))[:, None]
+        return Estimate(float(values[:, rows].mean()), *expanded(self._over_seeds(of_seeds), len(present)))
 
     def mcc(self, arm: ArmAnswers) -> Estimate:
         """An arm's, over all that it was tested on."""

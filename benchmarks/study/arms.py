@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.study.optimizers import OPTIMIZERS
 from pipeline.errors import UserError
 from pipeline.model.config import LossConfig, ModelConfig
+from pipeline.optim.config import OPTIMIZERS
 
 COMPLETE = "complete"
 Changes = Callable[[ModelConfig], dict[str, Any]]
@@ -30,7 +30,7 @@ class Arm:
     about: str
     """What differs from `complete`, in a sentence."""
     changes: Changes = nothing
-    """Of the model."""
+    """What differs in the model."""
     loss: tuple[tuple[str, float], ...] = ()
     """Terms of the loss with their other values."""
     optimizer: str = "adamw"
@@ -39,7 +39,7 @@ class Arm:
     seen_places: bool = False
     """Train on other photos of the places that are tested."""
     train_share: float = 1.0
-    """Of the training photos."""
+    """Share of the training photos."""
     with_metadata: bool = False
     """Answer with the metadata there is; NULL otherwise."""
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from benchmarks.form import Row, ratio_interval
+from benchmarks.form import Row, judged, ratio_interval
 from benchmarks.study.answers import ArmAnswers, Bootstrap, Estimate
 from benchmarks.study.arms import COMPLETE
 
@@ -81,7 +81,7 @@ def judge(answers: Mapping[str, ArmAnswers], bootstrap: Bootstrap, about: str) -
 
     Args:
         answers: By arm.
-        bootstrap: Of the study.
+        bootstrap: The study's.
         about: What all rows share, for their notes.
     """
     found = []
@@ -115,8 +115,9 @@ def judge_mcc(claim: Claim, answers: Mapping[str, ArmAnswers], bootstrap: Bootst
         )
         mine, goal = compared.ours, f"difference > {POINTS * claim.bound:g}"
     found = verdict(judged.low, judged.high, claim.bound)
-    row = _row(f"{claim.text}: {found}", title, (mine * POINTS, other * POINTS), "points of MCC", ratio, goal, found)
-    return Finding(claim, found, numbers, _noted(row, f"{numbers}; {about}"))
+    sides = mine * POINTS, other * POINTS
+    row = _row(f"{claim.text}: {found}", title, sides, "points of MCC", ratio, goal, found, f"{numbers}; {about}")
+    return Finding(claim, found, numbers, row)
 
 
 def judge_steps(ours: ArmAnswers, adamw: ArmAnswers) -> Finding:
@@ -131,7 +132,8 @@ def judge_steps(ours: ArmAnswers, adamw: ArmAnswers) -> Finding:
         for mine, theirs in zip(ours.curves, adamw.curves, strict=True)
     ])  # fmt: skip
     never = int((steps[:, 0] > ours.curves[0, -1, 0]).sum())
-    ratio = Estimate(*flat(ratio_interval(steps[:, 0].tolist(), steps[:, 1].tolist())))
+    middle, ends = ratio_interval(steps[:, 0].tolist(), steps[:, 1].tolist())
+    ratio = Estimate(middle, *ends)
     found = verdict(1 - ratio.high, 1 - ratio.low, 0.0)
     found = UNDECIDED if never and found == SUPPORTED else found
     name = ours.arm.title
@@ -140,14 +142,9 @@ def judge_steps(ours: ArmAnswers, adamw: ArmAnswers) -> Finding:
     )
     numbers = f"{ratio} times AdamW's steps; {never} of {len(steps)} trainings did not get there in as many steps"
     means = (float(steps[:, 0].mean()), float(steps[:, 1].mean()))
-    row = _row(f"{claim.text}: {found}", "AdamW", means, "steps", ratio, "< 1", found)
-    about = "interval by Student's t over trainings, on the same validation photos: no place is drawn"
-    return Finding(claim, found, numbers, _noted(row, f"{numbers}; {about}"))
-
-
-def flat(ratio: tuple[float, tuple[float, float]]) -> tuple[float, float, float]:
-    """A ratio and the ends of its interval, side by side."""
-    return ratio[0], *ratio[1]
+    note = f"{numbers}; interval by Student's t over trainings, on the same validation photos: no place is drawn"
+    row = _row(f"{claim.text}: {found}", "AdamW", means, "steps", ratio, "< 1", found, note)
+    return Finding(claim, found, numbers, row)
 
 
 def steps_to(curve: np.ndarray, loss: float) -> float:
@@ -162,10 +159,8 @@ def steps_to(curve: np.ndarray, loss: float) -> float:
     return float(before + (after - before) * (high - loss) / (high - low))
 
 
-def _row(what: str, against: str, sides: tuple[float, float], unit: str, ratio: Estimate, goal: str, found: str) -> Row:
-    interval = (ratio.low, ratio.high)
-    return Row(what, against, *sides, unit, ratio.value, interval, goal, found == SUPPORTED, note="")
-
-
-def _noted(row: Row, note: str) -> Row:
-    return Row(**{**vars(row), "note": note})
+def _row(
+    what: str, against: str, sides: tuple[float, float], unit: str, ratio: Estimate, goal: str, found: str, note: str
+) -> Row:
+    row = judged(what, against, sides, unit, ratio.value, (ratio.low, ratio.high), None, note)
+    return replace(row, goal=goal, met=found == SUPPORTED)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.form import Report, machine, publish, versions
 from benchmarks.study.answers import ArmAnswers, Bootstrap, bootstrap_units, read_answers
 from benchmarks.study.arms import COMPLETE, Arm, select_arms
 from benchmarks.study.claims import judge
-from benchmarks.study.config import read_recipe
-from benchmarks.study.folds import divide
+from benchmarks.study.config import StudyConfig, read_recipe
+from benchmarks.study.folds import Places, divide
 from benchmarks.study.page import write_page
 from benchmarks.study.photos import Photos, find_photos, load_photos
 from benchmarks.study.work import Work, count_kinds, plan_work, run_work, settle
@@ -32,7 +33,7 @@ def study(
     """Train the model, its parts taken away one by one, and what it is compared with, and judge what is claimed of it.
 
     Every arm gets the same photos and steps, in folds of whole places, and learning rates to try. Cut off at any
-    moment, the same command goes on: trainings that are finished are not done again.
+    moment, the same command resumes: trainings that are finished are not done again.
 
     Args:
         recipe: study_small (forty minutes on two cores), study_heads, study_optimizers, study (a day), or a YAML file.
@@ -41,44 +42,76 @@ def study(
         out: Folder of the study: study.html, RECIPE.json, and all that it is made from; runs/RECIPE if not given.
         quick: So few steps, and scenes where it draws them, that it ends in two minutes and says nothing.
         workers: Processes that train, each in one thread; 0 takes every core.
-        seed: Of the bootstrap.
+        seed: Decides about the bootstrap.
     """
-    require(workers >= 0, "--workers", workers, "0 or more")
     config = read_recipe(recipe)
-    work = (out or Path("runs") / (f"{config.name}-quick" if quick else config.name)).resolve()
-    config = config.quick() if quick else config
+    folder = (out or Path("runs") / (f"{config.name}-quick" if quick else config.name)).resolve()
+    done = run_study(config.quick() if quick else config, folder, shards, features, workers, seed)
+    config, packages = done.config, versions(PACKAGES)
+    findings = judge(done.answers, done.bootstrap, done.about)
+    told = {"quick": quick, "units": done.units, "versions": packages, "lost": done.lost}
+    write_page(folder / "study.html", config, done.photos, done.places, done.answers, findings, done.bootstrap, told)
+    say(f"page: {folder / 'study.html'}")
+    rows = tuple(finding.row for finding in findings)
+    return publish(Report(config.name, machine(), packages, seed, rows, f"study --recipe {recipe}"), folder, quick)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A study whose trainings are done."""
+
+    config: StudyConfig
+    """The recipe, without metadata that gives the label away."""
+    photos: Photos
+    places: Places
+    work: Work
+    """With the learning rates that were chosen."""
+    results: Path
+    """Folder of outcomes."""
+    answers: dict[str, ArmAnswers]
+    """What each arm says, by its name."""
+    lost: dict[str, str]
+    """Arms without answers by title, and why."""
+    bootstrap: Bootstrap
+    units: str
+    """What it draws."""
+
+    @property
+    def about(self) -> str:
+        """What all rows share, for their notes."""
+        plan, tested = self.config.plan, int(self.answers[COMPLETE].tested.sum())
+        return (
+            f"{tested} tested {self.photos.data} in {plan.folds} folds, {plan.seeds} seeds, metadata NULL unless "
+            f"given; 95 % by bootstrap over {self.units} and seeds"
+        )
+
+
+def run_study(
+    config: StudyConfig, folder: Path, shards: str | None, features: str | None, workers: int, seed: int
+) -> Done:
+    """Make what is missing, from scenes to trainings, and read what all arms say; see `study` for the arguments."""
+    require(workers >= 0, "--workers", workers, "0 or more")
     arms = select_arms(config.plan.arms)
     trainings = config.plan.folds * config.plan.seeds
     if any(arm.optimizer != "adamw" for arm in arms):
         require(trainings >= 2, "plan.seeds", config.plan.seeds, "2 or more, or plan.folds, for claims about steps")
-    tokens = find_photos(config, shards, features, work)
+    tokens = find_photos(config, shards, features, folder)
     photos = load_photos(tokens)
     places = divide(photos, config.plan.parts)
     for name, why in photos.leaks.items():
         say(f"{name} is left out of the model: it gives the label away ({why})")
     config = config.without(photos.leaks)
-    plan = plan_work(config, arms, photos.fingerprint)
+    plan, results = plan_work(config, arms, photos.fingerprint), folder / "trainings"
     say(f"{len(photos.labels)} photos of {photos.data}, {places.blocks.max() + 1} places; {count_kinds(plan)}")
-    run_work(plan, tokens, work / "trainings", workers)
-    settled = settle(plan, work / "trainings")
+    run_work(plan, tokens, results, workers)
+    settled = settle(plan, results)
     if settled != plan:
-        run_work(settled, tokens, work / "trainings", workers)
-    answers, lost = read_all(settled, arms, photos, work / "trainings")
+        run_work(settled, tokens, results, workers)
+    answers, lost = read_all(settled, arms, photos, results)
     units, name = bootstrap_units(places.blocks, photos.groups, answers[COMPLETE].tested)
-    bootstrap = Bootstrap(units, config.plan.seeds, seed)
-    tested = int(answers[COMPLETE].tested.sum())
-    about = (
-        f"{tested} tested {photos.data} in {config.plan.folds} folds, {config.plan.seeds} seeds, metadata NULL unless "
-        "given; "
-        f"95 % by bootstrap over {name} and seeds"
+    return Done(
+        config, photos, places, settled, results, answers, lost, Bootstrap(units, config.plan.seeds, seed), name
     )
-    findings = judge(answers, bootstrap, about)
-    packages = versions(PACKAGES)
-    told = {"quick": quick, "units": name, "versions": packages, "lost": lost}
-    write_page(work / "study.html", config, photos, places, answers, findings, bootstrap, told)
-    say(f"page: {work / 'study.html'}")
-    rows = tuple(finding.row for finding in findings)
-    return publish(Report(config.name, machine(), packages, seed, rows, f"study --recipe {recipe}"), work, quick)
 
 
 def read_all(

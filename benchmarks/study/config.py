@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from data_prep.scenes.data_set import scenes
 from pipeline.cli import Parser
 from pipeline.errors import UserError, require
 from pipeline.model.config import LossConfig, ModelConfig
+from pipeline.names import NUM_VIEWS
 from pipeline.optim.config import OptimConfig
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -46,6 +47,8 @@ class PlanConfig:
     """See `train.distil_every`."""
     validations: int = 10
     """Times that the validation loss is taken on the way, evenly spread."""
+    asks_views: bool = False
+    """Ask `complete` for its answers from fewer views as well, see `benchmarks.pruning`."""
 
     def __post_init__(self) -> None:
         for key in ("seeds", "steps", "batch_size", "validations", "folds"):
@@ -71,7 +74,7 @@ class StudyConfig:
     """Arguments of `python -m data_prep scenes`, for a study without photos of its own."""
     plan: PlanConfig
     model: ModelConfig
-    """Of the arm `complete`; the others differ from it in what they name."""
+    """The model of the arm `complete`; the others differ from it in what they name."""
     loss: LossConfig
     optim: OptimConfig
     """`lr` apart, which is one of `plan.lrs`."""
@@ -81,11 +84,11 @@ class StudyConfig:
         left = tuple(name for name in self.model.metadata if name not in leaks)
         return replace(self, model=replace(self.model, metadata=left))
 
-    def quick(self) -> StudyConfig:
+    def quick(self, arms: Sequence[str] = QUICK_ARMS) -> StudyConfig:
         """The same, so small that it ends in two minutes on two cores and says nothing."""
         plan = replace(
             self.plan,
-            arms=list(QUICK_ARMS),
+            arms=list(arms),
             seeds=2,
             folds=2,
             steps=QUICK_STEPS,
@@ -118,6 +121,10 @@ def read_recipe(name: str) -> StudyConfig:
         values.optim.name == "adamw" and values.optim.lr == OptimConfig().lr,
         "optim", f"{values.optim.name} with lr {values.optim.lr:g}",
         "without name and lr: optimizers are arms, and plan.lrs has the rates",
+    )  # fmt: skip
+    require(
+        not values.plan.asks_views or values.model.keep_views == NUM_VIEWS,
+        "model.keep_views", values.model.keep_views, f"{NUM_VIEWS} with plan.asks_views, which asks after all of them",
     )  # fmt: skip
     require(values.model.head == "roadwork", "model.head", values.model.head, "roadwork: other heads are arms")
     return StudyConfig(path.stem, dict(values.scenes), **{room: values[room] for room in rooms})

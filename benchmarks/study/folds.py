@@ -113,10 +113,10 @@ def make_fold(photos: Photos, parts: int, number: int, seen_places: bool = False
     Args:
         photos: All of them.
         parts: See `divide`.
-        number: Of the fold, from 0.
+        number: The fold's, from 0.
         seen_places: Half of the tested photos train instead, in the place of as many others, and the other half is
             tested: what a split at random does to places.
-        train_share: Of the training photos that are left.
+        train_share: Share of the training photos that are left.
     """
     of_part = divide(photos, parts).parts
     test, val = np.flatnonzero(of_part == number), np.flatnonzero(of_part == (number + 1) % parts)
@@ -138,8 +138,8 @@ def split_groups(
 
     Args:
         rows: int64 [M], ascending.
-        groups: Of all photos, [N].
-        size: Of the first side.
+        groups: Near-duplicates have the same number, for all photos, [N].
+        size: Fewest rows of the first side.
         generator: Chooses.
 
     Returns:

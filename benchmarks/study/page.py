@@ -34,13 +34,13 @@ def write_page(
     """Write the page.
 
     Args:
-        path: Of the page.
+        path: Where it lies.
         config: The recipe.
         photos: All of them.
         places: Where they were taken.
         answers: By arm.
         findings: The claims, judged.
-        bootstrap: Of the study.
+        bootstrap: The study's.
         about: `quick`, `units`, `versions`, and `lost`, the arms that have no answers.
     """
     rows = [describe(arm, bootstrap, places) for arm in answers.values()]

@@ -18,6 +18,7 @@ from data_prep.features.options import ModelChoice
 from data_prep.scenes.data_set import scenes
 from data_prep.shards.command import shard
 from pipeline.config import Config, DataConfig, to_yaml
+from pipeline.data.batch import Batch
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key
@@ -28,6 +29,7 @@ from pipeline.data.storage import is_url
 from pipeline.errors import UserError, require
 from pipeline.files import replace_folder, write_json, write_text
 from pipeline.model.backbone import FrozenBackbone
+from pipeline.names import NUM_VIEWS
 from pipeline.progress import track
 
 FORMAT = 1  # of the arrays; raise it when they change
@@ -46,14 +48,14 @@ class Photos:
     tensors: dict[str, torch.Tensor]
     """Arguments of the model's forward pass, by name, each [N, ...]; tokens in bf16."""
     groups: np.ndarray
-    """Of near-duplicates, int64 [N]."""
+    """Near-duplicates have the same number, int64 [N]."""
     cities: list[str | None]
     data: str
     """What kind of photos these are."""
     leaks: dict[str, str]
     """Metadata fields that give the label away in these shards, and how."""
     fingerprint: str
-    """Of photos, tokens and targets."""
+    """A hash of photos, tokens and targets."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -69,6 +71,15 @@ class Photos:
     def dim(self) -> int:
         """Width of the backbone's tokens."""
         return int(self.tensors["cls"].shape[-1])
+
+    def batch(self, rows: np.ndarray, num_views: int = NUM_VIEWS) -> Batch:
+        """Some photos as the model takes them, int64 [B] rows, with the first views of each."""
+        some = torch.from_numpy(rows)
+        batch = {name: tensor[some] for name, tensor in self.tensors.items()}
+        for name in ("cls", "cells", "regions", "boxes", "view_mask"):
+            batch[name] = batch[name][:, :num_views]
+        batch["mask_targets"] = batch["mask_targets"].float()
+        return batch
 
 
 def find_photos(config: StudyConfig, shards: str | None, cache: str | None, work: Path) -> Path:
@@ -117,7 +128,8 @@ def check_pretraining(config: StudyConfig) -> None:
 
 def gather(config: StudyConfig, shards: str, index: Index, place: str, folder: Path) -> Path:
     """Write the arrays, unless they are there already."""
-    key = feature_key(FrozenBackbone(config.model.backbone), config.model, "full")
+    spec = config.model.input_spec("full")
+    key = feature_key(FrozenBackbone(config.model.backbone), spec, config.model.pool_grid)
     cache = open_cache(place, index)
     assert cache is not None
     cache.check(key)
@@ -127,7 +139,7 @@ def gather(config: StudyConfig, shards: str, index: Index, place: str, folder: P
     if written.is_file() and json.loads(written.read_text())["fingerprint"] == fingerprint:
         return folder
     names = [name for name, split in index.splits.items() if split.samples]
-    splits = [open_split(shards, index, name, config.model, "full", cache) for name in names]
+    splits = [open_split(shards, index, name, spec, cache) for name in names]
     data = str(index.arguments.get("source_kind", PurePosixPath(shards).name))
     leaks = leaking_inputs(index, replace(config.model, metadata=METADATA))
     about = {"fingerprint": fingerprint, "data": data, "leaks": leaks}
@@ -143,14 +155,14 @@ def _write(folder: Path, splits: list[ShardDataset], about: dict[str, Any]) -> N
     arrays: dict[str, np.memmap[Any, Any]] = {}
     cities: list[str | None] = []
     for number, (split, row) in enumerate(track(chosen, len(chosen), "reading tokens")):
-        found = split[row]
+        record, found = split.load(row)
         for name in TENSORS:
             value = _plain(found[name])
             if number == 0:
                 shape = (len(chosen), *value.shape)
                 arrays[name] = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", value.dtype, shape)
             arrays[name][number] = value
-        cities.append(split.record(row).metadata.city)
+        cities.append(record.metadata.city)
     for array in arrays.values():
         array.flush()
     groups = [split.split.samples[row].group for split, row in chosen]

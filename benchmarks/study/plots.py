@@ -23,8 +23,8 @@ def forest(rows: Sequence[tuple[str, Estimate]], title: str, label: str, referen
 
     Args:
         rows: Names and estimates, the topmost first.
-        title: Of the drawing.
-        label: Of the axis.
+        title: Above the drawing.
+        label: Along the axis.
         reference: Where a line is drawn; what lies beyond it with its whole interval is coloured. None draws none.
     """
 

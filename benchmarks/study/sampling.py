@@ -20,9 +20,9 @@ def training_weights(
             were dealt out anew to groups of photos, wherever they are.
         points: Degrees, [N, 2], NaN for NULL.
         labels: 0 or 1, [N].
-        groups: Of near-duplicates, [N].
+        groups: Near-duplicates have the same number, [N].
         temper: See `data_prep.decisions.gps.sample_weights`.
-        seed: Of the clusters and of what is dealt out.
+        seed: Decides about the clusters and what is dealt out.
     """
     if kind == "uniform":
         return np.ones(len(labels))
@@ -38,8 +38,8 @@ def training_weights(
 
 
 def cluster_factors(clusters: np.ndarray, temper: float) -> np.ndarray:
-    """By how much each cluster that has photos is weighed, without any balance of classes, in ascending order of
-    their numbers: [k]."""
+    """The factor of each cluster that has photos, without any balance of classes, in ascending order of their numbers:
+    [k]."""
     _, first = np.unique(clusters, return_index=True)
     return sample_weights(clusters, np.full(len(clusters), -1), temper)[first]
 

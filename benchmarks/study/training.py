@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.loops import BareLoop
 from benchmarks.study.folds import Fold, make_fold
-from benchmarks.study.optimizers import OPTIMIZERS, Batch
 from benchmarks.study.photos import Photos, load_photos
 from benchmarks.study.sampling import training_weights
-from pipeline.data.batch import METADATA_KEYS
+from benchmarks.study.views import ask_views
 from pipeline.data.sampler import order
 from pipeline.evaluation.metrics import best_threshold, binary_metrics
 from pipeline.files import write_json
@@ -26,6 +27,7 @@ from pipeline.model.config import LossConfig, ModelConfig
 from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
 from pipeline.optim.config import OptimConfig
 from pipeline.optim.ema import WeightAverage, copy_into
+from pipeline.progress import silence_libraries
 
 FORMAT = 1  # raise it when a training gives other answers than before
 PHOTOS_PER_ANSWER = 32
@@ -57,6 +59,8 @@ class Training:
     seed: int
     asks_metadata: bool
     """Whether it is tested with metadata as well."""
+    asks_views: bool
+    """Whether it is tested with fewer views as well."""
 
     @property
     def name(self) -> str:
@@ -84,8 +88,9 @@ def run_training(tokens: Path, results: Path, training: Training) -> str:
     """
     start, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(1)
+    silence_libraries()
     try:
-        outcome = train(load_photos(tokens), training)
+        outcome = train(load_photos(tokens), training, results)
     finally:
         torch.set_num_threads(threads)
     outcome["wall_s"] = round(time.monotonic() - start, 3)
@@ -93,40 +98,52 @@ def run_training(tokens: Path, results: Path, training: Training) -> str:
     return training.name
 
 
-def train(photos: Photos, training: Training) -> dict[str, Any]:
+def train(photos: Photos, training: Training, results: Path) -> dict[str, Any]:
     """Train one head and test it.
+
+    Args:
+        photos: All of them.
+        training: What to do.
+        results: Gets the model, in a folder of the training's name, where it is asked for answers from fewer views.
 
     Returns:
         `diverged`, `parameters`; `curve`, pairs of step and validation loss; `null` and, if asked for, `metadata`, the
-        answers without and with it. See `answers_of`.
+        answers without and with it, see `answers_of`; if asked for, `views`, see `ask_views`.
     """
     fold, weights = fold_and_weights(photos, training)
     torch.manual_seed(training.seed)
     config = RoadworkConfig(**asdict(training.model), backbone_dim=photos.dim)
-    model = RoadworkModel(config).train()
-    model.loss_config = training.loss
-    stepper = OPTIMIZERS[training.optimizer](model, training.optim, training.steps)
-    average = WeightAverage(model)
+    model = RoadworkModel(config, training.loss).train()
+    loop, average = BareLoop(model, training.optim, training.steps), WeightAverage(model)
     every = [max(1, round(training.steps * (n + 1) / training.validations)) for n in range(training.validations)]
     watched = fold.val[:: -(-len(fold.val) // PHOTOS_OF_CURVE)]
     curve: list[tuple[int, float]] = []
     outcome: dict[str, Any] = {"diverged": False, "parameters": sum(p.numel() for p in model.parameters())}
     for step, rows in enumerate(batch_rows(training, fold.train, weights)):
-        batch = take(photos, rows, training.model.num_views)
+        batch = photos.batch(rows, training.model.num_views)
         keep_all = training.distil_every > 0 and step % training.distil_every == 0
-        if not np.isfinite(stepper.step(step, batch, keep_all)):
+        if not np.isfinite(loop.step(step, [batch], keep_all)):
             return {**outcome, "diverged": True}
         average.update(step)
         if step + 1 in every:
-            with Averaged(model, average):
-                curve.append((step + 1, predict(model, photos, watched, null_metadata=True)[1]))
+            curve.append((step + 1, predict(averaged(model, average), photos, watched, null_metadata=True)[1]))
     if not all(weight.isfinite().all() for weight in average.tensors.values()):
         return {**outcome, "diverged": True}
-    with Averaged(model, average):
-        outcome |= {"curve": curve, "null": answers_of(model, photos, fold, null_metadata=True)}
-        if training.asks_metadata:
-            outcome["metadata"] = answers_of(model, photos, fold, null_metadata=False)
+    model = averaged(model, average)
+    outcome |= {"curve": curve, "null": answers_of(model, photos, fold, null_metadata=True)}
+    if training.asks_metadata:
+        outcome["metadata"] = answers_of(model, photos, fold, null_metadata=False)
+    if training.asks_views:
+        outcome["views"] = ask_views(model, photos, fold, training.seed)
+        model.save_pretrained(results / training.name)
     return outcome
+
+
+def averaged(model: RoadworkModel, average: WeightAverage) -> RoadworkModel:
+    """A copy with the averaged weights, set to answer."""
+    copy = deepcopy(model).eval()
+    copy_into(dict(copy.named_parameters()), average.tensors)
+    return copy
 
 
 @lru_cache(maxsize=16)
@@ -145,40 +162,15 @@ def fold_and_weights(photos: Photos, training: Training) -> tuple[Fold, np.ndarr
     return _fold_and_weights(photos, t.parts, t.fold, t.seen_places, t.train_share, t.sampling, t.temper)
 
 
-def batch_rows(training: Training, rows: np.ndarray, weights: np.ndarray) -> Iterator[torch.Tensor]:
+def batch_rows(training: Training, rows: np.ndarray, weights: np.ndarray) -> Iterator[np.ndarray]:
     """Rows of each step's photos, int64 [batch_size], in the order that the trainer draws them in."""
     per_epoch = max(1, round(training.epoch_share * len(rows)))
     queue, epoch = np.empty(0, dtype=np.int64), 0
     for _ in range(training.steps):
         while len(queue) < training.batch_size:
             queue, epoch = np.concatenate([queue, rows[order(training.seed, epoch, weights, per_epoch)]]), epoch + 1
-        yield torch.from_numpy(queue[: training.batch_size])
+        yield queue[: training.batch_size]
         queue = queue[training.batch_size :]
-
-
-def take(photos: Photos, rows: torch.Tensor, num_views: int) -> Batch:
-    """Arguments of the model's forward pass for some photos."""
-    batch = {name: tensor[rows] for name, tensor in photos.tensors.items()}
-    for name in ("cls", "cells", "regions", "boxes", "view_mask"):
-        batch[name] = batch[name][:, :num_views]
-    batch["mask_targets"] = batch["mask_targets"].float()
-    return batch
-
-
-class Averaged:
-    """Gives a model its averaged weights for a while, and sets it to answer."""
-
-    def __init__(self, model: RoadworkModel, average: WeightAverage):
-        self.model, self.average = model, average
-
-    def __enter__(self) -> None:
-        self.own = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        copy_into(dict(self.model.named_parameters()), self.average.tensors)
-        self.model.eval()
-
-    def __exit__(self, *error: object) -> None:
-        copy_into(dict(self.model.named_parameters()), self.own)
-        self.model.train()
 
 
 def answers_of(model: RoadworkModel, photos: Photos, fold: Fold, null_metadata: bool) -> dict[str, Any]:
@@ -204,10 +196,8 @@ def predict(model: RoadworkModel, photos: Photos, rows: np.ndarray, null_metadat
     """Probability of roadwork of some photos, float64 [M], and the mean of the loss term `roadwork`."""
     probabilities, loss = [], 0.0
     for start in range(0, len(rows), PHOTOS_PER_ANSWER):
-        batch = take(photos, torch.from_numpy(rows[start : start + PHOTOS_PER_ANSWER]), model.config.num_views)
-        metadata = {name: batch[name] for name in METADATA_KEYS if name in batch}
-        tokens = {name: batch[name] for name in ("cls", "cells", "regions", "boxes", "view_mask", "labels")}
-        output = model(**tokens, **metadata, null_metadata=null_metadata)
+        batch = photos.batch(rows[start : start + PHOTOS_PER_ANSWER], model.config.input_spec.num_views)
+        output = model(batch, with_loss=True, null_metadata=null_metadata)
         probabilities.append(model.probability(output.logits).double().numpy())
         loss += float(output.loss_terms["roadwork"].sum())
     return np.concatenate(probabilities), loss / len(rows)

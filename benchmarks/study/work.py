@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ from benchmarks.study.training import Training, run_training
 from data_prep.work.parallel import Workers
 from pipeline.errors import UserError
 from pipeline.optim.config import OptimConfig
-from pipeline.progress import format_seconds, say
+from pipeline.progress import say, track
 
 PRELOAD = ("benchmarks.study.training",)
 
@@ -44,13 +43,13 @@ def plan_work(config: StudyConfig, arms: Sequence[Arm], fingerprint: str) -> Wor
     Args:
         config: The recipe.
         arms: Among them `complete`.
-        fingerprint: Of the photos.
+        fingerprint: The photos'.
 
     Raises:
         UserError: An arm does not differ from `complete`.
     """
     work = Work({arm.name: _trainings(config, arm, fingerprint) for arm in arms})
-    complete = [replace(training, asks_metadata=False) for training in work.flat(COMPLETE)]
+    complete = [replace(training, asks_metadata=False, asks_views=False) for training in work.flat(COMPLETE)]
     for arm in arms:
         if arm.name != COMPLETE and work.flat(arm.name) == complete:
             raise UserError(
@@ -74,6 +73,7 @@ def _trainings(config: StudyConfig, arm: Arm, fingerprint: str) -> list[list[lis
             steps=plan.steps, batch_size=plan.batch_size, distil_every=plan.distil_every,
             validations=plan.validations, seed=seed,
             asks_metadata=bool(model.metadata) and (arm.name == COMPLETE or arm.with_metadata),
+            asks_views=plan.asks_views and arm.name == COMPLETE,
         )  # fmt: skip
 
     def tried(fold: int, seed: int) -> list[Training]:
@@ -132,35 +132,11 @@ def run_work(work: Work, tokens: Path, results: Path, processes: int) -> int:
     missing = [training for training in work.trainings if not (results / f"{training.name}.json").is_file()]
     say(f"{len(missing)} of {len(work.trainings)} trainings are to be done")
     if missing:
-        progress = Progress(work, missing)
         with Workers(processes, PRELOAD) as pool:
-            for training, _ in pool.map(partial(run_training, tokens, results), missing):
-                progress.done(training)
+            done = pool.map(partial(run_training, tokens, results), missing)
+            for _ in track(done, len(missing), "training", unit="heads"):
+                pass
     return len(missing)
-
-
-class Progress:
-    """Says when an arm is through, and when all will be."""
-
-    def __init__(self, work: Work, missing: Sequence[Training]):
-        self.start, self.total = time.monotonic(), sum(training.cost for training in missing)
-        self.spent, self.through = 0.0, 0
-        names = {training.name for training in missing}
-        self.left = {arm: {t.name for t in work.flat(arm)} & names for arm in work.of_arm}
-        self.left = {arm: some for arm, some in self.left.items() if some}
-        self.arms = len(self.left)
-
-    def done(self, training: Training) -> None:
-        """Count a training."""
-        self.spent += training.cost
-        for arm in [name for name, some in self.left.items() if training.name in some]:
-            self.left[arm].discard(training.name)
-            if not self.left[arm]:
-                del self.left[arm]
-                self.through += 1
-                so_far = time.monotonic() - self.start
-                remaining = so_far * (self.total - self.spent) / self.spent
-                say(f"{arm} is through, {self.through} of {self.arms} arms, about {format_seconds(remaining)} left")
 
 
 def read_outcome(results: Path, training: Training) -> dict[str, Any]:

@@ -1,83 +1,103 @@
-"""The benchmark of view pruning, on a few tiny studies: rows say what was measured, pairs stay pairs."""
+"""The benchmark of view pruning: rows say what was measured, pairs stay pairs, and the study asks in every way."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import matthews_corrcoef
 
-from benchmarks.pruning import MOST_FLOPS, Study, dynamic_rows, measure, policy_rows
-from benchmarks.pruning_study import (
-    KEPT,
-    MAX_LOSSES,
-    POLICIES,
-    STATED_LOSS,
-    Plan,
-    SeedAnswers,
-    mask_targets_of,
-    photos_of,
-    scenes_of,
-)
-from data_prep.scenes import render
+from benchmarks.pruning import MOST_FLOPS, Asked, Plan, dynamic_rows, measure, policy_rows, read_views
+from benchmarks.study.answers import ArmAnswers, Bootstrap
+from benchmarks.study.arms import ARMS, COMPLETE
+from benchmarks.study.command import Done, run_study
+from benchmarks.study.config import read_recipe
+from benchmarks.study.photos import Photos
+from benchmarks.study.views import KEPT, MAX_LOSSES, POLICIES, STATED_LOSS, dynamic_name, policy_name
+from pipeline.evaluation.metrics import confusion_counts
 
-N = 400
-
-
-def answers(seed, flips=0, views=6.0):
-    """A head that is right four times in five, and whose early answers differ from the full ones in `flips` photos."""
-    rng = np.random.default_rng(seed)
-    full = np.where(rng.random(N) < 0.8, LABELS, 1 - LABELS) - 0.5
-    early = full.copy()
-    early[np.flatnonzero((full > 0) == (LABELS == 1))[:flips]] *= -1
-    return SeedAnswers(
-        policies={policy: np.tile(full[:, None], len(KEPT)) for policy in POLICIES},
-        dynamic={max_loss: (early, np.full(N, views)) for max_loss in MAX_LOSSES},
-        twelve=full,
-    )
-
-
+N, SEEDS = 400, 3
 LABELS = np.arange(N) % 2
+RECIPE = """
+scenes: {images: 96, size: 320x240, difficulty: 0.2, seed: 5}
+plan: {arms: [all_views], seeds: 2, parts: 3, folds: 1, steps: 3, batch_size: 8, validations: 1, lrs: [1.0e-3],
+  asks_views: true}
+model: {backbone: scenes-tiny, view_side: 32, pruning: dynamic, keep_views: 12, pool_grid: 2, width: 16, layers: 1,
+  heads: 2, fusion_heads: 2, experts: 2, experts_per_token: 1, expert_width: 16, mask_side: 4, metadata: []}
+loss: {roadwork: 2.0}
+"""
 
 
-def test_mcc_is_the_mean_over_heads_and_its_draws_are_paired():
-    heads = [answers(0), answers(1)]
-    study = Study(LABELS, heads, seed=0)
-    observed, draws = study.mcc(lambda head: head.twelve)
-    reference = [matthews_corrcoef(LABELS, head.twelve > 0) for head in heads]
-    assert observed == pytest.approx(100 * np.mean(reference))
-    assert draws.std() > 1
-    assert np.array_equal(study.mcc(lambda head: head.dynamic[STATED_LOSS][0])[1], draws)
+def answers(flips=0):
+    """Heads that are right four times in five; with flips, so many of their right answers in roadwork turn wrong."""
+    outcomes = []
+    for seed in range(SEEDS):
+        said = np.where(np.random.default_rng(seed).random(N) < 0.8, LABELS, 1 - LABELS)
+        said[np.flatnonzero((said == 1) & (LABELS == 1))[:flips]] = 0
+        outcomes.append(confusion_counts(LABELS, said, 0.5))
+    return ArmAnswers(ARMS[0], np.stack(outcomes), 0.9, 0.1, (), np.empty(0), 10, 1.0)
+
+
+def study_of(flips=0, views=4.0):
+    """A study whose early answers are those of all views but for the flips."""
+    photos = Photos({"labels": torch.from_numpy(LABELS)}, np.arange(N), [None] * N, "photos", {}, "f")
+    full = answers()
+    nothing = Path()
+    done = Done(
+        read_recipe("pruning"), photos, None, None, nothing, {COMPLETE: full, "all_views": full}, {},
+        Bootstrap(np.arange(N), SEEDS), "photos",
+    )  # fmt: skip
+    asked = {
+        policy_name(policy, keep): Asked(full, np.full((SEEDS, N), float(keep))) for policy in POLICIES for keep in KEPT
+    }
+    early = Asked(answers(flips), np.full((SEEDS, N), views))
+    return done, asked | {dynamic_name(max_loss): early for max_loss in MAX_LOSSES}
 
 
 @pytest.mark.parametrize(
-    ("flips", "views", "cheap", "good"), [(0, 6, True, True), (0, 7, False, True), (6, 6, True, False)]
+    ("flips", "views", "cheap", "good"), [(0, 4, True, True), (0, 5, False, True), (6, 4, True, False)]
 )
 def test_goals_are_met_only_by_what_is_cheap_and_loses_nothing(flips, views, cheap, good):
-    rows = dynamic_rows(Study(LABELS, [answers(seed, flips, views) for seed in range(3)], seed=0), "about")
+    rows = dynamic_rows(*study_of(flips, views))
     spent, cost = (row for row in rows if row.goal)
+    assert dynamic_name(STATED_LOSS) in spent.what
     assert (spent.goal, spent.met, spent.ratio) == (str(MOST_FLOPS), cheap, pytest.approx(views / 12))
     assert (cost.goal, cost.met) == ("loss <= 0.2, bound <= 1.0", good)
-    assert cost.note.startswith(f"loss of {cost.theirs - cost.ours:.2f} points")
+    assert cost.note.startswith(f"loss of {cost.theirs - cost.ours:z.2f} points")
 
 
 def test_every_way_to_choose_has_a_row_at_every_number_of_views():
-    rows = policy_rows(Study(LABELS, [answers(0)], seed=0), "about")
+    rows = policy_rows(*study_of())
     assert len(rows) == 1 + len(POLICIES) * (len(KEPT) - 2)
     assert rows[0].what == "MCC at 8% of the FLOPs: the global view alone"
 
 
-def test_the_splits_share_no_scene_and_masks_say_where_the_objects_are():
-    scenes = [render(scenes_of(split, seed), 0) for split in ("train", "val", "test") for seed in (0, 1)]
-    assert len({scene.image.tobytes() for scene in scenes}) == 6
-    for scene in scenes:
-        targets = mask_targets_of(scene)
-        assert torch.allclose(targets.sum(), torch.from_numpy(scene.mask > 0).float().mean() * 16 * 16)
-    assert photos_of(scenes[:2])["views"].shape == (2, 12, 3, 128, 128)
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A recipe, and the folder of its finished study."""
+    folder = tmp_path_factory.mktemp("pruning")
+    (folder / "tiny.yaml").write_text(RECIPE)
+    config = read_recipe(str(folder / "tiny.yaml"))
+    return config, folder / "study", run_study(config, folder / "study", None, None, 1, 0)
 
 
-def test_a_tiny_study_counts_eight_views_as_two_thirds_of_the_flops():
-    plan = Plan({"train": 8, "val": 8, "test": 8}, steps=1, seeds=1, timed=2, rounds=2)
-    rows = {row.what: row for row in measure(plan, seed=3)}
-    counted = rows["backbone FLOPs, counted by PyTorch: scored, K=8"]
-    assert counted.ratio == pytest.approx(8 / 12)
-    assert "8 distinct photos, 8 others" in rows["MCC at 8% of the FLOPs: the global view alone"].note
+def test_a_study_is_asked_in_every_way_about_the_photos_that_it_tests(tiny):
+    _, _, done = tiny
+    asked = read_views(done)
+    complete = done.answers[COMPLETE]
+    assert set(asked) == set(study_of()[1])
+    for name, found in asked.items():
+        assert np.array_equal(found.answers.tested, complete.tested), name
+        assert (found.views[:, complete.tested] >= 1).all()
+    all_twelve = [asked[policy_name(policy, 12)].answers.outcomes for policy in POLICIES]
+    assert all(np.array_equal(all_twelve[0], others) for others in all_twelve[1:])
+    assert (asked[policy_name("scored", 4)].views[:, complete.tested] == 4).all()
+    fewer = [asked[dynamic_name(max_loss)].views.sum() for max_loss in MAX_LOSSES]
+    assert fewer == sorted(fewer, reverse=True)
+
+
+def test_eight_views_are_two_thirds_of_the_flops(tiny):
+    config, folder, _ = tiny
+    rows = {row.what: row for row in measure(config, folder, Plan(photos=2, rounds=2), seed=3)}
+    assert rows["backbone FLOPs, counted by PyTorch: scored, K=8"].ratio == pytest.approx(8 / 12)
+    assert "tested procedural scenes in 1 folds, 2 seeds" in rows["MCC at 8% of the FLOPs: the global view alone"].note
     assert all(np.isfinite([row.ours, row.theirs, row.ratio, *row.interval]).all() for row in rows.values())

@@ -196,6 +196,17 @@ def test_a_draw_is_the_mcc_of_the_photos_that_were_drawn():
         assert draws[number] == pytest.approx(middle + np.sqrt(3 / 2) * (drawn - middle))
 
 
+def test_a_mean_is_over_seeds_and_photos_and_varies_with_the_places_that_are_drawn():
+    _, of_city = photos_in()
+    bootstrap, rows = Bootstrap(of_city, seeds=3), of_city != 7
+    values = np.stack([of_city + seed for seed in range(3)])
+    found = bootstrap.mean(values, rows)
+    assert found.value == pytest.approx(values[:, rows].mean())
+    assert found.low < found.value < found.high
+    same = bootstrap.mean(np.full(values.shape, 5), rows)
+    assert (same.value, same.low, same.high) == pytest.approx((5, 5, 5))
+
+
 def test_the_tail_is_that_of_students_t_and_for_many_units_the_normal_one():
     assert expanded_tail(100_000) == pytest.approx(0.025, abs=1e-5)
     assert expanded_tail(10) < 0.01  # t 2.262, times sqrt(10 / 9)

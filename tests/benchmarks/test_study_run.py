@@ -15,7 +15,7 @@ from benchmarks.study.config import read_recipe
 from benchmarks.study.photos import find_photos, load_photos
 from data_prep.scenes.data_set import scenes
 from data_prep.shards.command import shard
-from pipeline.cli import Parser, spell_switches
+from pipeline.cli import Parser, parse
 from pipeline.errors import UserError
 
 RECIPE = """
@@ -146,10 +146,7 @@ def test_the_commands_of_the_docs_are_those_that_there_are():
     page = (Path(__file__).parents[2] / "docs" / "study.md").read_text()
     commands = re.findall(r"^python -m benchmarks\.study(.*?)(?:#.*)?$", page, flags=re.MULTILINE)
     assert len(commands) == 4
-    parser = Parser(prog="study")
-    parser.add_function_arguments(study, as_positional=False)
     for words in commands:
-        values = parser.parse_args(spell_switches(study, words.split()))
-        read_recipe(values.recipe)
+        read_recipe(parse(Parser(prog="study"), [study], words.split())["recipe"])
     named = set(re.findall(r"`(\w+)`", page.split("## The arms")[1].split("## How to read")[0]))
     assert {arm.name for arm in ARMS} - {arm.name for arm in ARMS if arm.group == "optimizers"} <= named

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.loops import BareLoop
 from benchmarks.study.arms import COMPLETE, select_arms
 from benchmarks.study.config import RECIPES, PlanConfig, read_recipe
-from benchmarks.study.optimizers import OPTIMIZERS, AdamWStepper
 from benchmarks.study.photos import check_pretraining
 from benchmarks.study.training import Training, batch_rows
 from benchmarks.study.work import choose, plan_work, settle
 from pipeline.config import Config
 from pipeline.errors import UserError
+from pipeline.model.config import LossConfig
 from pipeline.model.output import RoadworkOutput
 from pipeline.optim.config import OptimConfig
 from pipeline.training.memory import noise
@@ -30,7 +31,7 @@ def test_an_epoch_draws_each_photo_at_most_once_and_steps_are_full():
     rows = np.arange(100, 140)
     batches = list(batch_rows(training(steps=6, batch_size=8, epoch_share=0.8), rows, np.ones(40)))
     assert [len(batch) for batch in batches] == [8] * 6
-    first = torch.cat(batches[:4]).tolist()
+    first = np.concatenate(batches[:4]).tolist()
     assert len(set(first)) == 32
     assert set(first) < set(rows)
 
@@ -98,7 +99,7 @@ def test_an_arm_that_takes_nothing_away_is_refused():
 
 
 def test_mistakes_are_one_sentence(tmp_path):
-    with pytest.raises(UserError, match=r"no study recipe 'big'; there are study, study_heads, study_op"):
+    with pytest.raises(UserError, match=r"no study recipe 'big'; there are pruning, study, study_heads, "):
         read_recipe("big")
     (tmp_path / "preset.yaml").write_text("scenes: {preset: stdy}")
     with pytest.raises(UserError, match=r"scenes\.preset"):
@@ -106,6 +107,9 @@ def test_mistakes_are_one_sentence(tmp_path):
     (tmp_path / "name.yaml").write_text("optim: {name: sophia_h}")
     with pytest.raises(UserError, match=r"optim is 'sophia_h with lr 0\.0003', but must be without name and lr"):
         read_recipe(str(tmp_path / "name.yaml"))
+    (tmp_path / "views.yaml").write_text("plan: {asks_views: true}")
+    with pytest.raises(UserError, match=r"model\.keep_views is 8, but must be 12 with plan\.asks_views"):
+        read_recipe(str(tmp_path / "views.yaml"))
     with pytest.raises(UserError, match=r"plan\.arms names 'piramid', but must be among "):
         select_arms(["piramid"])
     with pytest.raises(UserError, match=r"plan\.folds is 5, but must be at most the 4 parts"):
@@ -117,23 +121,33 @@ def test_mistakes_are_one_sentence(tmp_path):
 
 
 class Scalar(torch.nn.Module):
-    """A model whose loss is its weight times the batch's factor."""
+    """A model whose loss is its weight times the factors of the batch, summed."""
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor([2.0]))
 
-    def forward(self, factor, keep_all):
-        return RoadworkOutput(loss=(factor * self.weight).sum())
+    def forward(self, batch, with_loss, keep_all):
+        return RoadworkOutput(loss=(batch["factor"] * self.weight).sum())
 
 
 def test_a_step_without_a_finite_loss_leaves_the_weights():
     model = Scalar()
-    stepper = AdamWStepper(model, OptimConfig(lr=0.1), steps=10)
-    assert np.isnan(stepper.step(0, {"factor": torch.tensor(torch.nan)}, keep_all=False))
+    loop = BareLoop(model, OptimConfig(lr=0.1), steps=10)
+    assert np.isnan(loop.step(0, [{"factor": torch.tensor(torch.nan)}]))
     assert model.weight.item() == 2.0
-    assert stepper.step(0, {"factor": torch.tensor(3.0)}, keep_all=False) == pytest.approx(6.0)
+    assert loop.step(0, [{"factor": torch.tensor(3.0)}]) == pytest.approx(6.0)
     assert model.weight.item() == pytest.approx(2.0 - 0.1, abs=1e-3)
+
+
+def test_micro_batches_are_one_batch():
+    weights = []
+    for factors in ([2.0, 4.0], [3.0]):
+        model = Scalar()
+        loop = BareLoop(model, OptimConfig(name="sophia_g", lr=0.1, grad_clip=0.0, hessian_every=7), steps=10)
+        assert loop.step(1, [{"factor": torch.tensor(factor)} for factor in factors]) == pytest.approx(6.0)
+        weights.append(model.weight.grad.item())
+    assert weights == [3.0, 3.0]
 
 
 def test_a_field_that_gives_the_label_away_is_in_no_model():
@@ -146,13 +160,14 @@ def test_a_field_that_gives_the_label_away_is_in_no_model():
 @pytest.mark.parametrize("name", ["sophia_h", "sophia_g"])
 def test_sophias_estimate_changes_curvature_alone_and_its_steps_learn(name, tmp_path):
     model = make_model(make_backbone(tmp_path)).train()
+    model.loss_config = LossConfig()
     batch = noise(Config(model=model.config.sizes), model.backbone.config, 4)
     batch |= {"weather": torch.eye(8)[:4], "labels": torch.tensor([0, 1, 0, 1])}
-    stepper = OPTIMIZERS[name](model, OptimConfig(name=name, lr=1e-3, hessian_every=5), steps=40)
+    loop = BareLoop(model, OptimConfig(name=name, lr=1e-3, hessian_every=5), steps=40)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    stepper.estimate(0, batch, keep_all=True)
+    loop.estimate(0, batch, keep_all=True)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert sum(float(state["hessian"].abs().sum()) for state in stepper.optimizer.state.values()) > 0
+    assert sum(float(state["hessian"].abs().sum()) for state in loop.optimizer.state.values()) > 0
     assert model.training
-    losses = [stepper.step(number, batch, keep_all=True) for number in range(40)]
+    losses = [loop.step(number, [batch], keep_all=True) for number in range(40)]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])

@@ -1,0 +1,42 @@
+"""What only a GPU can tell, in two calls of under eight minutes each: `benchmarks/gpu.sh CALL OUT`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pipeline.devices import CPU_ONLY
+from pipeline.errors import UserError
+
+# Of each part the function that measures it, and its limit in seconds; what the others leave over is the last one's.
+CALLS = {
+    1: {"benchmarks.gpu.smoke:smoke": 90, "benchmarks.gpu.extraction:extraction": 400},
+    2: {
+        "benchmarks.gpu.prediction:prediction": 50,
+        "benchmarks.gpu.extraction:whole": 130,
+        "benchmarks.gpu.training:training": 400,
+    },
+}
+
+
+def gpu(call: Literal[1, 2], out: Path, dry: bool = False) -> Path:
+    """Measure what a GPU changes, part by part; what fails or takes too long is written down as such.
+
+    Args:
+        call: 1 tries every path and measures extraction; 2 measures training, prediction and the compilation of the
+            whole backbone.
+        out: Folder for `HARDWARE-gpu-CALL.jsonl`, a line for each number, written when it is known.
+        dry: Run all of it on the CPU with tiny sizes, to try the measurement itself; the file's name and every line in
+            it say so.
+    """
+    if dry:
+        os.environ |= CPU_ONLY  # before torch is asked
+    from benchmarks.gpu.parts import run_parts
+    from pipeline.devices import refuse_idle_gpu, uses_gpu
+
+    if not dry:
+        refuse_idle_gpu()
+        if not uses_gpu():
+            raise UserError("there is no GPU here, and these benchmarks are about one; --dry rehearses them on the CPU")
+    return run_parts(f"gpu-{call}", CALLS[call], out, dry)
