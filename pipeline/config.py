@@ -235,10 +235,8 @@ def _parser(usage: str) -> Parser:
 
 def config_first(arguments: list[str]) -> list[str]:
     """Replace the short forms, and move `--config FILE` to the front, since later words win."""
-    expanded: list[str] = []
-    for argument in arguments:
-        name, equals, value = underscored(argument).partition("=")
-        expanded += [ALIASES.get(name, name) + equals + value]
+    parts = (underscored(argument).partition("=") for argument in arguments)
+    expanded = [ALIASES.get(name, name) + equals + value for name, equals, value in parts]
     files: list[str] = []
     rest: list[str] = []
     words = iter(expanded)
@@ -289,13 +287,12 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         now: Sections of a configuration.
     """
     before, now = _complete(before), _complete(now)
-    changed = []
-    for room, values in now.items():
-        for key, value in values.items():
-            free = room == "checkpoint" or key in FREE_KEYS.get(room, set())
-            if not free and before[room][key] != value:
-                changed.append(f"{room}.{key}={before[room][key]} (now {value})")
-    return changed
+    return [
+        f"{room}.{key}={before[room][key]} (now {value})"
+        for room, values in now.items()
+        for key, value in values.items()
+        if room != "checkpoint" and key not in FREE_KEYS.get(room, ()) and before[room][key] != value
+    ]
 
 
 def _complete(rooms: dict[str, Any]) -> dict[str, Any]:

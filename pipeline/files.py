@@ -6,23 +6,37 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically: a reader sees the old file or the new one, never a part."""
+@contextmanager
+def whole_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[Any]:
+    """A file that gets its name only once the block has ended without an error: a reader never sees a part of it.
+
+    Args:
+        path: The file; its folder is made.
+        mode: How it is opened.
+        options: More arguments of `open`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
+        with temporary.open(mode, **options) as stream:
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` atomically; see `whole_file`."""
+    with whole_file(path) as stream:
+        stream.write(data)
 
 
 def sync(path: Path) -> None:

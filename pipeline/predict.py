@@ -36,15 +36,15 @@ def predict(
     require(workers >= 0, "--workers", workers, "0 or more")
     from pipeline.devices import pick_device
     from pipeline.evaluation.inference import load_model
-    from pipeline.evaluation.prediction import WRITERS, answers, find_photos, whole_file
-    from pipeline.files import write_json
+    from pipeline.evaluation.prediction import WRITERS, answers, find_photos
+    from pipeline.files import whole_file, write_json
     from pipeline.progress import say, track
 
     require(output.suffix in WRITERS, "--output", str(output), f"a file that ends in {' or '.join(WRITERS)}")
     start, files = time.monotonic(), find_photos(input)
     classifier = load_model(model, pick_device(device))
     counts: Counter[str] = Counter()
-    with whole_file(output) as stream:
+    with whole_file(output, "w", encoding="utf-8", newline="") as stream:
         write = WRITERS[output.suffix](stream)
         for row in track(answers(classifier, files, batch_size, workers), len(files), "predicting"):
             write(row)

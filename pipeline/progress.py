@@ -7,6 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import TypeVar
 
 from rich.console import Console
@@ -58,56 +59,29 @@ def track(
         amount: The share of `total` that one item stands for.
         note: Gives a note to show at any moment; empty for none.
     """
-    follow = _track_bar if sys.stderr.isatty() else _track_lines
-    yield from follow(items, total, what, unit, amount, note)
-
-
-def _track_bar(
-    items: Iterable[T],
-    total: int | None,
-    what: str,
-    unit: str,
-    amount: Callable[[T], int],
-    note: Callable[[], str],
-) -> Iterator[T]:
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task, start, done = bar.add_task(what, total=total, rate=""), time.monotonic(), 0
+    )  # fmt: skip
+    start, shown_s, done = time.monotonic(), 0.0, 0
+    bar = Progress(*columns, console=Console(stderr=True)) if sys.stderr.isatty() else None
+    with bar or nullcontext():
+        task = bar.add_task(what, total=total, rate="") if bar else None
         for item in items:
             yield item
             done += amount(item)
-            rate = done / max(time.monotonic() - start, 1e-9)
-            bar.update(task, completed=done, rate=_and(f"{rate:.1f} {unit}/s", note()))
-
-
-def _track_lines(
-    items: Iterable[T],
-    total: int | None,
-    what: str,
-    unit: str,
-    amount: Callable[[T], int],
-    note: Callable[[], str],
-) -> Iterator[T]:
-    start = last = time.monotonic()
-    done = 0
-    for item in items:
-        yield item
-        done += amount(item)
-        now = time.monotonic()
-        if now - last >= PLAIN_INTERVAL_S and done:
-            rate = done / (now - start)
-            left = "" if total is None else f", {format_seconds((total - done) / rate)} left"
-            of = "" if total is None else f"/{total}"
-            say(_and(f"{what}: {done}{of}, {rate:.1f} {unit}/s{left}", note()))
-            last = now
-    spent = time.monotonic() - start
-    say(_and(f"{what}: {done} {unit} in {format_seconds(spent)} ({done / max(spent, 1e-9):.1f}/s)", note()))
+            spent_s = max(time.monotonic() - start, 1e-9)
+            rate = done / spent_s
+            if bar and task is not None:
+                bar.update(task, completed=done, rate=_and(f"{rate:.1f} {unit}/s", note()))
+            elif spent_s - shown_s >= PLAIN_INTERVAL_S and done:
+                left = "" if total is None else f", {format_seconds((total - done) / rate)} left"
+                of = "" if total is None else f"/{total}"
+                say(_and(f"{what}: {done}{of}, {rate:.1f} {unit}/s{left}", note()))
+                shown_s = spent_s
+    if not bar:
+        spent_s = time.monotonic() - start
+        say(_and(f"{what}: {done} {unit} in {format_seconds(spent_s)} ({done / max(spent_s, 1e-9):.1f}/s)", note()))
 
 
 def _and(text: str, note: str) -> str:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from pipeline.config import Config, parse_config
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key
-from pipeline.data.features import FeatureCache, open_cache
+from pipeline.data.features import open_cache
 from pipeline.data.index import INDEX_NAME, read_index
 from pipeline.data.inputs import check_inputs
 from pipeline.data.storage import open_folder
@@ -81,7 +81,8 @@ def train(config: Config, dry_run: bool) -> Path | None:
         say_plan(describe_schedule(config, schedule))
     torch.manual_seed(config.train.seed)
     model = RoadworkModel.build(config.model, config.loss, config.data.decode_scale, accelerator.device)
-    check_cache(cache, model, config)
+    if cache is not None:
+        on_rank_zero(lambda: cache.check(feature_key(model.backbone, config.input_spec, config.model.pool_grid)))
     if lead:
         say_plan(describe_model(config, model, engine))
     validation = None
@@ -108,12 +109,6 @@ def say_plan(lines: Iterable[tuple[str, str]]) -> None:
     """Print lines of the plan."""
     for about, text in lines:
         say(f"{about:<10} {text}")
-
-
-def check_cache(cache: FeatureCache | None, model: RoadworkModel, config: Config) -> None:
-    """Refuse a cache whose tokens differ from those that the model would compute. Collective."""
-    if cache is not None:
-        on_rank_zero(lambda: cache.check(feature_key(model.backbone, config.input_spec, config.model.pool_grid)))
 
 
 if __name__ == "__main__":

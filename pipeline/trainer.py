@@ -209,8 +209,7 @@ class Trainer:
                     f"{curvature['hessian_skips']} of the estimates of the curvature since the last line were not "
                     "finite and were left out"
                 )
-            warning = self.meter.warn_of_straggler(means["rank_s"])
-            if warning:
+            if warning := self.meter.warn_of_straggler(means["rank_s"]):
                 say(warning)
 
     def _validation_due(self) -> bool:
@@ -269,9 +268,9 @@ class Trainer:
             return
         if self.rank == 0:
             self.folder.log(values)
-        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
         kind = values["kind"]
-        self.accelerator.log({f"{kind}/{key}": value for key, value in numbers.items()}, step=self.state.step)
+        numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=self.state.step)
 
     def _finish(self) -> dict[str, Any]:
         if self.rank == 0 and self.state.is_out_of_patience(self.config.train.patience):

@@ -20,23 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoints.files import (
-    AVERAGE,
-    OPTIMIZER,
-    POINTERS,
-    STATE,
-    WEIGHTS,
-    Damaged,
-    Tensors,
-    check_checkpoint,
-    difference,
-    name_of,
-    newest_first,
-    read_state,
-    read_tensors,
-    step_of,
-    write_checkpoint,
-)
+from pipeline.checkpoints import files
+from pipeline.checkpoints.files import AVERAGE, OPTIMIZER, STATE, WEIGHTS, Damaged, Tensors, write_checkpoint
 from pipeline.checkpoints.retention import Retention
 from pipeline.checkpoints.sync import Remote, Uploader
 from pipeline.config import FREE_KEYS, Config, differences
@@ -109,24 +94,24 @@ class Checkpoints:
             return None
         shapes = {name: tuple(tensor.shape) for name, tensor in average.gathered().items()}
         on_all_ranks(lambda: check_tensors(path, shapes, self.optimizer))
-        state = read_state(path)
-        set_tensors(engine, read_tensors(path / WEIGHTS), read_tensors(path / OPTIMIZER), state["step"])
-        average.load(read_tensors(path / AVERAGE))
+        state = files.read_state(path)
+        set_tensors(engine, files.read_tensors(path / WEIGHTS), files.read_tensors(path / OPTIMIZER), state["step"])
+        average.load(files.read_tensors(path / AVERAGE))
         return state
 
     def best_average(self) -> dict[str, Any] | None:
         """The averaged weights of the best validation, from here or from the URL; None if they are lost."""
         if self.retention.best is None:
             return None
-        path = self.folder / name_of(self.retention.best)
+        path = self.folder / files.name_of(self.retention.best)
         if self.source and not path.exists():
             with suppress(Damaged, UserError):
                 Remote(self.source).fetch(path.name, self.folder)
         try:
-            check_checkpoint(path)
+            files.check_checkpoint(path)
         except Damaged:
             return None
-        return read_tensors(path / AVERAGE)
+        return files.read_tensors(path / AVERAGE)
 
     def close(self) -> None:
         """Report what is not saved, and wait for the upload for at most `checkpoint.sync_wait_s`."""
@@ -150,7 +135,7 @@ class Checkpoints:
             for name in set(names) - self.retention.kept(names) - busy:
                 shutil.rmtree(self.folder / name, ignore_errors=True)  # failing to remove an old one ends no run
         with suppress(OSError):  # on a full disk the folders' names must do
-            write_json(self.folder / POINTERS, self.retention.pointers(self._names()))
+            write_json(self.folder / files.POINTERS, self.retention.pointers(self._names()))
         if self.uploader:
             self.uploader.notify()
         return None
@@ -165,7 +150,7 @@ class Checkpoints:
             name, self.fetched = newer or name, newer is not None
         path = None if name is None else self.folder / name
         if path is not None:
-            state = read_state(path)
+            state = files.read_state(path)
             changed = differences(state["config"], self.run)
             if changed:
                 raise UserError(
@@ -181,7 +166,7 @@ class Checkpoints:
     def _newest_valid(self) -> str | None:
         for name in self._names():
             try:
-                check_checkpoint(self.folder / name)
+                files.check_checkpoint(self.folder / name)
             except Damaged as damage:
                 say(f"checkpoint {self.folder / name} is damaged ({damage}); trying the one before it")
                 self._set_aside(name)
@@ -198,7 +183,7 @@ class Checkpoints:
     def _fetch_newer(self, than: str | None) -> str | None:
         """Fetch the newest valid checkpoint at the URL if it is newer than the one here; returns its name."""
         try:
-            return Remote(self.source).fetch_newest(self.folder, -1 if than is None else step_of(than))
+            return Remote(self.source).fetch_newest(self.folder, -1 if than is None else files.step_of(than))
         except UserError as error:
             if than is None or self.settings.resume:
                 raise
@@ -206,11 +191,13 @@ class Checkpoints:
             return None
 
     def _names(self) -> list[str]:
-        return newest_first(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
+        return files.newest_first(path.name for path in self.folder.iterdir()) if self.folder.exists() else []
 
     def _remaining(self) -> str:
         names = self._names()
-        return f"the newest checkpoint is that of step {step_of(names[0])}" if names else "there is no earlier one"
+        return (
+            f"the newest checkpoint is that of step {files.step_of(names[0])}" if names else "there is no earlier one"
+        )
 
 
 def _comparable(config: Config) -> dict[str, Any]:
@@ -234,6 +221,6 @@ def check_tensors(path: Path, shapes: dict[str, tuple[int, ...]], optimizer: str
     for file, expected, what in (
         (WEIGHTS, shapes, "model"), (AVERAGE, shapes, "model"), (OPTIMIZER, moments, "optimizer"),
     ):  # fmt: skip
-        problem = difference(path / file, expected)
+        problem = files.difference(path / file, expected)
         if problem is not None:
             raise UserError(f"{path / file} is of another {what} ({problem}); choose another --train.run")

@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from pipeline.files import sha256_of, sync
+from pipeline.files import sha256_of, sync, write_bytes
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -115,10 +115,7 @@ def _contiguous(tensors: Tensors) -> dict[str, torch.Tensor]:
 
 def _write(path: Path, data: bytes) -> Entry:
     # Not by the library's own writer, which reports a full disk as text without an error number.
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_bytes(path, data)
     return Entry(len(data), hashlib.sha256(data).hexdigest())
 
 

@@ -15,23 +15,12 @@ from typing import BinaryIO
 import fsspec
 from tenacity import Retrying, sleep_using_event, stop_after_attempt, stop_when_event_set, wait_exponential_jitter
 
-from pipeline.checkpoints.files import (
-    FILES,
-    IN_ORDER,
-    MANIFEST,
-    MARKER,
-    POINTERS,
-    Damaged,
-    Entry,
-    check_checkpoint,
-    newest_first,
-    read_manifest,
-    step_of,
-)
+from pipeline.checkpoints import files
+from pipeline.checkpoints.files import Damaged, Entry
 from pipeline.checkpoints.retention import Retention
 from pipeline.data.storage import Folder, explained, open_folder
 from pipeline.errors import UserError, explain
-from pipeline.files import sync, write_json
+from pipeline.files import sync, whole_file, write_json
 from pipeline.progress import say
 
 ATTEMPTS, FIRST_WAIT_S, LONGEST_WAIT_S = 6, 1.0, 60.0
@@ -54,14 +43,14 @@ class Remote:
             with explained(self.url):
                 fs, path = fsspec.url_to_fs(self.url)
                 fs.invalidate_cache()
-                return newest_first(Path(entry).name for entry in fs.ls(path, detail=False))
+                return files.newest_first(Path(entry).name for entry in fs.ls(path, detail=False))
         except FileNotFoundError:
             return []
 
     def marker(self, name: str) -> bytes | None:
         """The completion marker of a checkpoint, None where it has none."""
         try:
-            return self._folder(name).read(MARKER)
+            return self._folder(name).read(files.MARKER)
         except FileNotFoundError:
             return None
 
@@ -86,31 +75,31 @@ class Remote:
         Files that an earlier attempt uploaded stay. Without its marker a checkpoint is ignored.
         """
         there = self._folder(path.name)
-        entries = read_manifest(lambda name: (path / name).read_bytes())
-        if there.exists(MARKER):
-            there.delete(MARKER)
-        for name in FILES:
+        entries = files.read_manifest(lambda name: (path / name).read_bytes())
+        if there.exists(files.MARKER):
+            there.delete(files.MARKER)
+        for name in files.FILES:
             _put(there, path / name, entries[name])
-        for name in (MANIFEST, MARKER):
+        for name in (files.MANIFEST, files.MARKER):
             data = (path / name).read_bytes()
             _put(there, path / name, Entry(len(data), hashlib.sha256(data).hexdigest()))
 
     def delete(self, name: str) -> None:
         """Remove a checkpoint, the marker first; files that do not belong to a checkpoint stay."""
         there = self._folder(name)
-        for file in reversed(IN_ORDER):
+        for file in reversed(files.IN_ORDER):
             there.delete(file)
         with suppress(OSError), explained(there.place):
             fs, path = fsspec.url_to_fs(there.place)
             for file in fs.ls(path, detail=False):  # an interrupted upload's temporary files
-                if Path(file).name.startswith(tuple(f".{known}." for known in IN_ORDER)):
+                if Path(file).name.startswith(tuple(f".{known}." for known in files.IN_ORDER)):
                     fs.rm_file(file)
             fs.rmdir(path)
 
     def fetch_newest(self, folder: Path, than: int) -> str | None:
         """Fetch the newest valid checkpoint of a step after `than` into `folder`; returns its name."""
         for name in self.names():
-            if step_of(name) <= than:
+            if files.step_of(name) <= than:
                 break
             try:
                 self.fetch(name, folder)
@@ -128,13 +117,13 @@ class Remote:
             Damaged: The checkpoint is incomplete, or differs from its manifest.
         """
         there, temporary = self._folder(name), folder / f".{name}.tmp"
-        read_manifest(there.read)  # before anything large is asked for
+        files.read_manifest(there.read)  # before anything large is asked for
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / name).mkdir(parents=True)
         try:
-            for file in IN_ORDER:
+            for file in files.IN_ORDER:
                 _download(there, file, temporary / name / file)
-            check_checkpoint(temporary / name)
+            files.check_checkpoint(temporary / name)
             os.rename(temporary / name, folder / name)
             sync(folder)
         except OSError as error:
@@ -169,11 +158,8 @@ def _entry(there: Folder, name: str) -> Entry | None:
 
 def _download(there: Folder, name: str, path: Path) -> None:
     try:
-        with there.stream(name) as stream, path.open("wb") as file:
-            for block in _blocks(stream, there.place):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
+        with there.stream(name) as stream, whole_file(path) as file:
+            file.writelines(_blocks(stream, there.place))
     except FileNotFoundError as error:
         raise Damaged(f"{name} is missing") from error
 
@@ -278,8 +264,8 @@ class Uploader:
 
     def _local(self) -> list[tuple[Path, bytes]]:
         """Checkpoints here with their markers, newest first."""
-        paths = [self.folder / name for name in newest_first(path.name for path in self.folder.iterdir())]
-        return [(path, (path / MARKER).read_bytes()) for path in paths]
+        paths = [self.folder / name for name in files.newest_first(path.name for path in self.folder.iterdir())]
+        return [(path, (path / files.MARKER).read_bytes()) for path in paths]
 
     def _bring(self, path: Path, marker: bytes) -> None:
         if self.remote.marker(path.name) != marker:
@@ -297,9 +283,9 @@ class Uploader:
         there = [name for name in self.remote.names() if name <= here[0]]
         whole = [name for name in there if self.remote.marker(name) is not None]
         kept = self.retention.kept({*whole, *here})
-        pointers = self.folder / f".{POINTERS}.remote"
+        pointers = self.folder / f".{files.POINTERS}.remote"
         write_json(pointers, self.retention.pointers(whole))
-        self.remote.root.put(pointers, POINTERS)
+        self.remote.root.put(pointers, files.POINTERS)
         pointers.unlink()
         for name in there:
             if name not in kept or name not in whole:

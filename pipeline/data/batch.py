@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
+
+from pipeline.data.allocator import keep_freed_memory
 
 Batch = dict[str, torch.Tensor]
 
@@ -18,3 +23,19 @@ def _stack(values: list[torch.Tensor]) -> torch.Tensor:
     if values[0].dim() != 4:
         return default_collate(values)
     return default_collate([value.movedim(1, -1) for value in values]).movedim(-1, 2)
+
+
+def batches_of(
+    data: Any, batch_size: int, workers: int, collate_fn: Callable[..., Any] = collate, **options: Any
+) -> DataLoader[Any]:
+    """The loader of a dataset's batches. Its worker processes keep the memory of one batch for the next.
+
+    Args:
+        data: The dataset.
+        batch_size: Samples per batch.
+        workers: Processes that read; 0 reads in this one.
+        collate_fn: Makes a batch of a list of samples.
+        options: More arguments of `DataLoader`.
+    """
+    init = keep_freed_memory
+    return DataLoader(data, batch_size, num_workers=workers, collate_fn=collate_fn, worker_init_fn=init, **options)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,20 +13,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from pipeline.data.copies import is_streetvision, make_copy, placement_of
-from pipeline.data.index import HEADER_BYTES, Index, Sample
-from pipeline.data.integrity import (
-    Damage,
-    check_header,
-    check_layout,
-    check_sample,
-    check_tail,
-    read_record,
-)
+from pipeline.data.index import HEADER_BYTES, Index
+from pipeline.data.integrity import CheckedFiles, check_header, check_layout, check_sample, check_tail, read_record
 from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, Scratch, decode, probe
 from pipeline.data.record import Metadata, Record
-from pipeline.data.storage import open_folder
 from pipeline.data.views import canvas_side, extract_views, useful_views, view_boxes
-from pipeline.errors import UserError
 from pipeline.model.config import InputSpec
 from pipeline.names import DAYTIME, MASK_CLASSES, SCENE, WEATHER
 
@@ -104,15 +94,10 @@ def metadata_tensors(
         gps float64 [2], weather float32 [8] and text float32 [text_dim], NaN where NULL; daytime and scene int64 [],
         0 where NULL.
     """
-    gps = torch.full((2,), torch.nan, dtype=torch.float64)
-    if metadata.gps is not None:
-        gps = torch.tensor(metadata.gps, dtype=torch.float64)
-    weather = torch.full((len(WEATHER),), torch.nan)
-    if metadata.weather is not None:
-        weather = torch.tensor([float(word in metadata.weather) for word in WEATHER])
+    weather = metadata.weather
     return {
-        "gps": gps,
-        "weather": weather,
+        "gps": torch.tensor(metadata.gps or (torch.nan, torch.nan), dtype=torch.float64),
+        "weather": torch.tensor([torch.nan if weather is None else float(word in weather) for word in WEATHER]),
         "daytime": torch.tensor(0 if metadata.daytime is None else 1 + DAYTIME.index(metadata.daytime)),
         "scene": torch.tensor(0 if metadata.scene is None else 1 + SCENE.index(metadata.scene)),
         "text": torch.full((text_dim,), torch.nan) if text_vector is None else torch.tensor(text_vector),
@@ -148,7 +133,7 @@ def mask_targets(mask: np.ndarray | None, side: int) -> torch.Tensor:
     return targets
 
 
-class ShardDataset(Dataset[dict[str, torch.Tensor]]):
+class ShardDataset(CheckedFiles, Dataset[dict[str, torch.Tensor]]):
     """One split of a folder of shards; reads any sample at once, without scanning the tars.
 
     Reads are checked: a tar's length and layout, each member's header, the photo's hash, and the record against the
@@ -164,7 +149,6 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
             name: Name of the split.
             spec: The model's input spec.
         """
-        self.place, self.folder = place, open_folder(place)
         self.name, self.split = name, index.split(name)
         self.spec = spec
         self.text_dim = int(index.arguments.get("text_dim", 0))
@@ -172,11 +156,11 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         for row, sample in enumerate(self.split.samples):
             self.rows_of_shard[sample.shard].append(row)
         self._checked_shards: set[int] = set()
-        sizes = self.folder.sizes([shard.name for shard in self.split.shards])
-        for number, (shard, size) in enumerate(zip(self.split.shards, sizes, strict=True)):
-            with self.naming(number):
-                if size != shard.bytes:
-                    raise Damage(f"it is missing or not {shard.bytes} bytes long")
+        remedy = (
+            f"`python -m data_prep verify --shards {place}` lists all damage, then fetch the shards again or make them "
+            "anew"
+        )
+        super().__init__(place, self.split.shards, remedy)
 
     def __len__(self) -> int:
         return len(self.split.samples)
@@ -271,19 +255,6 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         with self.naming(sample.shard, sample):
             return read_record(sample, self.name, members["json"])
 
-    @contextmanager
-    def naming(self, shard: int, sample: Sample | None = None) -> Iterator[None]:
-        """Name the shard, and the sample, in errors about damaged data."""
-        try:
-            yield
-        except (Damage, BadPhoto, FileNotFoundError) as problem:
-            what = "it is gone" if isinstance(problem, FileNotFoundError) else str(problem)
-            where = f"{self.place}/{self.split.shards[shard].name}" + (f", sample {sample.key}" if sample else "")
-            raise UserError(
-                f"{where}: {what}; `python -m data_prep verify --shards {self.place}` lists all damage, then "
-                "fetch the shards again or make them anew"
-            ) from problem
-
     def _read(self, row: int, extensions: Iterable[str]) -> dict[str, bytes]:
         """Members of a sample in one read: they are adjacent in the tar."""
         sample = self.split.samples[row]
@@ -292,7 +263,7 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
             places = {extension: sample.members[extension] for extension in extensions}
             start = min(offset for offset, _ in places.values()) - HEADER_BYTES
             end = max(offset + size for offset, size in places.values())
-            data = self._read_range(sample.shard, start, end)
+            data = self.read_range(sample.shard, start, end)
             members = {}
             for extension, (offset, size) in places.items():
                 at = offset - start
@@ -307,11 +278,5 @@ class ShardDataset(Dataset[dict[str, torch.Tensor]]):
         with self.naming(number):
             shard = self.split.shards[number]
             end = check_layout(shard, [self.split.samples[row] for row in self.rows_of_shard[number]])
-            check_tail(self._read_range(number, end, shard.bytes))
+            check_tail(self.read_range(number, end, shard.bytes))
         self._checked_shards.add(number)
-
-    def _read_range(self, number: int, start: int, end: int) -> bytes:
-        data = self.folder.read_range(self.split.shards[number].name, start, end)
-        if len(data) != end - start:
-            raise Damage(f"it ends before its byte {end}")
-        return data

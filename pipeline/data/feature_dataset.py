@@ -30,23 +30,19 @@ class FeatureDataset(ShardDataset):
         """
         super().__init__(*shards, **options)
         self.reader = FeatureReader(cache, self.name, [sample.key for sample in self.split.samples])
-
-    @property
-    def copies(self) -> int:
-        """Rows of every photo: itself and its augmented copies."""
-        return self.reader.copies
+        self.copies = self.reader.copies
 
     def load(self, number: int) -> tuple[Record, dict[str, torch.Tensor]]:
         """The record, and tokens, metadata and targets; see `ShardDataset`, with `PhotoTokens` instead of views."""
         copy, row = divmod(number, len(self))
         sample, record = self.split.samples[row], self.record(row)
         if record.sha256 != self.reader.photo(row).sha256:
-            raise stale(self.reader.place, f"it holds another photo as {sample.key}")
-        found = self.reader.read(row, copy)
+            raise stale(str(self.reader.place), f"it holds another photo as {sample.key}")
+        tokens, mask_targets = self.reader.read(row, copy)
         return record, {
-            **{name: value[: self.spec.num_views] for name, value in vars(found.tokens).items()},
+            **{name: value[: self.spec.num_views] for name, value in vars(tokens).items()},
             **self.about(row, record, copy),
-            "mask_targets": found.mask_targets.float(),
+            "mask_targets": mask_targets.float(),
         }
 
 

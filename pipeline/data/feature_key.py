@@ -52,19 +52,16 @@ class FeatureKey:
                 continue
             if field.name == "weights":
                 return f"backbone {self.backbone} ({mine[:12]}), and not {wanted.backbone} ({other[:12]})"
-            return f"{_NAMES[field.name]} {mine}, and not {other}"
+            return f"{_NAMES.get(field.name, field.name.replace('_', ' '))} {mine}, and not {other}"
         return None
 
 
+# What a field is called in a message, where its own name does not say it.
 _NAMES = {
-    "view_side": "view side",
     "num_views": "number of views",
     "pool_grid": "pooled grid",
-    "mask_side": "mask side",
     "geometry": "view geometry",
     "resize": "resize kernel",
-    "decode_scale": "decode scale",
-    "dtype": "dtype",
 }
 
 
@@ -79,14 +76,11 @@ def feature_key(backbone: FrozenBackbone, spec: InputSpec, pool_grid: int) -> Fe
     return FeatureKey(
         backbone=backbone.name,
         weights=weights_fingerprint(backbone),
-        view_side=spec.view_side,
-        num_views=spec.num_views,
         pool_grid=pool_grid,
-        mask_side=spec.mask_side,
         geometry=geometry_fingerprint(spec.view_side),
         resize="torch lanczos" if TORCH_LANCZOS else "Pillow lanczos",
-        decode_scale=spec.decode_scale,
         dtype=str(STORED_DTYPE).removeprefix("torch."),
+        **vars(spec),
     )
 
 

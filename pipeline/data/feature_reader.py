@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -13,19 +12,8 @@ import numpy as np
 import torch
 
 from pipeline.data.feature_key import STORED_DTYPE
-from pipeline.data.features import (
-    MASK_DTYPE,
-    CachedRow,
-    FeatureCache,
-    FeaturePhoto,
-    PhotoTokens,
-    checksum,
-    remedy,
-    stale,
-)
-from pipeline.data.integrity import Damage
-from pipeline.data.storage import open_folder
-from pipeline.errors import UserError
+from pipeline.data.features import MASK_DTYPE, FeatureCache, FeaturePhoto, PhotoTokens, checksum, remedy, stale
+from pipeline.data.integrity import CheckedFiles, Damage
 from pipeline.names import MASK_CLASSES
 
 MOST_HEADER_BYTES = 1 << 20
@@ -34,7 +22,7 @@ DTYPES = {"BF16": STORED_DTYPE, "F16": MASK_DTYPE, "F32": torch.float32, "BOOL":
 SMALL = ("boxes", "view_mask", "mask_classes", "has_mask")  # tensors that are read whole, once
 
 
-class FeatureReader:
+class FeatureReader(CheckedFiles):
     """Reads any row of a cache, and checks it: the file's length and layout, and the row's checksum."""
 
     def __init__(self, cache: FeatureCache, split: str, keys: Sequence[str]):
@@ -48,29 +36,24 @@ class FeatureReader:
         Raises:
             UserError: The cache lacks photos, or is damaged.
         """
-        self.place, self.folder, self.index = cache.place, open_folder(cache.place), cache.index
-        shards = self.index.shards
+        self.index, shards = cache.index, cache.index.shards
         where = {photo.key: (number, place) for number, s in enumerate(shards) for place, photo in enumerate(s.photos)}
         absent = sum(key not in where for key in keys)
         if absent:
-            raise stale(self.place, f"it lacks {absent} of {len(keys)} photos of the split {split!r}")
+            raise stale(cache.place, f"it lacks {absent} of {len(keys)} photos of the split {split!r}")
         self.places = [where[key] for key in keys]
         self.copies = min(len(self.photo(row).checksums) for row in range(len(keys)))
         """Rows that every photo has: itself and its augmented copies."""
         self._heads: dict[int, _Head] = {}
         used = sorted({shard for shard, _ in self.places})
-        sizes = self.folder.sizes([shards[number].name for number in used])
-        for number, size in zip(used, sizes, strict=True):
-            with self._naming(number):
-                if size != shards[number].bytes:
-                    raise Damage(f"it is missing or not {shards[number].bytes} bytes long")
+        super().__init__(cache.place, shards, remedy(cache.place), used)
 
     def photo(self, row: int) -> FeaturePhoto:
         """The cache's entry for a photo of the split."""
         shard, place = self.places[row]
         return self.index.shards[shard].photos[place]
 
-    def read(self, row: int, copy: int) -> CachedRow:
+    def read(self, row: int, copy: int) -> tuple[PhotoTokens, torch.Tensor]:
         """Read one copy of a photo of the split.
 
         Args:
@@ -82,7 +65,7 @@ class FeatureReader:
         """
         number, place = self.places[row]
         photo = self.photo(row)
-        with self._naming(number, photo.key):
+        with self.naming(number, photo):
             head = self._head(number)
             at = place * len(photo.checksums) + copy
             views, classes = (slice(*map(int, ends[at : at + 2])) for ends in (head.view_ends, head.class_ends))
@@ -100,25 +83,24 @@ class FeatureReader:
             view_mask=mask,
         )
         targets = spread(parts["masks"], small["mask_classes"])
-        return CachedRow(tokens, targets if small["has_mask"] else torch.full_like(targets, torch.nan))
+        return tokens, targets if small["has_mask"] else torch.full_like(targets, torch.nan)
 
     def _head(self, number: int) -> _Head:
         """A file's header and its small tensors; read once in each process."""
         if number not in self._heads:
             shard = self.index.shards[number]
-            length = int.from_bytes(self._read_range(number, 0, LENGTH_BYTES), "little")
+            length = int.from_bytes(self.read_range(number, 0, LENGTH_BYTES), "little")
             if length > min(MOST_HEADER_BYTES, shard.bytes):
                 raise Damage("its header cannot be read")
             try:
-                header = json.loads(self._read_range(number, LENGTH_BYTES, LENGTH_BYTES + length))
+                header = json.loads(self.read_range(number, LENGTH_BYTES, LENGTH_BYTES + length))
                 layout = {name: value for name, value in header.items() if name != "__metadata__"}
                 shapes = {name: tuple(value["shape"]) for name, value in layout.items()}
                 starts = {name: LENGTH_BYTES + length + value["data_offsets"][0] for name, value in layout.items()}
                 expected = self._expected(number, shapes["cls"][0], shapes["masks"][0])
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise Damage("its header cannot be read") from error
-            dtypes = {name: DTYPES.get(value["dtype"]) for name, value in layout.items()}
-            if {name: (dtypes[name], shapes[name]) for name in layout} != expected:
+            if {name: (DTYPES.get(value["dtype"]), shapes[name]) for name, value in layout.items()} != expected:
                 raise Damage("its tensors are not those that the index describes")
             head = _Head(expected, starts, {})
             for name in SMALL:
@@ -146,26 +128,10 @@ class FeatureReader:
     def _read_rows(self, number: int, head: _Head, name: str, rows: slice) -> torch.Tensor:
         dtype, (_, *shape) = head.layout[name]
         size, start = prod(shape) * dtype.itemsize, head.starts[name]
-        data = self._read_range(number, start + rows.start * size, start + rows.stop * size)
+        data = self.read_range(number, start + rows.start * size, start + rows.stop * size)
         if not data:  # which `frombuffer` refuses
             return torch.empty(0, *shape, dtype=dtype)
         return torch.frombuffer(bytearray(data), dtype=dtype).view(-1, *shape)
-
-    def _read_range(self, number: int, start: int, end: int) -> bytes:
-        data = self.folder.read_range(self.index.shards[number].name, start, end)
-        if len(data) != end - start:
-            raise Damage(f"it ends before its byte {end}")
-        return data
-
-    @contextmanager
-    def _naming(self, number: int, key: str = "") -> Iterator[None]:
-        """Name the file, and the sample, in errors about damage."""
-        try:
-            yield
-        except (Damage, FileNotFoundError) as problem:
-            what = "it is gone" if isinstance(problem, FileNotFoundError) else str(problem)
-            where = f"{self.place}/{self.index.shards[number].name}" + (f", sample {key}" if key else "")
-            raise UserError(f"{where}: {what}; {remedy(self.place)}") from problem
 
 
 @dataclass(frozen=True)

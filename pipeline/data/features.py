@@ -122,15 +122,6 @@ class PhotoTokens:
     """bool [V]; views that add nothing are zeros in `cls` and `cells`."""
 
 
-@dataclass(frozen=True)
-class CachedRow:
-    """All that training needs from one photo and its mask, or from one augmented copy."""
-
-    tokens: PhotoTokens
-    mask_targets: torch.Tensor
-    """float16 [6, m, m], see `pipeline.data.dataset.mask_targets`."""
-
-
 def open_cache(place: str, shards: Index) -> FeatureCache | None:
     """Open the cache of the photos in `shards` at a folder or URL; None if `place` is empty.
 

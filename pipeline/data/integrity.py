@@ -5,10 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from pipeline.data.index import HEADER_BYTES, Sample, Shard
+from pipeline.data.photo import BadPhoto
 from pipeline.data.record import Record
+from pipeline.data.storage import open_folder
+from pipeline.errors import UserError
 
 # A tar ends with two empty blocks, padded to a multiple of RECORDSIZE.
 MOST_TAIL_BYTES = 2 * HEADER_BYTES + tarfile.RECORDSIZE
@@ -16,6 +22,44 @@ MOST_TAIL_BYTES = 2 * HEADER_BYTES + tarfile.RECORDSIZE
 
 class Damage(ValueError):
     """Data that differs from the index; the message says how, in a few words."""
+
+
+class CheckedFiles:
+    """Files of a folder whose names and sizes an index gives; what differs from it is a `UserError`."""
+
+    def __init__(self, place: Path | str, files: Sequence[Any], remedy: str, used: Sequence[int] | None = None):
+        """Open the folder, and check the files' sizes.
+
+        Args:
+            place: Folder or URL.
+            files: The index's entries, each with `name` and `bytes`.
+            remedy: What the user does about damage, for messages.
+            used: Numbers of the files that are read, which must be there; None for all.
+        """
+        self.place, self.folder, self.files, self.remedy = place, open_folder(place), files, remedy
+        numbers = range(len(files)) if used is None else used
+        sizes = self.folder.sizes([files[number].name for number in numbers])
+        for number, size in zip(numbers, sizes, strict=True):
+            with self.naming(number):
+                if size != files[number].bytes:
+                    raise Damage(f"it is missing or not {files[number].bytes} bytes long")
+
+    @contextmanager
+    def naming(self, number: int, sample: Any = None) -> Iterator[None]:
+        """Name the file, and the sample by its `key`, in errors about damaged data."""
+        try:
+            yield
+        except (Damage, BadPhoto, FileNotFoundError) as problem:
+            what = "it is gone" if isinstance(problem, FileNotFoundError) else str(problem)
+            where = f"{self.place}/{self.files[number].name}" + (f", sample {sample.key}" if sample else "")
+            raise UserError(f"{where}: {what}; {self.remedy}") from problem
+
+    def read_range(self, number: int, start: int, end: int) -> bytes:
+        """Bytes of a file from `start` up to `end`, all of them."""
+        data = self.folder.read_range(self.files[number].name, start, end)
+        if len(data) != end - start:
+            raise Damage(f"it ends before its byte {end}")
+        return data
 
 
 def members_in_order(samples: Sequence[Sample]) -> list[tuple[Sample, str]]:
@@ -102,17 +146,10 @@ def read_record(sample: Sample, split: str, data: bytes) -> Record:
         record = Record.from_json(json.loads(data))
     except (KeyError, TypeError, ValueError) as error:
         raise Damage("its record cannot be read") from error
-    pairs = {
-        "key": (record.key, sample.key),
-        "split": (record.split, split),
-        "label": (record.label, sample.label),
-        "group": (record.group, sample.group),
-        "GPS cluster": (record.gps_cluster, sample.cluster),
-        "weight": (record.sample_weight, sample.weight),
-        "width": (record.width, sample.width),
-        "height": (record.height, sample.height),
-    }
-    differing = [name for name, (recorded, indexed) in pairs.items() if recorded != indexed]
+    recorded = {**vars(record), "GPS cluster": record.gps_cluster, "weight": record.sample_weight}
+    indexed = {**vars(sample), "GPS cluster": sample.cluster, "split": split}
+    compared = ("key", "split", "label", "group", "GPS cluster", "weight", "width", "height")
+    differing = [name for name in compared if recorded[name] != indexed[name]]
     if differing:
         raise Damage(f"its record and the index differ in {', '.join(differing)}")
     return record

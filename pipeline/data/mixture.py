@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,14 +56,9 @@ class MixtureSampler(PositionSampler):
     Like the photo, the copy follows from the position in the sequence alone.
     """
 
-    def __init__(
-        self, weights: np.ndarray, samples_per_epoch: int, *, mixture: Mixture, batch_size: int, rank: int,
-        world_size: int,
-    ):  # fmt: skip
+    def __init__(self, *order: Any, mixture: Mixture, **options: Any):
         """See `PositionSampler`, whose seed is the mixture's."""
-        super().__init__(
-            weights, samples_per_epoch, seed=mixture.seed, batch_size=batch_size, rank=rank, world_size=world_size
-        )
+        super().__init__(*order, seed=mixture.seed, **options)
         self.mixture = mixture
 
     def row_at(self, position: int) -> int:

@@ -25,10 +25,7 @@ class Metadata:
         return cls(
             gps=None if gps is None else (float(gps[0]), float(gps[1])),
             weather=None if weather is None else tuple(weather),
-            daytime=values["daytime"],
-            scene=values["scene"],
-            city=values["city"],
-            description=values["description"],
+            **{name: values[name] for name in ("daytime", "scene", "city", "description")},
         )
 
 

@@ -36,6 +36,7 @@ class Folder(Protocol):
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         """Sizes of many files in bytes, asked for concurrently where that is faster; None for an absent one."""
+        return [self.size(name) if self.exists(name) else None for name in names]
 
     def read(self, name: str) -> bytes:
         """A whole file."""
@@ -92,7 +93,7 @@ def explained(place: str, *, may_be_absent: bool = True) -> Iterator[None]:
         ) from error
 
 
-class LocalFolder:
+class LocalFolder(Folder):
     """A folder on this machine. Files stay open between reads; each process opens its own."""
 
     def __init__(self, path: Path):
@@ -107,10 +108,6 @@ class LocalFolder:
         """See `Folder`."""
         with explained(self.place):
             return (self.path / name).stat().st_size
-
-    def sizes(self, names: Sequence[str]) -> list[int | None]:
-        """See `Folder`."""
-        return [self.size(name) if self.exists(name) else None for name in names]
 
     def read(self, name: str) -> bytes:
         """See `Folder`."""
@@ -175,7 +172,7 @@ class LocalFolder:
         return {**self.__dict__, "_descriptors": {}}
 
 
-class UrlFolder:
+class UrlFolder(Folder):
     """A folder that fsspec accesses. It holds nothing open, so any process can have it; fsspec keeps the connections.
 
     Every call asks for the file system anew: fsspec returns the one it has, or a new one after a fork, where the old
@@ -188,48 +185,41 @@ class UrlFolder:
 
     def exists(self, name: str) -> bool:
         """See `Folder`."""
-        with explained(self.place):
-            fs, path = self._locate(name)
+        with self._located(name) as (fs, path):
             return bool(fs.exists(path))
 
     def size(self, name: str) -> int:
         """See `Folder`."""
-        with explained(self.place):
-            fs, path = self._locate(name)
+        with self._located(name) as (fs, path):
             return int(fs.size(path))
 
     def sizes(self, names: Sequence[str]) -> list[int | None]:
         """See `Folder`."""
         try:
-            with explained(self.place):
-                fs, root = self._locate("")
+            with self._located("") as (fs, root):
                 return list(fs.sizes([f"{root}{name}" for name in names]))
         except FileNotFoundError:  # some are absent; find out which
-            return [self.size(name) if self.exists(name) else None for name in names]
+            return super().sizes(names)
 
     def read(self, name: str) -> bytes:
         """See `Folder`."""
-        with explained(self.place):
-            fs, path = self._locate(name)
+        with self._located(name) as (fs, path):
             return bytes(fs.cat_file(path))
 
     def read_range(self, name: str, start: int, end: int) -> bytes:
         """See `Folder`."""
-        with explained(self.place):
-            fs, path = self._locate(name)
+        with self._located(name) as (fs, path):
             return bytes(fs.cat_file(path, start=start, end=end))
 
     def stream(self, name: str) -> BinaryIO:
         """See `Folder`."""
-        with explained(self.place):
-            fs, path = self._locate(name)
+        with self._located(name) as (fs, path):
             stream: BinaryIO = fs.open(path, "rb")
             return stream
 
     def put(self, local: Path, name: str) -> None:
         """See `Folder`."""
-        with explained(self.place, may_be_absent=False):
-            fs, path = self._locate(name)
+        with self._located(name, may_be_absent=False) as (fs, path):
             if OBJECT_STORES.intersection([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
                 fs.put_file(str(local), path)
             else:
@@ -240,10 +230,15 @@ class UrlFolder:
 
     def delete(self, name: str) -> None:
         """See `Folder`."""
-        with explained(self.place):
-            fs, path = self._locate(name)
+        with self._located(name) as (fs, path):
             if fs.exists(path):
                 fs.rm_file(path)
+
+    @contextmanager
+    def _located(self, name: str, *, may_be_absent: bool = True) -> Iterator[tuple[Any, str]]:
+        """The file system, and its path for a name; see `explained`."""
+        with explained(self.place, may_be_absent=may_be_absent):
+            yield self._locate(name)
 
     def _locate(self, name: str) -> tuple[Any, str]:
         """The file system, and its path for a name."""

@@ -28,9 +28,14 @@ class Agreement:
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank."""
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return gather(value, self.group)
+
+
+def gather(value: Any, group: Any = None) -> list[Any]:
+    """Every rank's value, by rank. Collective."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
@@ -67,7 +72,5 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     failed = torch.tensor(float(problem is not None), device="cuda" if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(failed)
     if failed:
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        raise UserError(next(text for text in problems if text is not None))
+        raise UserError(next(text for text in gather(problem) if text is not None))
     return cast(T, result)

@@ -68,28 +68,21 @@ def create_optimizer_state(engine: Any, step: int = 0) -> None:
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def held_weights(module: nn.Module) -> Tensors:
-    """This process's part of each trained weight: under ZeRO-3 a flat piece, else all of it."""
-    return {name: getattr(parameter, "ds_tensor", parameter) for name, parameter in _trained(module)}
-
-
 @torch.no_grad()
 def load_held(module: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Set the weights that the forward pass reads; `values` have the names and shapes of the module's parameters."""
     for name, parameter in _trained(module):
-        if hasattr(parameter, "ds_tensor"):
-            parameter.ds_tensor.copy_(_piece(parameter, values[name]))
-            if parameter.data.numel() == parameter.ds_numel:  # a small one, which stays whole between the steps
-                parameter.data.copy_(values[name])
-        else:
-            parameter.copy_(values[name])
+        _held(parameter).copy_(_piece(parameter, values[name]))
+        # A small one of ZeRO-3, which stays whole between the steps.
+        if hasattr(parameter, "ds_tensor") and parameter.data.numel() == parameter.ds_numel:
+            parameter.data.copy_(values[name])
 
 
 class EngineAverage(WeightAverage):
     """The average of an engine's weights; each process averages its own part, and sends nothing until it is read."""
 
     def _held(self) -> Tensors:
-        return held_weights(self.model)
+        return {name: _held(parameter) for name, parameter in _trained(self.model)}
 
     def gathered(self) -> Tensors:
         """The whole average by the names of the model as it was built, on the CPU. Collective."""
@@ -101,8 +94,7 @@ class EngineAverage(WeightAverage):
         """The inverse of `gathered`."""
         values = split_experts(self.model, tensors)
         for name, parameter in _trained(self.model):
-            value = _piece(parameter, values[name]) if hasattr(parameter, "ds_tensor") else values[name]
-            self.tensors[name].copy_(value)
+            self.tensors[name].copy_(_piece(parameter, values[name]))
 
 
 def _trained(module: nn.Module) -> list[tuple[str, Any]]:
@@ -134,7 +126,8 @@ def _get(engine: Any, parameter: Any, kind: str | None) -> torch.Tensor:
 
 def _set(engine: Any, parameter: Any, kind: str | None, value: torch.Tensor) -> None:
     if hasattr(parameter, "ds_id"):
-        _set_piece(parameter, kind, value)
+        # DeepSpeed's setter for full values ignores the padding of a parameter's last piece.
+        parameter._z3_optimizer.set_local_hp_param(_piece(parameter, value), parameter, kind)
     elif hasattr(parameter, "_hp_mapping"):
         if kind is None:
             safe_set_full_fp32_param(parameter, value)
@@ -144,13 +137,16 @@ def _set(engine: Any, parameter: Any, kind: str | None, value: torch.Tensor) -> 
         base_optimizer(engine).state[parameter][kind].copy_(value)
 
 
-def _set_piece(parameter: Any, kind: str | None, value: torch.Tensor) -> None:
-    # DeepSpeed's setter for full values ignores the padding of a parameter's last piece.
-    parameter._z3_optimizer.set_local_hp_param(_piece(parameter, value), parameter, kind)
+def _held(parameter: Any) -> torch.Tensor:
+    """This process's part of a weight: under ZeRO-3 a flat piece, else all of it."""
+    held: torch.Tensor = getattr(parameter, "ds_tensor", parameter)
+    return held
 
 
 def _piece(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """This process's flat piece of a whole value under ZeRO-3, padded as DeepSpeed pads it."""
+    """This process's part of a whole value: under ZeRO-3 a flat piece, padded as DeepSpeed pads it, else all of it."""
+    if not hasattr(parameter, "ds_tensor"):
+        return value
     size = parameter.ds_tensor.ds_numel
     rank = dist.get_rank(parameter.ds_process_group)
     piece = torch.zeros(size, dtype=value.dtype, device=value.device)

@@ -99,8 +99,7 @@ def engine_settings(config: Config, file: Path, world_size: int, precision: str)
         UserError: The two do not work together; the message says what is wrong and what to do.
     """
     deepspeed = read_deepspeed(file)
-    problem = next(deepspeed_problems(deepspeed), None)
-    if problem is not None:
+    for problem in deepspeed_problems(deepspeed):
         raise UserError(f"{file}: {problem}")
     batching = plan_batches(config.train, world_size)
     check_mixup(config.loss.mixup_alpha, batching)

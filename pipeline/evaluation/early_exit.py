@@ -12,8 +12,7 @@ import torch
 from scipy.optimize import minimize
 from torch.utils.data import DataLoader, Subset
 
-from pipeline.data.allocator import keep_freed_memory
-from pipeline.data.batch import Batch, collate
+from pipeline.data.batch import Batch, batches_of
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
@@ -227,7 +226,7 @@ def open_validation(
     cache = find_cache(given, features, index, model)
     dataset = open_split(shards, index, "val", model.config.input_spec, cache)
     labelled = Subset(dataset, np.flatnonzero(labels >= 0).tolist())
-    return DataLoader(labelled, batch_size, num_workers=workers, collate_fn=collate, worker_init_fn=keep_freed_memory)
+    return batches_of(labelled, batch_size, workers)
 
 
 @torch.inference_mode()

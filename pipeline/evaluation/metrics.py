@@ -11,7 +11,6 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 BINS = 15  # as in Guo et al. 2017, arXiv 1706.04599
 TIE = 1e-12  # MCCs closer than this differ by rounding only
 DEFAULT_THRESHOLD = 0.5
-INTERVAL_NAMES = ("mcc", "accuracy", "f1", "auroc", "average_precision")
 
 
 def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def bootstrap_intervals(
         (low, high) for mcc, accuracy, f1, auroc and average_precision. Draws that lack a class do not count for mcc,
         auroc and average_precision. None where no draw counts, or with one group, which says nothing about others.
     """
-    drawn: dict[str, list[float]] = {name: [] for name in INTERVAL_NAMES}
+    drawn: dict[str, list[float]] = {name: [] for name in ("mcc", "accuracy", "f1", "auroc", "average_precision")}
     outcomes = confusion_counts(labels, probabilities, threshold)
     _, group_of = np.unique(groups, return_inverse=True)
     if group_of.max() == 0:

@@ -7,15 +7,13 @@ import glob
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from pipeline.data.allocator import keep_freed_memory
-from pipeline.data.batch import collate
+from pipeline.data.batch import batches_of, collate
 from pipeline.data.dataset import prepare
 from pipeline.data.photo import BadPhoto
 from pipeline.errors import UserError, require
@@ -82,11 +80,8 @@ def collate_readable(samples: list[Prepared]) -> Batch:
 def answers(model: RoadworkModel, files: list[Path], batch_size: int, workers: int) -> Iterator[Row]:
     """One row per file, in the order of the files."""
     dataset = PhotoFiles(files, model.config.input_spec)
-    loader = DataLoader(
-        dataset, batch_size, num_workers=workers, collate_fn=collate_readable, worker_init_fn=keep_freed_memory
-    )
     paths = iter(files)
-    for views, reasons in loader:
+    for views, reasons in batches_of(dataset, batch_size, workers, collate_readable):
         scored = iter(() if views is None else score(model, views))
         for reason, path in zip(reasons, paths, strict=False):
             answer = {} if reason else next(scored)
@@ -102,19 +97,6 @@ def score(model: RoadworkModel, views: dict[str, torch.Tensor]) -> list[Row]:
         {"probability": float(f"{p:.9g}"), "label": LABEL_NAMES[int(p > 0.5)], "kept_views": kept}
         for p, kept in zip(probability_of(model, output), kept_views(output), strict=True)
     ]
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[TextIO]:
-    """A text file that gets its name only once the block has ended without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as stream:
-            yield stream
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def csv_writer(stream: TextIO) -> Callable[[Row], object]:

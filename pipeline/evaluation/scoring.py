@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pipeline.config import read_config
-from pipeline.data.allocator import keep_freed_memory
-from pipeline.data.batch import Batch, collate
+from pipeline.data.batch import Batch, batches_of, collate
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_key import feature_key
 from pipeline.data.features import FeatureCache, open_cache
@@ -59,13 +58,7 @@ def predict_split(
     Returns:
         The columns of predictions.csv but `prediction`, in the order of the shards; `label` is NA where unknown.
     """
-    loader: Any = DataLoader(
-        WithSource(dataset, copy),
-        batch_size,
-        num_workers=workers,
-        collate_fn=collate_with_source,
-        worker_init_fn=keep_freed_memory,
-    )
+    loader = batches_of(WithSource(dataset, copy), batch_size, workers, collate_with_source)
     found = list(track(answers(model, loader), len(dataset), f"evaluating {dataset.name}"))
     samples = dataset.split.samples
     return pd.DataFrame(
@@ -85,7 +78,7 @@ def predict_split(
 
 @torch.inference_mode()
 def answers(
-    model: RoadworkModel, loader: DataLoader[tuple[Batch, list[str]]]
+    model: RoadworkModel, loader: Iterable[tuple[Batch, list[str]]]
 ) -> Iterator[tuple[str, float, float, list[str]]]:
     """The source, the probability with metadata NULL, that with metadata, and the kept views of each photo.
 

@@ -28,7 +28,7 @@ from pipeline.data.index import Index, read_index
 from pipeline.data.inputs import check_inputs, fields_read, leaking_inputs
 from pipeline.data.photo import simplejpeg
 from pipeline.data.storage import is_url
-from pipeline.devices import has_bf16, refuse_idle_gpu, uses_gpu
+from pipeline.devices import gpu_count, has_bf16, refuse_idle_gpu, uses_gpu
 from pipeline.distributed.settings import describe_engine, read_deepspeed, resolve_precision
 from pipeline.errors import UserError
 from pipeline.launch.launcher import choose_launch
@@ -68,7 +68,7 @@ def check(
     """
     findings = [*machine(), *installation(), *configurations(), *backbone(config), *data(config)]
     elsewhere = gpu_gib is not None and not uses_gpu()
-    gpu_gib = gpu_gib or own_gpu_gib()
+    gpu_gib = gpu_gib or min((card.total_memory / GIB for card in cards()), default=None)
     try:
         chosen, processes = choose_launch(config_file, num_processes, idle_gpu=True)
         precision = resolve_precision(config.train.precision, elsewhere or has_bf16())
@@ -91,14 +91,11 @@ def print_findings(findings: list[Finding]) -> None:
 def machine() -> Iterator[Finding]:
     """Check cores, memory, GPUs and disk."""
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
-    yield Finding(
-        GOOD, "machine", f"{cores} cores, {memory.available / 2**30:.0f} of {memory.total / 2**30:.0f} GiB free"
-    )
-    if uses_gpu():
-        for number in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(number)
-            yield Finding(GOOD, "gpu", f"{card.name}, {card.total_memory / 2**30:.0f} GiB")
-    else:
+    free = f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB free"
+    yield Finding(GOOD, "machine", f"{cores} cores, {free}")
+    for card in cards():
+        yield Finding(GOOD, "gpu", f"{card.name}, {card.total_memory / GIB:.0f} GiB")
+    if not uses_gpu():
         try:
             refuse_idle_gpu()
         except UserError as problem:
@@ -146,11 +143,8 @@ def configurations() -> Iterator[Finding]:
             read_config(path)
         except UserError as error:
             problems.append(f"{path.name}: {error}")
-    yield Finding(
-        BAD if problems else GOOD,
-        "configs",
-        "; ".join(problems) or f"all load; recipes: {', '.join(p.stem for p in recipes)}",
-    )
+    text = "; ".join(problems) or f"all load; recipes: {', '.join(p.stem for p in recipes)}"
+    yield Finding(BAD if problems else GOOD, "configs", text)
 
 
 def backbone(config: Config) -> Iterator[Finding]:
@@ -162,11 +156,8 @@ def backbone(config: Config) -> Iterator[Finding]:
     elif isinstance(try_to_load_from_cache(name, "config.json"), str):
         yield Finding(GOOD, "backbone", f"{name}: weights in the hub cache")
     else:
-        yield Finding(
-            NOTE, "backbone",
-            f"{name}: not on this machine; it is fetched at the start, which for gated weights needs their licence "
-            "accepted and `hf auth login`",
-        )  # fmt: skip
+        way = "it is fetched at the start, which for gated weights needs their licence accepted and `hf auth login`"
+        yield Finding(NOTE, "backbone", f"{name}: not on this machine; {way}")
 
 
 def data(config: Config) -> Iterator[Finding]:
@@ -199,27 +190,21 @@ def inputs(config: Config, index: Index) -> Finding:
     return Finding(NOTE if leaks else GOOD, "metadata", f"the model reads {', '.join(named) or 'none'}")
 
 
-def own_gpu_gib() -> float | None:
-    """Memory of this machine's smallest GPU in GiB; None without a GPU."""
-    if not uses_gpu():
-        return None
-    cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return float(min(card.total_memory for card in cards)) / GIB
+def cards() -> list[Any]:
+    """This machine's GPUs, if torch can use them."""
+    return [torch.cuda.get_device_properties(number) for number in range(gpu_count() if uses_gpu() else 0)]
 
 
 def plan(config: Config, launch: LaunchPlan) -> Iterator[Finding]:
     """What `./launch.sh train` would do with the recipe and the configurations."""
     yield Finding(GOOD, "launch", str(launch))
-    for about, text in describe_engine(launch.engine, config):
-        yield Finding(GOOD, about, text)
-    for note in launch.engine.notes:
-        yield Finding(NOTE, "launch", note)
+    yield from (Finding(GOOD, *line) for line in describe_engine(launch.engine, config))
+    yield from (Finding(NOTE, "launch", note) for note in launch.engine.notes)
     try:
         samples = len(read_index(config.data.shards).split("train").samples)
     except UserError:
         return  # `data` says so
-    for about, text in describe_schedule(config, plan_schedule(config, samples)):
-        yield Finding(GOOD, about, text)
+    yield from (Finding(GOOD, *line) for line in describe_schedule(config, plan_schedule(config, samples)))
 
 
 def memory(config: Config, launch: LaunchPlan, gpu_gib: float | None) -> Iterator[Finding]:
@@ -236,9 +221,8 @@ def memory(config: Config, launch: LaunchPlan, gpu_gib: float | None) -> Iterato
         "frozen backbone": wanted.backbone,
         f"activations of {launch.engine.batching.micro_batch_size} photos": wanted.activations,
     }
-    text = f"{wanted.device / GIB:.2f} GiB per process: " + ", ".join(
-        f"{part / GIB:.2f} {name}" for name, part in parts.items()
-    )
+    listed = ", ".join(f"{part / GIB:.2f} {name}" for name, part in parts.items())
+    text = f"{wanted.device / GIB:.2f} GiB per process: {listed}"
     if wanted.host:
         text += f"; and {wanted.host / GIB:.2f} of the host's"
     if gpu_gib is None:
@@ -251,9 +235,8 @@ def memory(config: Config, launch: LaunchPlan, gpu_gib: float | None) -> Iterato
         yield Finding(NOTE if fits else BAD, "memory", f"{text}; the GPU has only {gpu_gib:.0f}: {way_out}")
     theirs = deepspeed_estimate(count(config, backbone).trained, launch)
     if theirs is not None:
-        yield Finding(
-            GOOD, "memory", f"DeepSpeed's own estimate of the trained part, without the average: {theirs:.2f} GiB"
-        )
+        text = f"DeepSpeed's own estimate of the trained part, without the average: {theirs:.2f} GiB"
+        yield Finding(GOOD, "memory", text)
 
 
 def deepspeed_estimate(trained: int, launch: LaunchPlan) -> float | None:

@@ -170,8 +170,8 @@ def machine_words(own: LaunchOptions) -> list[str]:
         raise UserError(
             f"--num_processes is {own.num_processes}, but must be a multiple of the {own.num_machines} machines"
         )
-    place = {name: getattr(own, name) for name in ("num_machines", "machine_rank", "main_process_ip")}
-    words = [f"--{name}={value}" for name, value in (place | {"main_process_port": own.main_process_port}).items()]
+    names = ("num_machines", "machine_rank", "main_process_ip", "main_process_port")
+    words = [f"--{name}={getattr(own, name)}" for name in names]
     # `standard` starts this machine's processes only; the default would start all of them over ssh.
     return [*words, "--same_network", "--deepspeed_multinode_launcher=standard"]
 
@@ -210,36 +210,27 @@ def supervise(
     os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
     stop = StopRequest(while_stopping)
     for left in reversed(range(restarts + 1)):
-        end = _launch_once(command, stop)
-        if end.status in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
-            return end.status
-        if end.status == -signal.SIGTERM and stop.asked:
+        status, cause = _launch_once(command, stop)
+        if status in (EXIT_OK, EXIT_USER, EXIT_STOPPED):
+            return status
+        if status == -signal.SIGTERM and stop.asked:
             say("stopped: before it began")
             return EXIT_STOPPED
-        if end.cause is None or end.explained or stop.asked or not left:
+        if cause is None or stop.asked or not left:
             break
-        say(f"{end.cause}; starting again from the last checkpoint ({left} restart{'s' if left > 1 else ''} left)")
-    if end.cause is not None and not end.explained:
+        say(f"{cause}; starting again from the last checkpoint ({left} restart{'s' if left > 1 else ''} left)")
+    if cause is not None:
         say(
-            f"failed: {end.cause}; the same command resumes from the last checkpoint, and with --max-restarts N it "
+            f"failed: {cause}; the same command resumes from the last checkpoint, and with --max-restarts N it "
             "does so by itself"
         )
     return EXIT_FAILED
 
 
-@dataclass(frozen=True)
-class End:
-    """How a launch ended."""
+def _launch_once(command: list[str], stop: StopRequest) -> tuple[int, str | None]:
+    """Run a launch once; returns its status, and which worker was the first to fail and how.
 
-    status: int
-    explained: bool
-    """Whether a worker has given the reason; a new attempt would then end in the same way."""
-    cause: str | None
-    """Which worker was the first to fail, and how."""
-
-
-def _launch_once(command: list[str], stop: StopRequest) -> End:
-    """Run a launch once.
+    The latter is None where a worker has given the reason: a new attempt would then end in the same way.
 
     Accelerate's launcher loses the workers' exit status: it returns 1 and prints a traceback of its own. So workers
     leave their status in a file. Where that file, or the launcher's line about the first worker to fail, explains the
@@ -283,7 +274,7 @@ def _launch_once(command: list[str], stop: StopRequest) -> End:
     cause = None if explained else cause_of("".join(aside))
     if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED) and not explained and cause is None:
         sys.stderr.writelines(aside)
-    return End(status, explained, cause)
+    return status, cause
 
 
 def cause_of(words: str) -> str | None:

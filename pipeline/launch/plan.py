@@ -46,8 +46,7 @@ def resolve(
         UserError: They do not work together; the message says why.
     """
     launch = read_accelerate(accelerate)
-    problem = next(accelerate_problems(launch), None)
-    if problem is not None:
+    for problem in accelerate_problems(launch):
         raise UserError(f"{accelerate}: {problem}")
     machines = num_machines or int(launch.get("num_machines", 1))
     world_size = num_processes or int(launch.get("num_processes", 1))

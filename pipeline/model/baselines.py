@@ -10,32 +10,45 @@ from pipeline.model.encoder import Encoded
 from pipeline.model.output import RoadworkOutput
 
 
-def describe_views(encoded: Encoded, head: nn.Module) -> torch.Tensor:
-    """One vector per view, of CLS, mean and max over its patch tokens: [B, K, 3D] in the dtype of the head's weights.
+class Baseline(nn.Module):
+    """A head that sees one vector per view, and no metadata."""
 
-    A baseline's encoder has no weights, so it does not know whether an engine has made those of the head bf16.
-    """
-    mean, peak = encoded.cells.chunk(2, dim=-1)
-    vectors = torch.cat([encoded.cls, mean.mean(dim=2), peak.amax(dim=2)], dim=-1)
-    return vectors.to(next(head.parameters()).dtype)
+    def forward(
+        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
+    ) -> RoadworkOutput:
+        """Logits [B, 2], and the views' importance where the baseline has one; metadata is not read."""
+        logits, importance = self.judge(self._describe_views(encoded), encoded.mask)
+        return RoadworkOutput(
+            logits=logits, view_importance=importance, view_indices=encoded.indices, view_mask=encoded.mask
+        )
+
+    def judge(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits [B, 2], and the importance [B, K] of the views [B, K, 3D] that exist in `mask` [B, K], if known."""
+        raise NotImplementedError
+
+    def _describe_views(self, encoded: Encoded) -> torch.Tensor:
+        """One vector per view, of CLS, mean and max over its patch tokens: [B, K, 3D] in the dtype of the weights.
+
+        A baseline's encoder has no weights, so it does not know whether an engine has made those of the head bf16.
+        """
+        mean, peak = encoded.cells.chunk(2, dim=-1)
+        vectors = torch.cat([encoded.cls, mean.mean(dim=2), peak.amax(dim=2)], dim=-1)
+        return vectors.to(next(self.parameters()).dtype)
 
 
-class SingleView(nn.Module):
+class SingleView(Baseline):
     """A linear classifier of the global view alone, its input normed without weights."""
 
     def __init__(self, config: ModelConfig, dim: int):
         super().__init__()
         self.classify = nn.Sequential(nn.LayerNorm(3 * dim, elementwise_affine=False), nn.Linear(3 * dim, 2))
 
-    def forward(
-        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
-    ) -> RoadworkOutput:
-        """Logits [B, 2]; metadata is not read."""
-        logits = self.classify(describe_views(encoded, self)[:, 0])
-        return RoadworkOutput(logits=logits, view_indices=encoded.indices, view_mask=encoded.mask)
+    def judge(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """See `Baseline`."""
+        return self.classify(views[:, 0]), None
 
 
-class MeanPool(nn.Module):
+class MeanPool(Baseline):
     """A two-layer perceptron on the mean over all views."""
 
     def __init__(self, config: ModelConfig, dim: int):
@@ -48,17 +61,14 @@ class MeanPool(nn.Module):
             nn.Linear(config.width, 2),
         )
 
-    def forward(
-        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
-    ) -> RoadworkOutput:
-        """Logits [B, 2]; metadata is not read."""
-        vectors = describe_views(encoded, self)
-        present = encoded.mask[..., None].to(vectors.dtype)
-        mean = (vectors * present).sum(dim=1) / present.sum(dim=1)
-        return RoadworkOutput(logits=self.classify(mean), view_indices=encoded.indices, view_mask=encoded.mask)
+    def judge(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """See `Baseline`."""
+        present = mask[..., None].to(views.dtype)
+        mean = (views * present).sum(dim=1) / present.sum(dim=1)
+        return self.classify(mean), None
 
 
-class AttentionMIL(nn.Module):
+class AttentionMIL(Baseline):
     """Gated attention pooling over the views as a bag of instances (Ilse, Tomczak & Welling 2018, eq. 9)."""
 
     def __init__(self, config: ModelConfig, dim: int):
@@ -70,25 +80,12 @@ class AttentionMIL(nn.Module):
         self.attend = nn.Linear(width // 4, 1)
         self.classify = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(width, 2))
 
-    def forward(
-        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
-    ) -> RoadworkOutput:
-        """Logits [B, 2], with the attention weights as the views' importance; metadata is not read."""
-        instances = self.embed(describe_views(encoded, self))
+    def judge(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Baseline`; the attention weights are the views' importance."""
+        instances = self.embed(views)
         scores = self.attend(self.content(instances).tanh() * self.gate(instances).sigmoid()).squeeze(-1)
-        attention = scores.masked_fill(~encoded.mask, -torch.inf).softmax(dim=-1)
-        bag = (attention[..., None] * instances).sum(dim=1)
-        return RoadworkOutput(
-            logits=self.classify(bag),
-            view_importance=attention,
-            view_indices=encoded.indices,
-            view_mask=encoded.mask,
-        )
+        attention = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+        return self.classify((attention[..., None] * instances).sum(dim=1)), attention
 
 
-BASELINES = {"single_view": SingleView, "mean_pool": MeanPool, "attention_mil": AttentionMIL}
-
-
-def build_baseline(config: ModelConfig, dim: int) -> nn.Module:
-    """The baseline that `model.head` names, for backbone tokens of width `dim`."""
-    return BASELINES[config.head](config, dim)
+BASELINES: dict[str, type[Baseline]] = {"single_view": SingleView, "mean_pool": MeanPool, "attention_mil": AttentionMIL}

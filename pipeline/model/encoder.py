@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -66,13 +66,23 @@ def all_tokens(
     """
     photo, view = (place.to(views.device) for place in view_mask.nonzero(as_tuple=True))
     cls, cells, regions = view_tokens(backbone, views[photo, view], boxes, view_mask, pool_grid)
-    photo, view = photo.to(cls.device), view.to(cls.device)
-    tokens = Tokens(
-        cls=cls.new_zeros((*view_mask.shape, *cls.shape[1:])),
-        cells=cells.new_zeros((*view_mask.shape, *cells.shape[1:])),
-        regions=regions,
-    )
-    tokens.cls[photo, view], tokens.cells[photo, view] = cls, cells
+    return spread(view_mask.shape, (photo.to(cls.device), view.to(cls.device)), cls, cells, regions)
+
+
+def spread(
+    shape: Sequence[int], where: tuple[Any, Any], cls: torch.Tensor, cells: torch.Tensor, regions: torch.Tensor
+) -> Tokens:
+    """Tokens with space for all views, of which some have theirs already.
+
+    Args:
+        shape: Photos B and views V.
+        where: Photos and views that `cls` and `cells` belong to, as an index of [B, V].
+        cls: [M, D].
+        cells: [M, g*g, 2D].
+        regions: [B, V, D].
+    """
+    tokens = Tokens(cls.new_zeros((*shape, *cls.shape[1:])), cells.new_zeros((*shape, *cells.shape[1:])), regions)
+    tokens.cls[where], tokens.cells[where] = cls, cells
     return tokens
 
 
@@ -119,16 +129,10 @@ class OnlineTokens:
         """Encode the global view; see `all_tokens` for the shapes."""
         self.backbone, self.views, self.pool_grid = backbone, views, pool_grid
         cls, patches = backbone(views[:, 0])
-        cells = pool_cells(patches, pool_grid)
-        shape = views.shape[:2]
-        self.tokens = Tokens(
-            cls=cls.new_zeros((*shape, cls.shape[-1])),
-            cells=cells.new_zeros((*shape, *cells.shape[1:])),
-            regions=pool_regions(patches, boxes),
-        )
-        self.tokens.cls[:, 0], self.tokens.cells[:, 0] = cls, cells
+        cells, regions = pool_cells(patches, pool_grid), pool_regions(patches, boxes)
+        self.tokens = spread(views.shape[:2], (slice(None), 0), cls, cells, regions)
         self.global_cls = cls
-        self.taken = torch.zeros(shape, dtype=torch.bool, device=cls.device)
+        self.taken = torch.zeros(views.shape[:2], dtype=torch.bool, device=cls.device)
         self.taken[:, 0] = True
 
     def take(self, wanted: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pipeline.errors import UserError
 from pipeline.model.attention import GatedLayer
 from pipeline.model.backbone import FrozenBackbone
-from pipeline.model.baselines import build_baseline
+from pipeline.model.baselines import BASELINES
 from pipeline.model.config import METADATA_FIELDS, InputSpec, LossConfig, ModelConfig
 from pipeline.model.encoder import CachedTokens, Encoded, MixedTokens, Tokens, TokenSource, TwoStageEncoder
 from pipeline.model.fusion import build_fusion
@@ -147,10 +147,8 @@ class RoadworkModel(PreTrainedModel):
         super().__init__(config)
         sizes = config.sizes
         self.encoder = TwoStageEncoder(config)
-        if sizes.head == "roadwork":
-            self.head: nn.Module = RoadworkHead(sizes, config.backbone_dim)
-        else:
-            self.head = build_baseline(sizes, config.backbone_dim)
+        kind = RoadworkHead if sizes.head == "roadwork" else BASELINES[sizes.head]
+        self.head: nn.Module = kind(sizes, config.backbone_dim)
         self.loss_config = loss
         self.post_init()
 

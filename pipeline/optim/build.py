@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -39,13 +41,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, expert_parallel: int 
         },
     ]
     groups = [group for group in groups if group["params"]]
+    shared: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.epsilon}
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.epsilon, fused=True)
-    return Sophia(
-        groups,
-        lr=config.lr,
-        betas=config.betas,
-        gamma=config.gamma,
-        eps=config.epsilon,
-        squared=config.name == "sophia_g",
-    )
+        return torch.optim.AdamW(groups, **shared, fused=True)
+    return Sophia(groups, **shared, gamma=config.gamma, squared=config.name == "sophia_g")

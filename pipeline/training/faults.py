@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,21 +22,18 @@ from pipeline.training.state import TrainState
 NAMES_SAID = 8  # on one line; metrics.jsonl has them all
 
 
+@dataclass
 class FaultPolicy:
     """Skips a step that is not finite; after `train.max_skips` in a row goes back to the last checkpoint's weights."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        engine: Any,
-        average: EngineAverage,
-        checkpoints: Checkpoints | None,
-        loader: TrainLoader,
-        agreement: Agreement,
-    ):
-        """Take what a roll-back restores, and the loader that names samples; `checkpoints` is None in a dry run."""
-        self.config, self.engine, self.average = config, engine, average
-        self.checkpoints, self.loader, self.agreement = checkpoints, loader, agreement
+    config: TrainConfig
+    engine: Any
+    average: EngineAverage
+    checkpoints: Checkpoints | None
+    """None in a dry run."""
+    loader: TrainLoader
+    """Names the samples of a step."""
+    agreement: Agreement
 
     def after_skip(
         self,

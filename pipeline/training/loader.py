@@ -9,8 +9,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from pipeline.config import Config
-from pipeline.data.allocator import keep_freed_memory
-from pipeline.data.batch import Batch, collate
+from pipeline.data.batch import Batch, batches_of
 from pipeline.data.copies import AUGMENTED, STREETVISION
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_dataset import FeatureDataset, open_split
@@ -89,31 +88,25 @@ def mixture_of(config: Config, data: ShardDataset) -> Mixture:
     Raises:
         UserError: The feature cache has no copies of a kind that is asked for.
     """
-    shares = {AUGMENTED: config.data.augment_share, STREETVISION: config.data.streetvision_share}
     copies = data.copies - 1 if isinstance(data, FeatureDataset) else None
-    for kind, share in shares.items():
-        key = "data.augment_share" if kind is AUGMENTED else "data.streetvision_share"
+    for kind, key in ((AUGMENTED, "augment_share"), (STREETVISION, "streetvision_share")):
+        share = getattr(config.data, key)
         if share and copies is not None and not kind.count(copies):
             raise UserError(
-                f"{key} is {share:g}, but the feature cache {config.data.features} holds no {kind.name} copies; make "
-                f"it anew with `./launch.sh prep features --copies {kind.first}` or more, or set {key} to 0"
+                f"data.{key} is {share:g}, but the feature cache {config.data.features} holds no {kind.name} copies; "
+                f"make it anew with `./launch.sh prep features --copies {kind.first}` or more, or set data.{key} to 0"
             )
-    return Mixture(config.train.seed, shares[AUGMENTED], shares[STREETVISION], copies)
+    return Mixture(config.train.seed, config.data.augment_share, config.data.streetvision_share, copies)
 
 
 def _random_access(
     config: Config, data: ShardDataset | StandIn, weights: np.ndarray, mixture: Mixture, batch_size: int, rank: int,
     world_size: int,
 ) -> TrainLoader:  # fmt: skip
-    order = MixtureSampler(
-        weights,
-        plan_schedule(config, len(data)).samples_per_epoch,
-        mixture=mixture, batch_size=batch_size, rank=rank, world_size=world_size,
-    )  # fmt: skip
-    loader = DataLoader(
-        data, batch_sampler=order, num_workers=config.data.workers, collate_fn=collate,
-        worker_init_fn=keep_freed_memory, pin_memory=uses_gpu(),
-    )  # fmt: skip
+    drawn = plan_schedule(config, len(data)).samples_per_epoch
+    order = MixtureSampler(weights, drawn, mixture=mixture, batch_size=batch_size, rank=rank, world_size=world_size)
+    # The sampler makes the batches, so the loader's own size keeps its default.
+    loader = batches_of(data, 1, config.data.workers, batch_sampler=order, pin_memory=uses_gpu())
     return TrainLoader(loader, order, len(data), () if isinstance(data, StandIn) else keys_of(data))
 
 
@@ -128,26 +121,16 @@ def _streamed(
             "shard again with a smaller --shard_mb, or train with --data.streaming false"
         )
     drawn = plan_schedule(config, len(data)).samples_per_epoch
-    order = StreamedSplit(
-        data,
-        inclusion(weights, drawn),
-        mixture=mixture, buffer=config.data.shuffle_buffer, rank=rank, world_size=world_size,
-    )  # fmt: skip
+    chances, buffer = inclusion(weights, drawn), config.data.shuffle_buffer
+    order = StreamedSplit(data, chances, mixture=mixture, buffer=buffer, rank=rank, world_size=world_size)
     workers = min(config.data.workers, tars // world_size)
     if rank == 0:
         say(
             f"streaming {tars} tars with {world_size} x {max(1, workers)} readers: a pass draws about {drawn} of "
-            f"{len(data)} photos, mixed {config.data.shuffle_buffer} at a time; a resumed run starts a new pass, so "
+            f"{len(data)} photos, mixed {buffer} at a time; a resumed run starts a new pass, so "
             "photos around the interruption may come once more or once less"
         )
-    loader = DataLoader(
-        order,
-        batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=keep_freed_memory,
-        pin_memory=uses_gpu(),
-    )
+    loader = batches_of(order, batch_size, workers, pin_memory=uses_gpu())
     return TrainLoader(loader, order, len(data), keys_of(data))
 
 

@@ -34,6 +34,13 @@ class Parameters:
     """Trained parameters of all experts."""
     frozen: int
 
+    @classmethod
+    def of(cls, head: nn.Module, frozen: int) -> Parameters:
+        """Count those of a head; `frozen` are the backbone's."""
+        trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
+        experts = sum(p.numel() for block in expert_blocks(head) for p in block.parameters())
+        return cls(trained - experts, experts, frozen)
+
     @property
     def trained(self) -> int:
         """All trained parameters."""
@@ -120,9 +127,7 @@ def count(config: Config, backbone: DINOv3ViTConfig) -> Parameters:
     """Count the parameters of head and backbone without allocating them."""
     with torch.device("meta"):
         head, frozen = build_head(config, backbone), DINOv3ViTModel(backbone)
-    trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
-    experts = sum(p.numel() for block in expert_blocks(head) for p in block.parameters())
-    return Parameters(trained - experts, experts, sum(p.numel() for p in frozen.parameters()))
+    return Parameters.of(head, sum(p.numel() for p in frozen.parameters()))
 
 
 def build_head(config: Config, backbone: DINOv3ViTConfig) -> RoadworkModel:

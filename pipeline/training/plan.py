@@ -13,7 +13,7 @@ from pipeline.distributed.settings import EngineSettings
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.optim.config import OptimConfig
 from pipeline.optim.schedule import lr_at
-from pipeline.training.memory import Parameters, expert_blocks, state_bytes
+from pipeline.training.memory import Parameters, state_bytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def describe_schedule(config: Config, schedule: Schedule) -> Iterator[tuple[str,
 
 def describe_model(config: Config, model: RoadworkModel, engine: EngineSettings) -> Iterator[tuple[str, str]]:
     """The part of the plan that needs the model, as (about, text)."""
-    parameters = count_parameters(model)
+    parameters = Parameters.of(model, model.backbone.num_parameters)
     yield (
         "parameters",
         f"{parameters.trained / 1e6:.2f} M trainable, {parameters.frozen / 1e6:.2f} M frozen ({config.model.backbone})",
@@ -71,10 +71,3 @@ def describe_model(config: Config, model: RoadworkModel, engine: EngineSettings)
         "memory",
         f"{gib:.2f} GiB per process for weights, gradients and optimizer{waiting}; activations come on top",
     )
-
-
-def count_parameters(model: RoadworkModel) -> Parameters:
-    """Count the parameters of a model as it was built, before an engine shards it."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    experts = sum(p.numel() for block in expert_blocks(model) for p in block.parameters())
-    return Parameters(trained - experts, experts, model.backbone.num_parameters)

@@ -142,13 +142,12 @@ def provenance(config: Config, index: Index, world_size: int) -> dict[str, Any]:
 
 def hardware(world_size: int) -> dict[str, Any]:
     """The machine that a figure was measured on."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "processes": world_size,
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 

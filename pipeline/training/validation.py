@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import Subset
 
-from pipeline.data.allocator import keep_freed_memory
-from pipeline.data.batch import collate
+from pipeline.data.batch import batches_of
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.sampler import share_of
-from pipeline.distributed.agreement import on_all_ranks
+from pipeline.distributed.agreement import gather, on_all_ranks
 from pipeline.evaluation.metrics import best_threshold, binary_metrics
 from pipeline.model.roadwork import RoadworkModel
 
@@ -23,17 +21,9 @@ class Validation:
     """Validates a model on this rank's rows and gathers the answers of all ranks."""
 
     def __init__(self, dataset: ShardDataset, batch_size: int, workers: int, rank: int, world_size: int):
-        labels = dataset.split.labels
-        rows = [row for row in range(len(dataset)) if labels[row] >= 0]
+        rows = np.flatnonzero(dataset.split.labels >= 0).tolist()
         mine = [rows[i] for i in share_of(len(rows), rank, world_size)]
-        self.world_size = world_size
-        self.loader = DataLoader(
-            torch.utils.data.Subset(dataset, mine),
-            batch_size,
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=keep_freed_memory,
-        )
+        self.loader = batches_of(Subset(dataset, mine), batch_size, workers)
 
     def __call__(self, model: RoadworkModel, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """MCC and the other scores with all metadata NULL, at the best threshold. Collective.
@@ -45,8 +35,7 @@ class Validation:
         model.eval()
         mine = on_all_ranks(lambda: self._answers(model, alive))
         model.train()
-        parts: list[Any] = [None] * self.world_size
-        dist.all_gather_object(parts, mine)
+        parts = gather(mine)
         labels = np.concatenate([part[0] for part in parts]).astype(int)
         probabilities = np.concatenate([part[1] for part in parts])
         metrics = binary_metrics(labels, probabilities, best_threshold(labels, probabilities))

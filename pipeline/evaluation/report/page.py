@@ -165,22 +165,21 @@ def _drawings(rows: pd.DataFrame, threshold: float) -> list[str]:
     known = rows.dropna(subset=["label"])
     labels = known["label"].to_numpy(np.int64)
     probabilities = known["probability_null"].to_numpy(np.float64)
-    drawings = [
+    shares = view_shares(rows)
+    return [
         plots.reliability_diagram(labels, probabilities),
         plots.score_histogram(labels, probabilities, threshold),
+        *([plots.view_frequencies(shares)] if shares else []),
     ]
-    shares = view_shares(rows)
-    return drawings + ([plots.view_frequencies(shares)] if shares else [])
 
 
 def _curves(run: Path) -> list[str]:
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    train, validation = ([line for line in lines if line["kind"] == kind] for kind in ("train", "val"))
-    train = [line for line in train if "loss" in line]  # no loss where every step since the last line was skipped
     drawings = []
-    if train:
-        drawings.append(plots.loss_curve([t["step"] for t in train], [t["loss"] for t in train]))
-    if validation:
-        drawings.append(plots.validation_curve([v["step"] for v in validation], [v["mcc"] for v in validation]))
+    for kind, key, draw in (("train", "loss", plots.loss_curve), ("val", "mcc", plots.validation_curve)):
+        # A line has no loss where every step since the one before was skipped.
+        points = [(line["step"], line[key]) for line in lines if line["kind"] == kind and key in line]
+        if points:
+            drawings.append(draw(*zip(*points, strict=True)))
     return drawings
