@@ -10,10 +10,6 @@ BENCHMARKS = (
 )  # fmt: skip
 
 if __name__ == "__main__":
-    raise SystemExit(
-        commands(
-            {name: f"benchmarks.{name}:{name}" for name in BENCHMARKS},
-            prog="python -m benchmarks",
-            description="Measure beside other tools in the same run; --quick is rough and takes a minute or two.",
-        )
-    )
+    about = "Measure beside other tools in the same run; --quick is rough and takes a minute or two."
+    places = {name: f"benchmarks.{name}:{name}" for name in BENCHMARKS}
+    raise SystemExit(commands(places, prog="python -m benchmarks", description=about))

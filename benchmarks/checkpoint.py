@@ -127,20 +127,13 @@ def measure(plan: Plan, seed: int) -> tuple[Row, ...]:
         found = interleave(arms, plan.rounds, seed)
         written, trained = subject.newest_bytes(), subject.trained_bytes()
     note, against = f"head of {trained / 16e6:.1f} M parameters, {plan.rounds} rounds", "DeepSpeed's own"
+    size, resumed = (written / 2**20, trained / 2**20), f"{note}; ours checks every hash"
+    saved = f"{note}; ours averages, hashes and flushes to the disk, theirs does none of these"
     return (
-        exact(
-            "size of a checkpoint", "weights, average, moments", written / 2**20, trained / 2**20, "MiB", SIZE_GOAL,
-            note,
-        ),
-        compare(
-            "time stopped by a save", against, found["save"], found["save theirs"], "s", SAVE_GOAL,
-            f"{note}; ours averages, hashes and flushes to the disk, theirs does none of these",
-        ),
-        compare(
-            "time to resume", against, found["restore"], found["restore theirs"], "s", None,
-            f"{note}; ours checks every hash",
-        ),
-    )  # fmt: skip
+        exact("size of a checkpoint", "weights, average, moments", *size, "MiB", SIZE_GOAL, note),
+        compare("time stopped by a save", against, found["save"], found["save theirs"], "s", SAVE_GOAL, saved),
+        compare("time to resume", against, found["restore"], found["restore theirs"], "s", None, resumed),
+    )
 
 
 if __name__ == "__main__":

@@ -121,9 +121,8 @@ def extraction(config: Config, index: Index, plan: Plan, out: Path, on: str, see
 
     found = interleave({"ours": timer(ours), "theirs": timer(theirs)}, plan.rounds, seed)
     rates = {name: [len(items) / second for second in seconds] for name, seconds in found.items()}
-    return compare(
-        f"extraction, {on}", "a plain loop", rates["ours"], rates["theirs"], "images/s", LOOP_GOAL, NOTES["loop"]
-    )
+    what = f"extraction, {on}"
+    return compare(what, "a plain loop", rates["ours"], rates["theirs"], "images/s", LOOP_GOAL, NOTES["loop"])
 
 
 def epochs(config: Config, index: Index, cache: str, plan: Plan, on: str, seed: int) -> Row:
@@ -143,10 +142,8 @@ def epochs(config: Config, index: Index, cache: str, plan: Plan, on: str, seed: 
 
     arms = {name: timer(partial(epoch, data)) for name, data in splits.items()}
     found = interleave(arms, plan.rounds, seed)
-    return compare(
-        f"an epoch from the cache, {on}", "an epoch from the photos", found["ours"], found["theirs"], "s", EPOCH_GOAL,
-        NOTES["epoch"],
-    )  # fmt: skip
+    what, against = f"an epoch from the cache, {on}", "an epoch from the photos"
+    return compare(what, against, found["ours"], found["theirs"], "s", EPOCH_GOAL, NOTES["epoch"])
 
 
 def timer(work: Callable[[], object]) -> Callable[[], float]:

@@ -38,6 +38,8 @@ WIDTH_WITHOUT_TERMINAL = 160  # characters; a log wraps better than a table does
 COLUMNS = ("what", "against", "ours", "theirs", "unit", "ratio (95 %)", "goal", "met")
 
 Measured = TypeVar("Measured")
+Values = Sequence[float]
+Pair = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Row:
     unit: str
     ratio: float
     """ours / theirs."""
-    interval: tuple[float, float]
+    interval: Pair
     """95 % interval of the ratio."""
     goal: str | None
     met: bool | None
@@ -138,7 +140,7 @@ def interleave(arms: Mapping[str, Callable[[], Measured]], rounds: int, seed: in
     return results
 
 
-def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, tuple[float, float]]:
+def ratio_interval(ours: Values, theirs: Values) -> tuple[float, Pair]:
     """Ratio ours / theirs of paired measurements with its 95 % interval, by Student's t on the logarithms.
 
     Args:
@@ -152,13 +154,7 @@ def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
 
 
 def compare(
-    what: str,
-    against: str,
-    ours: Sequence[float],
-    theirs: Sequence[float],
-    unit: str,
-    goal: Goal | None = None,
-    note: str = "",
+    what: str, against: str, ours: Values, theirs: Values, unit: str, goal: Goal | None = None, note: str = ""
 ) -> Row:
     """A row from paired measurements; see `Row` and `ratio_interval`."""
     means = float(stats.gmean(ours)), float(stats.gmean(theirs))
@@ -174,14 +170,7 @@ def exact(
 
 
 def judged(
-    what: str,
-    against: str,
-    sides: tuple[float, float],
-    unit: str,
-    ratio: float,
-    interval: tuple[float, float],
-    goal: Goal | None = None,
-    note: str = "",
+    what: str, against: str, sides: Pair, unit: str, ratio: float, interval: Pair, goal: Goal | None, note: str
 ) -> Row:
     """A row with a ratio and an interval from elsewhere; `sides` are ours and theirs."""
     met = None if goal is None else goal.met_by(*interval)
@@ -215,21 +204,16 @@ def machine(processes: int = 1) -> dict[str, Any]:
     found = hardware(processes)
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
     cpu = found["cpu"] if model is None else model.group(1)
+    name = f"cpu-{found['cores']}core-{platform.machine()}"
     if found["gpus"]:
-        slug = "-".join(re.findall(r"[a-z0-9]+", found["gpus"][0].lower()))
-        name = f"{slug}-x{len(found['gpus'])}"
-    else:
-        name = f"cpu-{found['cores']}core-{platform.machine()}"
+        name = f"{'-'.join(re.findall(r'[a-z0-9]+', found['gpus'][0].lower()))}-x{len(found['gpus'])}"
     return {"name": name, **found, "cpu": cpu, "system": platform.platform()}
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
     """Versions of Python, the project and the packages that matter, and the project's revision."""
-    return {
-        "python": platform.python_version(),
-        "revision": git_revision() or "unknown",
-        **{name: version(name) for name in ("roadwork", *packages)},
-    }
+    found = {name: version(name) for name in ("roadwork", *packages)}
+    return {"python": platform.python_version(), "revision": git_revision() or "unknown", **found}
 
 
 def publish(report: Report, out: Path | None, quick: bool) -> Path:
@@ -245,10 +229,9 @@ def publish(report: Report, out: Path | None, quick: bool) -> Path:
         The file.
     """
     print_table(report)
-    if out is None and not quick:
-        path = RESULTS / f"{report.machine['name']}-{report.name}.json"
-    else:
-        path = (out or ROUGH) / f"{report.name}.json"
+    committed = out is None and not quick
+    name = f"{report.machine['name']}-{report.name}" if committed else report.name
+    path = (out or (RESULTS if committed else ROUGH)) / f"{name}.json"
     write_json(path, asdict(report))
     return path.resolve()
 
@@ -261,16 +244,8 @@ def read_report(path: Path) -> Report:
 def cells(row: Row) -> tuple[str, ...]:
     """A row's text under each of `COLUMNS`."""
     low, high = row.interval
-    return (
-        row.what,
-        row.against,
-        _short(row.ours),
-        _short(row.theirs),
-        row.unit,
-        f"{row.ratio:.2f} ({low:.2f} to {high:.2f})",
-        row.goal or "",
-        "" if row.met is None else ("yes" if row.met else "no"),
-    )
+    ratio, met = f"{row.ratio:.2f} ({low:.2f} to {high:.2f})", {None: "", True: "yes", False: "no"}[row.met]
+    return row.what, row.against, _short(row.ours), _short(row.theirs), row.unit, ratio, row.goal or "", met
 
 
 def print_table(report: Report) -> None:

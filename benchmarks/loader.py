@@ -12,7 +12,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,34 +19,23 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from benchmarks import view_peers as peers
 from benchmarks.form import Goal, Report, Row, Timing, compare, interleave, machine, publish, versions
+from benchmarks.views import FIDELITY_DB, SIDE, Plan
 from data_prep.scenes.data_set import KIND, scenes
 from data_prep.shards.command import shard
+from data_prep.work.threads import one_thread
 from pipeline.cli import command
-from pipeline.data.allocator import keep_freed_memory
-from pipeline.data.batch import collate
+from pipeline.data.batch import batches_of
 from pipeline.data.dataset import ShardDataset, prepare
 from pipeline.data.index import Index, read_index
 from pipeline.model.config import InputSpec
 
 PACKAGES = ("torch", "webdataset", "datasets", "pillow", "simplejpeg")
-SIDE = 512
 WORKERS = 2
 BATCH_SIZE = 4
-FIDELITY_DB = 50.0
 PILLOW_GOAL, SAME_GOAL = Goal(5), Goal(1)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is measured."""
-
-    size: str
-    photos: int
-    rounds: int
 
 
 FULL = Plan("4032x3024", photos=64, rounds=5)
@@ -80,20 +68,9 @@ def loader(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path:
     """
     plan = QUICK if quick else FULL
     datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory(prefix="roadwork-loader-") as place, one_thread():
+    with tempfile.TemporaryDirectory(prefix="roadwork-loader-") as place, one_thread():  # as it is in the workers
         rows = measure(make_shards(plan, Path(place), seed), plan, seed)
     return publish(Report("loader", machine(1 + WORKERS), versions(PACKAGES), seed, rows), out, quick)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread of torch in this process; in its workers that is the rule."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def make_shards(plan: Plan, place: Path, seed: int, processes: int = 0) -> Shards:
@@ -151,9 +128,7 @@ def views_of(data: bytes, side: int) -> torch.Tensor:
 def ours(shards: Shards) -> Iterator[peers.Batch]:
     """The training split in its order, read as validation reads it."""
     data = ShardDataset(shards.folder, shards.index, "train", InputSpec(SIDE))
-    for batch in DataLoader(
-        data, BATCH_SIZE, num_workers=WORKERS, collate_fn=collate, worker_init_fn=keep_freed_memory
-    ):
+    for batch in batches_of(data, BATCH_SIZE, WORKERS):
         yield [data.split.samples[row].key for row in batch["row"].tolist()], batch["views"]
 
 

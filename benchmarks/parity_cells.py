@@ -251,8 +251,7 @@ def bare_estimate(optimizer: Sophia, model: RoadworkModel, photos: Batch, step: 
 def held_hessian(trainer: Trainer) -> dict[str, np.ndarray]:
     """The mean of the Hessian's diagonal by parameter, whole. Collective."""
     _, moments = gather_tensors(trainer.engine)
-    ending = "/hessian"
-    return {n.removesuffix(ending): t.double().numpy() for n, t in moments.items() if n.endswith(ending)}
+    return {n.removesuffix("/hessian"): t.double().numpy() for n, t in moments.items() if n.endswith("/hessian")}
 
 
 def run(cells: Sequence[Cell]) -> list[Curve]:

@@ -53,16 +53,10 @@ def read_photos(folder: str, keep: bool = True) -> Iterator[dict[str, Any]]:
         for row in csv.DictReader(stream):
             path = Path(folder, row["file_name"])
             data = path.read_bytes()
-            width, height = check_header(data)
             yield {
                 "image": {"bytes": data, "path": path.name} if keep else {"bytes": None, "path": str(path)},
-                "key": path.stem,
-                "sha256": hashlib.sha256(data).hexdigest(),
-                "width": width,
-                "height": height,
+                **_facts(path, data, row),
                 "label": int(row["label"]),
-                "gps": _literal(row["gps"]),
-                "weather": _literal(row["scene_level_tags.weather"]),
                 "daytime": row["scene_level_tags.daytime"] or None,
                 "scene": row["scene_level_tags.scene_environment"] or None,
                 "city": row["city_name"] or None,
@@ -92,9 +86,8 @@ def write_parquet(folder: Path, out: Path, route: Route) -> str:
     if route != "bytes":
         total = sum(path.stat().st_size for path in (folder / "images").iterdir())
         rows = max(1, ROW_GROUP_BYTES * len(photos) // total)
-        photos = photos.with_format("arrow").map(
-            embed_table_storage, batched=True, batch_size=rows, keep_in_memory=True
-        )
+        arrow = photos.with_format("arrow")
+        photos = arrow.map(embed_table_storage, batched=True, batch_size=rows, keep_in_memory=True)
     photos.to_parquet(out / "photos.parquet")
     return _hash(out / "photos.parquet")
 
@@ -113,10 +106,15 @@ def write_tar(folder: Path, out: Path) -> str:
 
 def _look(row: dict[str, Any]) -> dict[str, Any]:
     """What the map of the imagefolder route adds to a row."""
-    data = Path(row["image"]["path"]).read_bytes()
+    path = Path(row["image"]["path"])
+    return _facts(path, path.read_bytes(), row)
+
+
+def _facts(path: Path, data: bytes, row: dict[str, Any]) -> dict[str, Any]:
+    """What is read from a photo, and the lists in its row of the table."""
     width, height = check_header(data)
     return {
-        "key": Path(row["image"]["path"]).stem,
+        "key": path.stem,
         "sha256": hashlib.sha256(data).hexdigest(),
         "width": width,
         "height": height,

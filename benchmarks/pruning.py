@@ -17,20 +17,8 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.form import (
-    Goal,
-    Report,
-    Row,
-    compare,
-    exact,
-    interleave,
-    judged,
-    machine,
-    one_core,
-    publish,
-    timed,
-    versions,
-)  # fmt: skip
+from benchmarks import form
+from benchmarks.form import Goal, Row, compare, exact, interleave, judged, one_core, timed
 from benchmarks.study.answers import ArmAnswers
 from benchmarks.study.arms import COMPLETE
 from benchmarks.study.claims import POINTS
@@ -79,7 +67,8 @@ def pruning(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path
     config = read_recipe("pruning")
     config = config.quick(config.plan.arms) if quick else config
     rows = measure(config, Path("runs") / ("pruning-quick" if quick else "pruning"), QUICK if quick else FULL, seed)
-    return publish(Report("pruning", machine(), versions(PACKAGES), seed, rows), out, quick)
+    report = form.Report("pruning", form.machine(), form.versions(PACKAGES), seed, rows)
+    return form.publish(report, out, quick)
 
 
 def measure(config: StudyConfig, folder: Path, plan: Plan, seed: int) -> tuple[Row, ...]:
@@ -155,12 +144,9 @@ def mcc_row(done: Done, what: str, against: str, ours: ArmAnswers, theirs: ArmAn
     if not with_loss:
         return row
     loss, high, low = vars(found.difference.scaled(-POINTS)).values()  # the ends change places with the sign
-    return replace(
-        row,
-        goal=f"loss <= {MOST_LOSS}, bound <= {MOST_LOSS_BOUND}",
-        met=loss <= MOST_LOSS and high <= MOST_LOSS_BOUND,
-        note=f"loss of {loss:z.2f} points ({low:z.2f} to {high:z.2f}); {row.note}",
-    )
+    goal, met = f"loss <= {MOST_LOSS}, bound <= {MOST_LOSS_BOUND}", loss <= MOST_LOSS and high <= MOST_LOSS_BOUND
+    note = f"loss of {loss:z.2f} points ({low:z.2f} to {high:z.2f}); {row.note}"
+    return replace(row, goal=goal, met=met, note=note)
 
 
 def spending_rows(model: RoadworkModel, config: StudyConfig, plan: Plan, seed: int) -> list[Row]:

@@ -80,14 +80,9 @@ def parts_of(alone: Mapping[Shape, Measured], trained: int) -> Costs:
     one, two, wide = (alone[shape].step_s for shape in ALONE)
     micro_s = two - one
     photo_s = max(0.0, (wide - one) / MICRO)
-    return Costs(
-        fixed_s=max(0.0, micro_s - MICRO * photo_s),
-        photo_s=photo_s,
-        optimizer_s=max(0.0, one - micro_s),
-        reduced_bytes=alone[MICRO, 2].sent_bytes - alone[MICRO, 1].sent_bytes,
-        gathered_bytes=FP32 * trained,
-        collectives=alone[MICRO, 1].collectives,
-    )
+    fixed_s, optimizer_s = max(0.0, micro_s - MICRO * photo_s), max(0.0, one - micro_s)
+    reduced_bytes = alone[MICRO, 2].sent_bytes - alone[MICRO, 1].sent_bytes
+    return Costs(fixed_s, photo_s, optimizer_s, reduced_bytes, FP32 * trained, alone[MICRO, 1].collectives)
 
 
 def scaling(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path:

@@ -81,15 +81,12 @@ def time_steps(trainer: Trainer, batches: list[Batch]) -> Measured:
     logged = comm.comms_logger.comms_dict.values()
     sizes = [(size, len(rows[1])) for operation in logged for size, rows in operation.items() if size]
     latency_s, large_s = (reduction_s(elements) for elements in (SMALL, LARGE))
-    alone = trainer.world_size == 1
-    return Measured(
-        step_s=statistics.median(seconds[WARM_UP:]),
-        sent_bytes=sum(size * count for size, count in sizes) / STEPS,
-        collectives=sum(count for _, count in sizes) / STEPS,
-        state_bytes=held_bytes(trainer),
-        latency_s=0.0 if alone else latency_s,
-        bytes_per_s=float("inf") if alone else 4 * LARGE / max(large_s - latency_s, 1e-9),
-    )
+    link = latency_s, 4 * LARGE / max(large_s - latency_s, 1e-9)
+    if trainer.world_size == 1:
+        link = 0.0, float("inf")
+    sent_bytes, collectives = sum(size * count for size, count in sizes), sum(count for _, count in sizes)
+    step_s = statistics.median(seconds[WARM_UP:])
+    return Measured(step_s, sent_bytes / STEPS, collectives / STEPS, held_bytes(trainer), *link)
 
 
 def reduction_s(elements: int) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.form import Report, compare, interleave, machine, publish, timed, versions
+from benchmarks.form import Report, Row, compare, interleave, machine, publish, timed, versions
 from benchmarks.loops import make_trainer
 from benchmarks.parity import PACKAGES, matrix, measure
 from benchmarks.parity_cells import SEED, Cell, photo
@@ -38,13 +38,11 @@ def sophia(quick: bool = False, out: Path | None = None) -> Path:
         out: Folder for sophia.json; benchmarks/results if not given, or runs/benchmarks with --quick.
     """
     found = run_apart(time_arms, 1, 3 if quick else ROUNDS)
-    rows = tuple(
-        compare(
-            f"an estimate of {name}, head of demo, {PHOTOS} cached photos, CPU", "an ordinary step",
-            found[f"{name} estimate"], found[f"{name} step"], "core s", note=NOTE,
-        )
-        for name in OPTIMIZERS
-    )  # fmt: skip
+    rows: tuple[Row, ...] = ()
+    for name in OPTIMIZERS:
+        what = f"an estimate of {name}, head of demo, {PHOTOS} cached photos, CPU"
+        sides = found[f"{name} estimate"], found[f"{name} step"]
+        rows += (compare(what, "an ordinary step", *sides, "core s", note=NOTE),)
     if not quick:
         rows += measure(forms())
     report = Report("sophia", machine(1 if quick else max(PROCESSES)), versions(PACKAGES), SEED, rows)

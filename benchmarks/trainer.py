@@ -72,20 +72,16 @@ def measure(plan: Plan, folder: Path, seed: int) -> tuple[Row, ...]:
     """All rows."""
     prepare(plan, folder, seed)
     on = f"head of {RECIPE}, cached {KIND}, CPU"
-    ours, bare = zip(*run_apart(time_arm, 1, folder, "overhead", plan.steps, plan.rounds), strict=True)
+    taken = run_apart(time_arm, 1, folder, "overhead", plan.steps, plan.rounds)
+    ours, bare = ([1000 * second for second in seconds] for seconds in zip(*taken, strict=True))
     arms = {name: partial(rates, folder, name, plan.steps) for name in ("ours", "hugging_face", "plain")}
     found = {name: np.concatenate(starts).tolist() for name, starts in interleave(arms, plan.starts, seed).items()}
-    what, unit = f"training, {on}", "images/s"
+    what, unit, rate = f"training, {on}", "images/s", found["ours"]
     return (
-        compare(
-            f"a training step, {on}", "a bare loop", [1000 * second for second in ours],
-            [1000 * second for second in bare], "ms", OVERHEAD_GOAL, NOTES["overhead"],
-        ),
-        compare(
-            what, "transformers.Trainer", found["ours"], found["hugging_face"], unit, TRAINER_GOAL, NOTES["trainer"]
-        ),
-        compare(what, "a plain PyTorch loop", found["ours"], found["plain"], unit, None, NOTES["plain"]),
-    )  # fmt: skip
+        compare(f"a training step, {on}", "a bare loop", ours, bare, "ms", OVERHEAD_GOAL, NOTES["overhead"]),
+        compare(what, "transformers.Trainer", rate, found["hugging_face"], unit, TRAINER_GOAL, NOTES["trainer"]),
+        compare(what, "a plain PyTorch loop", rate, found["plain"], unit, None, NOTES["plain"]),
+    )
 
 
 def prepare(plan: Plan, folder: Path, seed: int) -> None:

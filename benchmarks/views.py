@@ -126,20 +126,16 @@ def measure(photos: PhotoSet, rounds: int, seed: int) -> list[Row]:
     counted = f"{len(photos.files)} photos, {rounds} rounds"
     what, half = f"12 views of {SIDE} px, {photos.kind}", f"half scale, {half_side} px, {photos.kind}"
     unit = "photos/s per core"
+    least = f"{counted}; theirs is simplejpeg, then torch's Lanczos on channels-last memory, to 1 of 12 views"
+    halves = f"{counted}; the largest views up to {SIDE} px at which such photos, halved, reach the canvas"
     once, floor = "Pillow: decode once, Lanczos per view", "decoding and one resize to the canvas"
     return [
         compare(what, once, rates["ours"], rates["once"], unit, ONCE_GOAL, counted),
-        compare(
-            what, floor, ms["ours"], ms["least"], "ms per photo", photos.floor_goal,
-            f"{counted}; theirs is simplejpeg, then torch's Lanczos on channels-last memory, to 1 of 12 views",
-        ),
+        compare(what, floor, ms["ours"], ms["least"], "ms per photo", photos.floor_goal, least),
         fidelity(what, photos, InputSpec(SIDE), FIDELITY_DB),
-        compare(
-            half, once, rates["half"], rates["once for half"], unit, HALF_GOAL,
-            f"{counted}; the largest views up to {SIDE} px at which such photos, halved, reach the canvas",
-        ),
+        compare(half, once, rates["half"], rates["once for half"], unit, HALF_GOAL, halves),
         fidelity(half, photos, halved(half_side), HALF_FIDELITY_DB),
-    ]  # fmt: skip
+    ]
 
 
 def seconds(photos: PhotoSet, work: Callable[[bytes], object], repeats: int = 1) -> float:

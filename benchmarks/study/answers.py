@@ -62,7 +62,7 @@ def read_answers(work: Work, arm: Arm, photos: Photos, results: Path) -> ArmAnsw
     """
     of_arm, key = work.of_arm[arm.name], "metadata" if arm.with_metadata else "null"
     outcomes = np.zeros((len(of_arm[0]), len(photos.labels), 4), dtype=np.int64)
-    aurocs, eces, lrs, curves, walls, parameters = [], [], [], [], [], 0
+    found = []
     for fold in of_arm:
         for number, (training,) in enumerate(fold):
             outcome = read_outcome(results, training)
@@ -75,16 +75,11 @@ def read_answers(work: Work, arm: Arm, photos: Photos, results: Path) -> ArmAnsw
             labels, answers = photos.labels[rows], outcome[key]
             probabilities = np.array(answers["test"])
             outcomes[number, rows] = confusion_counts(labels, probabilities, answers["threshold"])
-            aurocs.append(roc_auc_score(labels, probabilities))
-            eces.append(calibration_error(labels, probabilities))
-            lrs.append(training.optim.lr)
-            curves.append(outcome["curve"])
-            walls.append(outcome["wall_s"])
-            parameters = outcome["parameters"]
-    return ArmAnswers(
-        arm, outcomes, float(np.mean(aurocs)), float(np.mean(eces)), tuple(lrs), np.array(curves), parameters,
-        float(np.median(walls)),
-    )  # fmt: skip
+            scores = roc_auc_score(labels, probabilities), calibration_error(labels, probabilities)
+            found.append((*scores, training.optim.lr, outcome["curve"], outcome["wall_s"]))
+    aurocs, eces, lrs, curves, walls = zip(*found, strict=True)
+    means, wall_s = (float(np.mean(aurocs)), float(np.mean(eces))), float(np.median(walls))
+    return ArmAnswers(arm, outcomes, *means, lrs, np.array(curves), outcome["parameters"], wall_s)
 
 
 @dataclass(frozen=True)
@@ -174,12 +169,8 @@ class Bootstrap:
         (a, drawn_a, units), (b, drawn_b, _) = (self.mcc_draws(arm.outcomes, rows) for arm in (ours, theirs))
         floor = 0.01  # of an MCC in a ratio; with less it says nothing
         ratios = np.maximum(drawn_a, floor) / np.maximum(drawn_b, floor)
-        return Comparison(
-            ours=a,
-            theirs=b,
-            difference=Estimate(a - b, *expanded(drawn_a - drawn_b, units)),
-            ratio=Estimate(max(a, floor) / max(b, floor), *expanded(ratios, units)),
-        )
+        ratio = Estimate(max(a, floor) / max(b, floor), *expanded(ratios, units))
+        return Comparison(a, b, Estimate(a - b, *expanded(drawn_a - drawn_b, units)), ratio)
 
 
 @dataclass(frozen=True)

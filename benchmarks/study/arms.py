@@ -65,76 +65,46 @@ def fixed(**changes: Any) -> Changes:
 
 ARMS = (
     Arm(COMPLETE, "complete", "complete model", "all components, views chosen by their scores, GPS-weighted sampling"),
-    Arm(
-        "single_view", "heads", "single view + linear",
-        "the global view alone and a linear classifier", fixed(head="single_view"),
-    ),
-    Arm(
-        "mean_pool", "heads", "mean-pool + MLP",
-        "the mean over all twelve views and a two-layer perceptron", fixed(head="mean_pool"),
-    ),
-    Arm(
-        "attention_mil", "heads", "attention MIL",
-        "attention pooling over all twelve views (Ilse 2018)", fixed(head="attention_mil"),
-    ),
-    Arm(
-        "random_views", "components", "random views",
-        "as many views as `complete` keeps, the global one and random others", fixed(pruning="random"),
-    ),
+    Arm("single_view", "heads", "single view + linear",
+        "the global view alone and a linear classifier", fixed(head="single_view")),
+    Arm("mean_pool", "heads", "mean-pool + MLP",
+        "the mean over all twelve views and a two-layer perceptron", fixed(head="mean_pool")),
+    Arm("attention_mil", "heads", "attention MIL",
+        "attention pooling over all twelve views (Ilse 2018)", fixed(head="attention_mil")),
+    Arm("random_views", "components", "random views",
+        "as many views as `complete` keeps, the global one and random others", fixed(pruning="random")),
     Arm("all_views", "components", "all twelve views", "nothing is pruned", fixed(pruning="off")),
     Arm("no_pyramid", "components", "no pyramid", "cells are not fused with coarser levels", fixed(pyramid=False)),
     Arm("no_gate", "components", "no attention gate", "plain attention", fixed(attention_gate=False)),
     Arm("dense", "components", "dense FFN", "one SwiGLU of the same active width in the place of the experts", dense),
     Arm("mean_fusion", "components", "mean fusion",
-        "the mean of the kept views' vectors, whose even weights teach the pruner nothing", fixed(fusion="mean"),
-    ),
-    Arm(
-        "no_consistency", "losses", "no consistency loss",
+        "the mean of the kept views' vectors, whose even weights teach the pruner nothing", fixed(fusion="mean")),
+    Arm("no_consistency", "losses", "no consistency loss",
         "disagreement among views costs nothing; `complete` has it at the recipe's weight",
-        loss=(("consistency", 0.0),),
-    ),
-    Arm(
-        "no_segmentation", "losses", "no segmentation loss",
-        "no masks are learnt from", loss=(("segmentation", 0.0),),
-    ),
-    Arm(
-        "no_weather", "losses", "no weather loss",
-        "no weather is learnt from; `complete` does at the recipe's weight", loss=(("weather", 0.0),),
-    ),
-    Arm(
-        "cross_entropy", "losses", "cross-entropy",
+        loss=(("consistency", 0.0),)),
+    Arm("no_segmentation", "losses", "no segmentation loss",
+        "no masks are learnt from", loss=(("segmentation", 0.0),)),
+    Arm("no_weather", "losses", "no weather loss",
+        "no weather is learnt from; `complete` does at the recipe's weight", loss=(("weather", 0.0),)),
+    Arm("cross_entropy", "losses", "cross-entropy",
         "gamma 0 and alpha 1/2, which turn the focal loss into half of a cross-entropy, larger beside the other terms",
-        loss=(("focal_gamma", 0.0), ("focal_alpha", 0.5)),
-    ),
+        loss=(("focal_gamma", 0.0), ("focal_alpha", 0.5))),
     Arm("uniform", "sampling", "uniform sampling", "all training photos are equally likely", sampling="uniform"),
-    Arm(
-        "class_balanced", "sampling", "class-balanced sampling",
-        "both classes are as likely, wherever their photos are", sampling="class_balanced",
-    ),
-    Arm(
-        "gps_permuted", "sampling", "permuted GPS weights",
-        "the clusters' weights, dealt out to the wrong clusters", sampling="gps_permuted",
-    ),
-    Arm(
-        "random_clusters", "sampling", "random clusters",
-        "the weights of clusters of the same sizes that mean nothing", sampling="random_clusters",
-    ),
-    Arm(
-        "metadata_given", "metadata", "metadata given at test",
-        "the same trained heads, which now may read the metadata", with_metadata=True,
-    ),
+    Arm("class_balanced", "sampling", "class-balanced sampling",
+        "both classes are as likely, wherever their photos are", sampling="class_balanced"),
+    Arm("gps_permuted", "sampling", "permuted GPS weights",
+        "the clusters' weights, dealt out to the wrong clusters", sampling="gps_permuted"),
+    Arm("random_clusters", "sampling", "random clusters",
+        "the weights of clusters of the same sizes that mean nothing", sampling="random_clusters"),
+    Arm("metadata_given", "metadata", "metadata given at test",
+        "the same trained heads, which now may read the metadata", with_metadata=True),
     Arm("no_metadata", "metadata", "metadata never in training", "the head has no metadata", fixed(metadata=())),
-    Arm(
-        "seen_places", "data", "random split",
+    Arm("seen_places", "data", "random split",
         "as with a split at random, training has other photos of the tested places: as many in all, half of the tested "
-        "places' photos among them; the other half is tested, near-duplicates still apart", seen_places=True,
-    ),
+        "places' photos among them; the other half is tested, near-duplicates still apart", seen_places=True),
     Arm("half_data", "data", "half of the photos", "trained on half of the photos, as many steps", train_share=0.5),
-    *(
-        Arm(name, "optimizers", name, f"trained with {name} in the place of AdamW", optimizer=name)
-        for name in OPTIMIZERS
-        if name != "adamw"
-    ),
+    *(Arm(name, "optimizers", name, f"trained with {name} in the place of AdamW", optimizer=name)
+      for name in OPTIMIZERS if name != "adamw"),
 )  # fmt: skip
 
 

@@ -84,10 +84,8 @@ def judge(answers: Mapping[str, ArmAnswers], bootstrap: Bootstrap, about: str) -
         bootstrap: The study's.
         about: What all rows share, for their notes.
     """
-    found = []
-    for claim in CLAIMS:
-        if {claim.ours, claim.theirs or claim.ours} <= answers.keys():
-            found.append(judge_mcc(claim, answers, bootstrap, about))
+    asked = [claim for claim in CLAIMS if {claim.ours, claim.theirs or claim.ours} <= answers.keys()]
+    found = [judge_mcc(claim, answers, bootstrap, about) for claim in asked]
     for name, theirs in answers.items():
         if theirs.arm.optimizer != "adamw":
             claim = Claim(f"{name} is better than AdamW", MISSION, name, COMPLETE)
@@ -127,19 +125,16 @@ def judge_steps(ours: ArmAnswers, adamw: ArmAnswers) -> Finding:
     gets there counts with one validation more than it had, which is less than it would need; so where there is one,
     the claim is not supported whatever the others do.
     """
-    steps = np.array([
-        (steps_to(mine, theirs[-1, 1]), steps_to(theirs, theirs[-1, 1]))
-        for mine, theirs in zip(ours.curves, adamw.curves, strict=True)
-    ])  # fmt: skip
+    pairs = zip(ours.curves, adamw.curves, strict=True)
+    steps = np.array([[steps_to(curve, theirs[-1, 1]) for curve in (mine, theirs)] for mine, theirs in pairs])
     never = int((steps[:, 0] > ours.curves[0, -1, 0]).sum())
     middle, ends = ratio_interval(steps[:, 0].tolist(), steps[:, 1].tolist())
     ratio = Estimate(middle, *ends)
     found = verdict(1 - ratio.high, 1 - ratio.low, 0.0)
     found = UNDECIDED if never and found == SUPPORTED else found
     name = ours.arm.title
-    claim = Claim(
-        f"{name} needs fewer steps than AdamW to AdamW's final validation loss", MISSION, ours.arm.name, COMPLETE
-    )
+    text = f"{name} needs fewer steps than AdamW to AdamW's final validation loss"
+    claim = Claim(text, MISSION, ours.arm.name, COMPLETE)
     numbers = f"{ratio} times AdamW's steps; {never} of {len(steps)} trainings did not get there in as many steps"
     means = (float(steps[:, 0].mean()), float(steps[:, 1].mean()))
     note = f"{numbers}; interval by Student's t over trainings, on the same validation photos: no place is drawn"

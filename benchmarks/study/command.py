@@ -47,10 +47,8 @@ def study(
     config = read_recipe(recipe)
     folder = (out or Path("runs") / (f"{config.name}-quick" if quick else config.name)).resolve()
     done = run_study(config.quick() if quick else config, folder, shards, features, workers, seed)
-    config, packages = done.config, versions(PACKAGES)
-    findings = judge(done.answers, done.bootstrap, done.about)
-    told = {"quick": quick, "units": done.units, "versions": packages, "lost": done.lost}
-    write_page(folder / "study.html", config, done.photos, done.places, done.answers, findings, done.bootstrap, told)
+    packages, findings = versions(PACKAGES), judge(done.answers, done.bootstrap, done.about)
+    write_page(folder / "study.html", done, findings, quick, packages)
     say(f"page: {folder / 'study.html'}")
     rows = tuple(finding.row for finding in findings)
     return publish(Report(config.name, machine(), packages, seed, rows, f"study --recipe {recipe}"), folder, quick)

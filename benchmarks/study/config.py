@@ -15,7 +15,8 @@ from pipeline.names import NUM_VIEWS
 from pipeline.optim.config import OptimConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-QUICK_IMAGES, QUICK_STEPS = 240, 10
+QUICK_SCENES = {"images": 240, "size": "640x480"}
+QUICK_PLAN: dict[str, Any] = {"seeds": 2, "folds": 2, "steps": 10, "validations": 2}
 QUICK_ARMS = ("heads", "uniform", "gps_permuted")
 
 
@@ -86,17 +87,8 @@ class StudyConfig:
 
     def quick(self, arms: Sequence[str] = QUICK_ARMS) -> StudyConfig:
         """The same, so small that it ends in two minutes on two cores and says nothing."""
-        plan = replace(
-            self.plan,
-            arms=list(arms),
-            seeds=2,
-            folds=2,
-            steps=QUICK_STEPS,
-            validations=2,
-            lrs=self.plan.lrs[:1],
-            head_lrs=self.plan.head_lrs[:1],
-        )
-        return replace(self, plan=plan, scenes={**self.scenes, "images": QUICK_IMAGES, "size": "640x480"})
+        plan = replace(self.plan, arms=list(arms), lrs=self.plan.lrs[:1], head_lrs=self.plan.head_lrs[:1], **QUICK_PLAN)
+        return replace(self, plan=plan, scenes={**self.scenes, **QUICK_SCENES})
 
 
 def read_recipe(name: str) -> StudyConfig:
@@ -116,15 +108,12 @@ def read_recipe(name: str) -> StudyConfig:
     for room, kind in rooms.items():
         parser.add_class_arguments(kind, room)
     values: Any = parser.instantiate(parser.parse_args(["--config", str(path)]))
-    require("text" not in values.model.metadata, "model.metadata", values.model.metadata, "without text in a study")
-    require(
-        values.optim.name == "adamw" and values.optim.lr == OptimConfig().lr,
-        "optim", f"{values.optim.name} with lr {values.optim.lr:g}",
-        "without name and lr: optimizers are arms, and plan.lrs has the rates",
-    )  # fmt: skip
-    require(
-        not values.plan.asks_views or values.model.keep_views == NUM_VIEWS,
-        "model.keep_views", values.model.keep_views, f"{NUM_VIEWS} with plan.asks_views, which asks after all of them",
-    )  # fmt: skip
-    require(values.model.head == "roadwork", "model.head", values.model.head, "roadwork: other heads are arms")
+    model, optim = values.model, values.optim
+    require("text" not in model.metadata, "model.metadata", model.metadata, "without text in a study")
+    usual, given = (optim.name, optim.lr) == ("adamw", OptimConfig().lr), f"{optim.name} with lr {optim.lr:g}"
+    require(usual, "optim", given, "without name and lr: optimizers are arms, and plan.lrs has the rates")
+    answered = not values.plan.asks_views or model.keep_views == NUM_VIEWS
+    wanted = f"{NUM_VIEWS} with plan.asks_views, which asks after all of them"
+    require(answered, "model.keep_views", model.keep_views, wanted)
+    require(model.head == "roadwork", "model.head", model.head, "roadwork: other heads are arms")
     return StudyConfig(path.stem, dict(values.scenes), **{room: values[room] for room in rooms})

@@ -57,9 +57,7 @@ def loss_curves(arms: Sequence[ArmAnswers]) -> str:
     def draw(axes: Axes) -> None:
         for arm, colour in zip(arms, COLOURS, strict=False):
             mean = np.mean(arm.curves, axis=0)
-            axes.plot(
-                mean[:, 0], mean[:, 1], color=colour, linewidth=1.6, marker="o", markersize=3, label=arm.arm.title
-            )
+            axes.plot(*mean.T, color=colour, linewidth=1.6, marker="o", markersize=3, label=arm.arm.title)
         axes.set(title="Validation loss, metadata NULL", xlabel="step", ylabel="focal loss")
         axes.locator_params(axis="x", integer=True)
         axes.legend(loc="best", fontsize=9)

@@ -20,6 +20,7 @@ from benchmarks.study.folds import Fold, make_fold
 from benchmarks.study.photos import Photos, load_photos
 from benchmarks.study.sampling import training_weights
 from benchmarks.study.views import ask_views
+from data_prep.work.threads import one_thread
 from pipeline.data.sampler import order
 from pipeline.evaluation.metrics import best_threshold, binary_metrics
 from pipeline.files import write_json
@@ -86,13 +87,10 @@ def run_training(tokens: Path, results: Path, training: Training) -> str:
         results: Folder of outcomes.
         training: What to do.
     """
-    start, threads = time.monotonic(), torch.get_num_threads()
-    torch.set_num_threads(1)
+    start = time.monotonic()
     silence_libraries()
-    try:
+    with one_thread():
         outcome = train(load_photos(tokens), training, results)
-    finally:
-        torch.set_num_threads(threads)
     outcome["wall_s"] = round(time.monotonic() - start, 3)
     write_json(results / f"{training.name}.json", outcome)
     return training.name
@@ -110,7 +108,8 @@ def train(photos: Photos, training: Training, results: Path) -> dict[str, Any]:
         `diverged`, `parameters`; `curve`, pairs of step and validation loss; `null` and, if asked for, `metadata`, the
         answers without and with it, see `answers_of`; if asked for, `views`, see `ask_views`.
     """
-    fold, weights = fold_and_weights(photos, training)
+    t = training
+    fold, weights = fold_and_weights(photos, t.parts, t.fold, t.seen_places, t.train_share, t.sampling, t.temper)
     torch.manual_seed(training.seed)
     config = RoadworkConfig(**asdict(training.model), backbone_dim=photos.dim)
     model = RoadworkModel(config, training.loss).train()
@@ -147,19 +146,14 @@ def averaged(model: RoadworkModel, average: WeightAverage) -> RoadworkModel:
 
 
 @lru_cache(maxsize=16)
-def _fold_and_weights(
+def fold_and_weights(
     photos: Photos, parts: int, fold: int, seen: bool, share: float, sampling: str, temper: float
 ) -> tuple[Fold, np.ndarray]:
+    """The photos that a training uses, and the weights of those that it learns from; its fields, which many share."""
     made = make_fold(photos, parts, fold, seen, share)
     rows = made.train
     weights = training_weights(sampling, photos.points[rows], photos.labels[rows], photos.groups[rows], temper, fold)
     return made, weights
-
-
-def fold_and_weights(photos: Photos, training: Training) -> tuple[Fold, np.ndarray]:
-    """The photos that a training uses, and the weights of those that it learns from."""
-    t = training
-    return _fold_and_weights(photos, t.parts, t.fold, t.seen_places, t.train_share, t.sampling, t.temper)
 
 
 def batch_rows(training: Training, rows: np.ndarray, weights: np.ndarray) -> Iterator[np.ndarray]:

@@ -72,10 +72,7 @@ def keep_splits(given: Names, groups: np.ndarray, labels: np.ndarray, val_share:
             "add a column 'split', or use --splits geographic"
         )
     splits = np.array([SPLITS.index(split or "") for split in given])
-    first = np.full(groups.max() + 1, len(SPLITS))
-    last = np.full(groups.max() + 1, -1)
-    np.minimum.at(first, groups, splits)
-    np.maximum.at(last, groups, splits)
+    homes = np.unique(np.stack([groups, splits], axis=1), axis=0)  # each group's splits
     train, val = SPLITS.index("train"), SPLITS.index("val")
     rule = "kept from the source"
     if val_share and not (splits == val).any():
@@ -84,7 +81,7 @@ def keep_splits(given: Names, groups: np.ndarray, labels: np.ndarray, val_share:
         _, blocks = np.unique(groups[rows], return_inverse=True)
         splits[rows] = fill_splits(blocks.ravel(), labels[rows], shares, seed)
         rule = "kept from the source; validation is a part of its training groups"
-    return Assignment(splits, rule, straddling_groups=int((first != last).sum()))
+    return Assignment(splits, rule, straddling_groups=int((np.bincount(homes[:, 0]) > 1).sum()))
 
 
 def geographic_splits(

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from data_prep.features.options import Options
-from pipeline.data.allocator import keep_freed_memory
+from pipeline.data.batch import batches_of
 from pipeline.data.dataset import ShardDataset, decode_scaled
 from pipeline.data.feature_key import STORED_DTYPE
 from pipeline.data.features import PhotoTokens
@@ -109,13 +110,7 @@ class Extractor:
 
     def run(self, data: Mapping[str, ShardDataset], items: list[Item]) -> Iterator[Row]:
         """The rows of all `items`, in their order."""
-        loader = DataLoader(
-            ViewDataset(data, items),
-            batch_size=None,
-            num_workers=self.workers,
-            pin_memory=self.on_gpu,
-            worker_init_fn=keep_freed_memory,
-        )
+        loader = batches_of(ViewDataset(data, items), 1, self.workers, itemgetter(0), pin_memory=self.on_gpu)
         return self.batches(chain.from_iterable(loader))
 
     def batches(self, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,16 +61,9 @@ def extract(
         work = on_rank_zero(lambda: job.begin(backbone, held))
         if work is None:
             return Path(job.workplace.summary_path)
-        speed = on_all_ranks(lambda: job.compute(backbone, work.missing))
-        return on_rank_zero(lambda: job.finish(work.plan, speed, time.monotonic() - start))
-
-
-class Work(NamedTuple):
-    """What there is to do for a cache."""
-
-    plan: Plan
-    missing: list[PlannedShard]
-    """The files that are not written yet."""
+        plan, missing = work
+        speed = on_all_ranks(lambda: job.compute(backbone, missing))
+        return on_rank_zero(lambda: job.finish(plan, speed, time.monotonic() - start))
 
 
 @dataclass
@@ -84,7 +77,7 @@ class Job:
     copies: int
     options: Options
 
-    def begin(self, backbone: FrozenBackbone, held: ExitStack) -> Work | None:
+    def begin(self, backbone: FrozenBackbone, held: ExitStack) -> tuple[Plan, list[PlannedShard]] | None:
         """Lock the workplace and plan, or resume with the plan that is there.
 
         Args:
@@ -92,7 +85,7 @@ class Job:
             held: Gets the lock, which ends with it.
 
         Returns:
-            What to do; None where the cache is finished already.
+            The plan, and the files that are not written yet; None where the cache is finished already.
 
         Raises:
             UserError: The output holds other features, or the disk cannot hold these.
@@ -101,15 +94,9 @@ class Job:
         held.enter_context(workplace.locked())
         key = feature_key(backbone, self.config.input_spec, self.config.model.pool_grid)
         size = row_bytes(key, backbone.hidden_size)
-        plan = Plan(
-            key=key,
-            dim=backbone.hidden_size,
-            source_sha256=self.index.source_sha256,
-            copies=self.copies,
-            precision=str(compute_dtype(backbone.device)).removeprefix("torch."),
-            version=version("roadwork"),
-            shards=tuple(plan_shards(self.index, self.copies, size, self.options.shard_mb)),
-        )
+        dtype = str(compute_dtype(backbone.device)).removeprefix("torch.")
+        files = tuple(plan_shards(self.index, self.copies, size, self.options.shard_mb))
+        plan = Plan(key, backbone.hidden_size, self.index.source_sha256, self.copies, dtype, version("roadwork"), files)
         if self._is_finished(key):
             say(f"{workplace.out} is finished already: the same photos, the same backbone, the same views")
             workplace.remove()
@@ -126,9 +113,8 @@ class Job:
         missing = [shard for shard in plan.shards if not receipts.is_whole(shard.name)]
         workplace.check_space(size * sum(shard.rows for shard in missing))
         if len(missing) < len(plan.shards):
-            done = len(plan.shards) - len(missing)
-            say(f"resuming: {done} of {len(plan.shards)} files are written already")
-        return Work(plan, missing)
+            say(f"resuming: {len(plan.shards) - len(missing)} of {len(plan.shards)} files are written already")
+        return plan, missing
 
     def compute(self, backbone: FrozenBackbone, missing: list[PlannedShard]) -> dict[str, Any]:
         """Compute and write this process's share of the missing files.

@@ -11,7 +11,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.photos.inspection import Reject, count_kinds, mask_path, read_photo, write_rejects
-from data_prep.sources.content import Input, Location, Source
+from data_prep.sources.content import Input, Location
 from data_prep.sources.opening import open_source
 from data_prep.work.parallel import Workers
 from data_prep.work.workplace import REJECTS_NAME, check_apart
@@ -148,9 +148,12 @@ def masks(
     }
     claim(out, settings)
     start = time.monotonic()
+    # Without what only `shard` needs, since all of it travels to the workers.
+    inputs = (replace(item, fields={}, mask=None) for item in islice(photos, max_images))
+    total = min((number for number in (photos.total, max_images) if number is not None), default=None)
     with Workers(workers, preload=(look.__module__,)) as pool:
-        looked = pool.map(partial(look, out=out, side_px=segmenter.side_px), _photos_of(photos, max_images))
-        results = (result for _, result in track(looked, _total(photos, max_images), "segmenting"))
+        looked = pool.map(partial(look, out=out, side_px=segmenter.side_px), inputs)
+        results = (result for _, result in track(looked, total, "segmenting"))
         tally = segment(results, segmenter, out, batch_size)
     wall_s = time.monotonic() - start
     write_rejects(out / REJECTS_NAME, tally.rejects)
@@ -260,13 +263,3 @@ def _complete(prompts: dict[str, str]) -> dict[str, str]:
         require(name in MASK_CLASSES, "a class in --prompts", name, f"one of {', '.join(MASK_CLASSES)}")
         require(bool(prompt.strip()), f"the prompt for {name!r}", prompt, "a short noun phrase")
     return {name: prompts.get(name, name) for name in MASK_CLASSES}
-
-
-def _photos_of(source: Source, limit: int | None) -> Iterator[Input]:
-    """The inputs without what only `shard` needs, since all of it travels to the workers."""
-    for item in islice(source, limit):
-        yield replace(item, fields={}, mask=None)
-
-
-def _total(source: Source, limit: int | None) -> int | None:
-    return min((number for number in (source.total, limit) if number is not None), default=None)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer
 
+from data_prep.work.threads import one_thread
 from pipeline.errors import UserError
 from pipeline.progress import say, silence_libraries, track
 
@@ -61,7 +61,7 @@ def embed(texts: Sequence[str | None], encoder: str) -> TextVectors:
         if text is not None:
             numbers.setdefault(text, len(numbers))
     matrix = np.empty((len(numbers), sentence_encoder.dim), dtype=np.float32)
-    with _one_thread():
+    with one_thread():
         for text, number in track(numbers.items(), len(numbers), "embedding descriptions", unit="texts"):
             matrix[number] = sentence_encoder(text)
     cut, most = sentence_encoder.cut, sentence_encoder.max_tokens
@@ -147,14 +147,3 @@ def _load(name: str) -> tuple[Any, Any]:
 def _unused(weight: str) -> bool:
     """The pooler of BERT-like models sees what we do not, and many checkpoints lack it: then it is random."""
     return weight.startswith("pooler.")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Threads share out sums, and how they do so changes the last bits from machine to machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -70,9 +70,8 @@ def _falling(
     pen = ImageDraw.Draw(mask)
     thick = max(1, round(height / 640))
     slant = rng.uniform(-0.3, 0.3)
-    for x, y, scale in zip(
-        rng.uniform(0, width, count), rng.uniform(0, height, count), rng.uniform(0.5, 1.5, count), strict=True
-    ):
+    drops = rng.uniform(0, width, count), rng.uniform(0, height, count), rng.uniform(0.5, 1.5, count)
+    for x, y, scale in zip(*drops, strict=True):
         reach = length * height * scale
         pen.line((x, y, x + slant * reach, y + reach), fill=round(255 * strength), width=thick)
     return Image.composite(Image.new("RGB", image.size, colour), image, mask)

@@ -58,7 +58,10 @@ def darker(colour: Colour, factor: float = 0.72) -> Colour:
 
 
 class Brush:
-    """A transparent canvas in units of the object's height: x runs over [0, aspect], y over [0, 1], downwards."""
+    """A transparent canvas in units of the object's height: x runs over [0, w], y over [0, 1], downwards.
+
+    Its middle is at x = m.
+    """
 
     def __init__(self, width_px: int, height_px: int):
         self.size = (width_px, height_px)
@@ -66,7 +69,8 @@ class Brush:
         self.image = Image.new("RGBA", (width_px * self.factor, height_px * self.factor))
         self.draw = ImageDraw.Draw(self.image)
         self.unit = height_px * self.factor
-        self.aspect = width_px / height_px
+        self.w = width_px / height_px
+        self.m = self.w / 2
 
     def polygon(self, colour: Colour, *points: Point) -> None:
         """Fill a polygon."""
@@ -88,15 +92,14 @@ class Brush:
     def wheels(self, paint: Paint, y: float, radius: float, hub: float, *shares: float) -> None:
         """Draw dark wheels with grey hubs, at shares of the object's width."""
         for share in shares:
-            self.disc(paint.dark, (self.aspect * share, y), radius)
-            self.disc(paint.grey, (self.aspect * share, y), hub)
+            self.disc(paint.dark, (self.w * share, y), radius)
+            self.disc(paint.grey, (self.w * share, y), hub)
 
     def two_boxes(self, colour: Colour, box: Box, radius: float = 0.0) -> None:
         """Fill two mirrored rectangles; x counts from the middle of the object, to the right."""
         near, top, far, bottom = box
-        middle = self.aspect / 2
-        self.box(colour, (middle - far, top, middle - near, bottom), radius)
-        self.box(colour, (middle + near, top, middle + far, bottom), radius)
+        self.box(colour, (self.m - far, top, self.m - near, bottom), radius)
+        self.box(colour, (self.m + near, top, self.m + far, bottom), radius)
 
     def line(self, colour: Colour, width: float, *points: Point) -> None:
         """Draw a line of the given width with rounded joints."""

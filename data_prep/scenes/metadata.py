@@ -34,17 +34,14 @@ def raw_metadata(plan: ScenePlan, index: int) -> dict[str, Any]:
     rng = plan.rng(TAGS)
     leaks = bool(plan.label) and plan.rng(LEAK).random() < plan.config.leak
     video = hashlib.sha256(f"{plan.config.seed}/{plan.video}".encode()).hexdigest()[:32]
-    width, height = plan.config.size
     weather = [plan.weather]
     if plan.weather in COMPANIONS and rng.random() < 0.4:
         weather.append(COMPANIONS[plan.weather])
     return {
         "id": index,
-        "width": width,
-        "height": height,
+        **dict(zip(("width", "height"), plan.config.size, strict=True)),
         "license": 0,
-        "flickr_url": None,
-        "coco_url": None,
+        **dict.fromkeys(("flickr_url", "coco_url")),
         "date_captured": 0,
         "gps": _gps(plan, rng),
         # Never NULL: a photo with neither city nor GPS could not be kept apart from its city's others.

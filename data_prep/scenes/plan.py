@@ -152,22 +152,13 @@ def plan_scene(config: SceneConfig, index: int) -> ScenePlan:
     label = int(rng.random() < style.roadwork_share)
     heavy = 0.6 * config.difficulty
     environment = str(rng.choice(ENVIRONMENTS, p=style.environment))
-    highway = environment == "Highway"
-    partial = ScenePlan(
-        config=config,
-        video=(block, number),
-        frame=int(place - starts[number]),
-        city=city,
-        style=style,
-        label=label,
-        environment=environment,
-        weather=str(rng.choice(WEATHER, p=_shares([1 - heavy, 1 - heavy, 1 - heavy, *[heavy / 1.6] * 5]))),
-        light=str(rng.choice(LIGHT, p=_shares([1.0, 0.4 * heavy + 0.05, 0.5 * heavy + 0.02]))),
-        horizon=float(rng.uniform(0.42, 0.52)),
-        road_half_m=float(rng.uniform(7, 9) if highway else rng.uniform(4, 6.5)),
-        pavement_m=float(rng.uniform(2.4, 4.5)),
-    )
-    return _populated(partial, rng)
+    weather = str(rng.choice(WEATHER, p=_shares([1 - heavy, 1 - heavy, 1 - heavy, *[heavy / 1.6] * 5])))
+    light = str(rng.choice(LIGHT, p=_shares([1.0, 0.4 * heavy + 0.05, 0.5 * heavy + 0.02])))
+    horizon = float(rng.uniform(0.42, 0.52))
+    road_half_m = float(rng.uniform(7, 9) if environment == "Highway" else rng.uniform(4, 6.5))
+    frame, pavement_m = int(place - starts[number]), float(rng.uniform(2.4, 4.5))
+    around = city, style, label, environment, weather, light, horizon, road_half_m, pavement_m
+    return _populated(ScenePlan(config, (block, number), frame, *around), rng)
 
 
 def _shares(weights: list[float]) -> np.ndarray:

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from data_prep.scenes import KINDS, PRETRAIN_CITIES, SceneConfig, render
+from data_prep.scenes.plan import BASE_SIZE
 from pipeline.cli import command
 from pipeline.data.views import CANVAS_RATIO, resize
 from pipeline.errors import require
@@ -128,14 +129,11 @@ def pretrain(
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
     torch.manual_seed(seed)
-    scenes = SceneConfig(
-        difficulty=difficulty, seed=seed, cities=PRETRAIN_CITIES, video_lengths=VIDEO_LENGTHS, slots=SLOTS
-    )
-    canvases = draw_canvases(scenes, images)
-    held_out = max(1, round(HELD_OUT_SHARE * images))
+    scenes = SceneConfig(BASE_SIZE, difficulty, seed, PRETRAIN_CITIES, VIDEO_LENGTHS, SLOTS)
+    canvases, trained = draw_canvases(scenes, images), images - max(1, round(HELD_OUT_SHARE * images))
     model = Tagger()
-    fit(model, canvases, images - held_out, steps, rates, np.random.default_rng([seed, 1]))
-    accuracy = measure(model, canvases, images - held_out, np.random.default_rng([seed, 2]))
+    fit(model, canvases, trained, steps, rates, np.random.default_rng([seed, 1]))
+    accuracy = measure(model, canvases, trained, np.random.default_rng([seed, 2]))
     model.backbone.save_pretrained(out)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     provenance = {
@@ -197,13 +195,12 @@ def fit(
         torch.optim.AdamW(others, rates["lr"], betas=(0.9, 0.98), weight_decay=0.05),
     )
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: rate_at(step, steps)) for o in optimizers]
+    entropy = partial(F.cross_entropy, ignore_index=IGNORE)
     model.train()
     for _ in track(range(steps), steps, "pretraining", unit="steps"):
         crops, centre, patches = sample_crops(canvases, 0, train_images, BATCH, rng)
         cls_logits, patch_logits = model(jitter(crops, rng))
-        loss = F.cross_entropy(cls_logits, centre, ignore_index=IGNORE) + F.cross_entropy(
-            patch_logits.flatten(0, 1), patches.flatten(), ignore_index=IGNORE
-        )
+        loss = entropy(cls_logits, centre) + entropy(patch_logits.flatten(0, 1), patches.flatten())
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

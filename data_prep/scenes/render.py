@@ -57,7 +57,7 @@ def _place(slot: Slot, plan: ScenePlan, image: Image.Image, mask: Image.Image) -
     left = round(width / 2 + FOCAL * width * slot.x_m / z - sprite.width / 2)
     bottom = round(plan.horizon * height + FOCAL * width * CAMERA_M / z)
     top = bottom - sprite.height
-    _shadow(image, (left, bottom, sprite.width))
+    _shadow(image, left, bottom, sprite.width)
     image.paste(sprite, (left, top), sprite)
     solid = sprite.getchannel("A").point([0] * 128 + [255] * 128)
     value = slot.kind.family + 1 if slot.kind.is_roadwork else 0
@@ -65,9 +65,8 @@ def _place(slot: Slot, plan: ScenePlan, image: Image.Image, mask: Image.Image) -
     return SceneObject(slot.kind, (left, top, left + sprite.width, bottom))
 
 
-def _shadow(image: Image.Image, foot: tuple[int, int, int]) -> None:
+def _shadow(image: Image.Image, left: int, bottom: int, width: int) -> None:
     """A soft dark ellipse where the object touches the ground."""
-    left, bottom, width = foot
     tall = max(2, width // 5)
     shade = Image.new("L", (width + 8, tall + 8))
     ImageDraw.Draw(shade).ellipse((4, 4, width + 4, tall + 4), fill=110)

@@ -74,17 +74,11 @@ class Plan(Wanted):
         Raises:
             KeyError, TypeError, ValueError: The values are not those of a plan.
         """
-        return cls(
-            **{
-                **values,
-                "arguments": Arguments(**values["arguments"]),
-                "tars": tuple(PlannedTar(**tar) for tar in values["tars"]),
-                "clusters": tuple(
-                    Cluster(**{**c, "centre": c["centre"] and tuple(c["centre"])}) for c in values["clusters"]
-                ),
-                "fields": {name: Field(**field) for name, field in values["fields"].items()},
-            }
-        )
+        arguments, tars = Arguments(**values["arguments"]), tuple(PlannedTar(**tar) for tar in values["tars"])
+        clusters = (Cluster(**{**c, "centre": c["centre"] and tuple(c["centre"])}) for c in values["clusters"])
+        known = {name: Field(**field) for name, field in values["fields"].items()}
+        parsed = {"arguments": arguments, "tars": tars, "clusters": tuple(clusters), "fields": known}
+        return cls(**{**values, **parsed})
 
 
 def entries_path(folder: Path, tar: str) -> Path:

@@ -148,20 +148,18 @@ def _entry(photo: Photo, row: int, decisions: Decisions, texts: TextVectors | No
 
 def _record(photo: Photo, row: int, decisions: Decisions, texts: TextVectors | None) -> Record:
     short = hashlib.sha256(photo.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    seen = {name: getattr(photo.facts, name) for name in ("sha256", "width", "height")}
+    told = {name: getattr(photo.parsed, name) for name in ("label", "video", "metadata")}
     return Record(
         key=f"{photo.number:08d}-{short}",
-        label=photo.parsed.label,
         split=SPLITS[decisions.assignment.splits[row]],
         source=photo.name,
-        sha256=photo.facts.sha256,
-        width=photo.facts.width,
-        height=photo.facts.height,
         group=int(decisions.groups[row]),
         gps_cluster=int(decisions.clusters[row]),
         sample_weight=round(float(decisions.weights[row]), 6),
-        video=photo.parsed.video,
-        metadata=photo.parsed.metadata,
         text_vector=None if texts is None else texts[row],
+        **seen,
+        **told,
     )
 
 

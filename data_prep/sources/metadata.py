@@ -103,23 +103,12 @@ def parse(fields: dict[str, Any]) -> Parsed:
     split = SPLIT_WORDS.get(split_word.lower()) if split_word else None
     unknown["split"] = [split_word] if split_word and split is None else []
     unknown["category"] = fields.get("category", [])
-    metadata = Metadata(
-        gps=gps,
-        weather=tuple(known["weather"]) or None,
-        daytime=next(iter(known["daytime"]), None),
-        scene=next(iter(known["scene"]), None),
-        city=_text(fields.get("city")),
-        description=_text(fields.get("description")),
-    )
-    return Parsed(
-        metadata=metadata,
-        label=parse_label(fields.get("label")),
-        video=_video(fields),
-        split=split,
-        unknown=tuple((field, word) for field, words in unknown.items() for word in words),
-        gps_problem=gps_problem,
-        travel_alteration=_words(fields.get("travel_alteration")),
-    )
+    daytime, scene = (next(iter(known[name]), None) for name in ("daytime", "scene"))
+    city, description = _text(fields.get("city")), _text(fields.get("description"))
+    metadata = Metadata(gps, tuple(known["weather"]) or None, daytime, scene, city, description)
+    label, alteration = parse_label(fields.get("label")), _words(fields.get("travel_alteration"))
+    left_out = tuple((field, word) for field, words in unknown.items() for word in words)
+    return Parsed(metadata, label, _video(fields), split, left_out, gps_problem, alteration)
 
 
 def is_null(value: Any) -> bool:
