@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import nn
 
@@ -10,7 +12,7 @@ from pipeline.model.encoder import Encoded
 from pipeline.model.output import RoadworkOutput
 
 
-class Baseline(nn.Module):
+class Baseline(nn.Module, ABC):
     """A head that sees one vector per view, and no metadata."""
 
     def forward(
@@ -22,9 +24,9 @@ class Baseline(nn.Module):
             logits=logits, view_importance=importance, view_indices=encoded.indices, view_mask=encoded.mask
         )
 
+    @abstractmethod
     def judge(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Logits [B, 2], and the importance [B, K] of the views [B, K, 3D] that exist in `mask` [B, K], if known."""
-        raise NotImplementedError
 
     def _describe_views(self, encoded: Encoded) -> torch.Tensor:
         """One vector per view, of CLS, mean and max over its patch tokens: [B, K, 3D] in the dtype of the weights.
