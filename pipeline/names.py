@@ -1,4 +1,4 @@
-"""The words of metadata in the order of their ids, matched without regard to case; and other names."""
+"""Names by number: views, metadata's words (matched without regard to case), mask classes and labels."""
 
 from typing import Literal
 
@@ -27,6 +27,6 @@ MASK_CLASSES = (
     "construction vehicle",
     "construction equipment",
 )
+LABEL_NAMES = {0: "None", 1: "Roadwork"}
 # What an evaluation measures: photos as they are, or as the live client sends them.
 Profile = Literal["native", "streetvision"]
-LABEL_NAMES = {0: "None", 1: "Roadwork"}
