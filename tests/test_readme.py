@@ -86,8 +86,9 @@ def test_the_way_on_your_own_photos(place):
         process = run(command, place)
         if command.startswith("./launch.sh train pretrain_30ep"):
             assert process.returncode == 2, process.stderr
-            last = process.stderr.strip().splitlines()[-1]
-            assert last.startswith("error: cannot load the backbone 'facebook/dinov3-vith16plus-pretrain-lvd1689m'")
+            # A slower rank may still warn of something after rank 0 has spoken.
+            (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+            assert error.startswith("error: cannot load the backbone 'facebook/dinov3-vith16plus-pretrain-lvd1689m'")
             assert "Traceback" not in process.stderr
         else:
             assert process.returncode == 0, f"{command}\n{process.stderr}"
