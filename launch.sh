@@ -82,6 +82,7 @@ module() { exec "$venv/bin/python" -m "$@"; }
 step() {
   local title=$1 status
   shift
+  end_if_asked # between two steps
   say ""
   say "== $title: ./launch.sh $*"
   (dispatch "$@" >/dev/null) &
@@ -91,11 +92,15 @@ step() {
     wait "$child" || status=$?
     kill -0 "$child" 2>/dev/null || break # or else a signal ended the waiting, not the step
   done
-  if [[ $asked ]]; then # though the step may have ended just before
+  end_if_asked # though the step may have ended just before
+  return "$status"
+}
+
+end_if_asked() {
+  if [[ $asked ]]; then
     say "stopped: ./launch.sh demo resumes here"
     exit 75
   fi
-  return "$status"
 }
 
 hand_on() {

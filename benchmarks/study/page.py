@@ -30,7 +30,7 @@ def write_page(path: Path, done: Done, findings: Sequence[Finding], quick: bool,
         done: All that was trained and answered.
         findings: The claims, judged.
         quick: Whether the figures are rough.
-        versions: Of the packages.
+        versions: The packages' versions.
     """
     answers, places, bootstrap = done.answers, done.places, done.bootstrap
     rows = [describe(arm, bootstrap, places) for arm in answers.values()]
