@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from pipeline.devices import CPU_ONLY
+from pipeline.distributed.startup import end_process
 from pipeline.launch.launcher import free_port
 from pipeline.progress import silence_libraries
 
@@ -50,6 +51,7 @@ def _process(
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+    end_process(0)
 
 
 def join(rank: int, port: int, processes: int) -> None:

@@ -23,7 +23,7 @@ from pipeline.data.storage import open_folder
 from pipeline.devices import has_bf16
 from pipeline.distributed.agreement import on_rank_zero
 from pipeline.distributed.settings import describe_engine, engine_settings, launched_file, resolve_precision
-from pipeline.distributed.startup import start, world_size
+from pipeline.distributed.startup import end_process, start, world_size
 from pipeline.errors import run
 from pipeline.files import write_summary
 from pipeline.launch.rank_logs import divert_output
@@ -48,7 +48,7 @@ def main() -> Path | None:
         with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the summary's path
             return train(config, dry_run)
     finally:
-        if dist.is_initialized():  # else gloo's threads abort the process on its way out
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -112,4 +112,4 @@ def say_plan(lines: Iterable[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run(main))
+    end_process(run(main))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 from datetime import timedelta
+from typing import NoReturn
 
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from transformers.integrations import unset_hf_deepspeed_config
@@ -73,6 +76,18 @@ def refuse_shared_gpu() -> None:
             f"use accelerate_configs/gpu.yaml with --num_processes {gpus}, or set DS_ACCELERATOR=cpu to compute on the "
             "CPU"
         )
+
+
+def end_process(status: int) -> NoReturn:
+    """End this process with an exit status, after its exit handlers but without Python's own clean-up.
+
+    A thread of gloo may hold tensors for a moment after the last collective. Freed while the interpreter is taken down,
+    they abort the process (pytorch#179291), and the launcher takes a finished training for a failed one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _without_launcher() -> None:

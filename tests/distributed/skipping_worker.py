@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pipeline.distributed.skipping import count_steps, skip_steps_that_are_not_finite, spoil_gradient
+from pipeline.distributed.startup import end_process
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 deepspeed.init_distributed("gloo")
@@ -68,3 +69,4 @@ for stage in (0, 1, 2, 3):
         if rank == 0:
             print(f"ZeRO {stage}, {kind}: skipped", flush=True)
 torch.distributed.destroy_process_group()
+end_process(0)

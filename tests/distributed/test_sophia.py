@@ -22,6 +22,7 @@ from benchmarks.parity_cells import (
 )
 from benchmarks.processes import free_port, join, on_cpu
 from pipeline.distributed.engine_tensors import base_optimizer, gather_tensors
+from pipeline.distributed.startup import end_process
 from pipeline.model.metadata import MetadataEncoder
 from pipeline.training.hessian_step import COUNTERS
 
@@ -147,6 +148,7 @@ def worker(rank, port, folder):
         found = look(cell, folder / f"settings-{number}-{rank}.json")
         (folder / f"{number}-{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
+    end_process(0)
 
 
 @pytest.fixture(scope="module")
