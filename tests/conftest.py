@@ -10,6 +10,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from pipeline.devices import CPU_ONLY
+from tests.warm import VARIABLE, WarmPython
 
 # Tests that start several processes fill the cores by themselves: one after the other, beside all the rest.
 SEVERAL_PROCESSES = (
@@ -23,6 +24,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep tests off the GPUs of this machine, but for those that are about them."""
     if config.getoption("markexpr") != "gpu":
         os.environ |= CPU_ONLY
+    if VARIABLE not in os.environ:  # workers of xdist have it from the process that starts them
+        config.add_cleanup(WarmPython().close)
 
 
 @pytest.fixture(scope="session")

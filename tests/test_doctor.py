@@ -1,6 +1,5 @@
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ from pipeline.doctor import doctor
 from pipeline.errors import AuditFailed
 from pipeline.launch.checks import BAD, GOOD
 from tests.small_run import make_shards
+from tests.warm import python
 
 NODE = Path(__file__).parents[1] / "accelerate_configs" / "node_8.yaml"
 
@@ -65,9 +65,7 @@ def test_a_gpu_that_is_too_small_and_a_pair_that_does_not_work_are_findings(tmp_
 
 def test_the_recipe_may_stand_without_its_flag(tmp_path):
     words = ["pretrain_30ep", "--gpu_gib", "80", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.doctor", *words], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([python(), "-m", "pipeline.doctor", *words], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "summary.json").read_text())["recipe"] == "pretrain_30ep"
     assert "the engine gets: {" in done.stderr

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import pandas as pd
 import pytest
 
 from pipeline.devices import CPU_ONLY
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 MADE = Path(__file__).with_name("made_by_14eef39")
@@ -32,9 +32,7 @@ def run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         **os.environ, **CPU_ONLY, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ROOT / "ds_configs" / "zero1.json"),
     }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([python(), *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -93,5 +93,5 @@ def test_help_does_not_wait_for_the_libraries_that_do_the_work():
     """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert sum(line.startswith("usage: python -m data_prep") for line in lines) == 7
+    assert sum(line.startswith("usage: ./launch.sh prep ") for line in lines) == 7
     assert lines[-1] == ""

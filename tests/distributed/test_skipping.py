@@ -2,10 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.dist
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.dist
 
 def test_no_zero_stage_takes_a_step_whose_loss_or_gradient_is_not_finite_on_one_rank():
     worker = Path(__file__).with_name("skipping_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
+    command = [python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(worker)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=180)
     assert done.returncode == 0, done.stderr

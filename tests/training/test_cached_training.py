@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import pytest
 from pipeline.config import Config, DataConfig, OptimConfig, TrainConfig, to_yaml
 from tests.feature_cache import make_cache
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.dist
@@ -33,7 +33,7 @@ def world(tmp_path_factory):
 
 
 def train(world, run, *words):
-    command = [sys.executable, str(ROOT / "pipeline" / "train.py"), "--config", str(world / "recipe.yaml")]
+    command = [python(), str(ROOT / "pipeline" / "train.py"), "--config", str(world / "recipe.yaml")]
     command += ["--run", str(run), *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 

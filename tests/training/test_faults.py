@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -44,7 +44,7 @@ def start(world: Path, run: Path, fault: str, *words: str, restarts: int = 0) ->
     code += "sys.exit(supervise([*launch_words(Path(sys.argv[1]), None), "
     code += "*sys.argv[3:]], restarts=int(sys.argv[2])))"
     command = [
-        sys.executable, "-c", code, str(ROOT / "accelerate_configs" / "cpu_2.yaml"), str(restarts),
+        python(), "-c", code, str(ROOT / "accelerate_configs" / "cpu_2.yaml"), str(restarts),
         str(Path(__file__).with_name("faulty_train.py")), "--config", str(world / "recipe.yaml"), "--run", str(run),
         *words,
     ]  # fmt: skip
@@ -147,7 +147,7 @@ def test_the_deadline_saves_and_ends_with_the_status_of_a_resumable_stop(world):
 def test_usr2_saves_through_the_launcher_and_where_accelerate_itself_is_launched(world, uninterrupted):
     """A bare `accelerate launch` dies of the signal; its processes save before they end."""
     run, log = world / "bare", world / "bare.txt"
-    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    words = [python(), "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
     words += [str(ROOT / "accelerate_configs" / "cpu_2.yaml"), str(ROOT / "pipeline" / "train.py")]
     words += ["--config", str(world / "recipe.yaml"), "--run", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

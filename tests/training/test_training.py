@@ -6,7 +6,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from pipeline.checkpoints.files import Damaged, check_checkpoint
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
 from pipeline.model.roadwork import RoadworkModel
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.dist
@@ -45,7 +45,7 @@ def world(tmp_path_factory):
 
 def launch(world: Path, run: Path, *words: str, processes: int = 2) -> subprocess.Popen[str]:
     command = [
-        sys.executable, "-m", "pipeline.launch.launcher", str(world / "recipe.yaml"),
+        python(), "-m", "pipeline.launch.launcher", str(world / "recipe.yaml"),
         "--config_file", str(ROOT / "accelerate_configs" / f"cpu_{processes}.yaml"), "--run", str(run), *words,
     ]  # fmt: skip
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -117,12 +117,12 @@ def test_training_refuses_what_doctor_refuses(world, tmp_path):
         ({"zero_allow_untested_optimizer": False}, "zero.json: zero_allow_untested_optimizer must be true"),
     ):
         (tmp_path / "zero.json").write_text(json.dumps({**settings, **change}))
-        training = [sys.executable, "-m", "pipeline.launch.launcher", *words, "--run", str(tmp_path / "run")]
+        training = [python(), "-m", "pipeline.launch.launcher", *words, "--run", str(tmp_path / "run")]
         done = subprocess.run(training, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert "Traceback" not in done.stderr
         assert sentence in done.stderr
-        doctor = [sys.executable, "-m", "pipeline.doctor", *words, "--out", str(tmp_path)]
+        doctor = [python(), "-m", "pipeline.doctor", *words, "--out", str(tmp_path)]
         done = subprocess.run(doctor, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 3, done.stderr
         assert sentence in " ".join(done.stderr.split())

@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from pipeline.model.backbone import FrozenBackbone, vith16plus_config
 from pipeline.training.throughput import flops_per_view
 from tests.feature_cache import ROW_BYTES, make_cache
 from tests.small_run import make_backbone, make_shards, small_config
+from tests.warm import python
 
 ROOT = Path(__file__).parents[3]
 PHOTOS = 10
@@ -63,7 +63,7 @@ def command(world, out):
     """The command in a process of its own, with the options of `make`."""
     recipe, size = world / "whole.yaml", str(4.5 * ROW_BYTES / 1e6)
     words = ["--recipe", str(recipe), "--out", str(out), "--copies", "1", "--shard_mb", size, "--workers", "0"]
-    return [sys.executable, "-m", "data_prep", "features", *words]
+    return [python(), "-m", "data_prep", "features", *words]
 
 
 def test_every_photo_has_its_rows_and_the_summary_counts_them(world):
@@ -163,7 +163,7 @@ def test_a_run_killed_at_any_moment_goes_on_without_redoing_finished_files(world
         runpy.run_module("data_prep", run_name="__main__")
     """
     words = command(world, tmp_path / "out")
-    process = subprocess.Popen([sys.executable, "-c", slow, *words[2:]], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([python(), "-c", slow, *words[2:]], cwd=ROOT, stderr=subprocess.DEVNULL)
     receipts = tmp_path / ".out.partial" / "receipts"
     while len(list(receipts.glob("*.json"))) < 2:
         assert process.poll() is None
@@ -231,7 +231,7 @@ def test_a_half_finished_cache_of_other_features_is_not_mixed_in(world, tmp_path
 
 @pytest.mark.dist
 def test_two_processes_under_accelerate_make_the_same_bytes_as_one(world, tmp_path):
-    launch = [sys.executable, "-m", "pipeline.launch.launcher", "prep", "features"]
+    launch = [python(), "-m", "pipeline.launch.launcher", "prep", "features"]
     config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2.yaml")]
     words = [*launch, *config, *command(world, tmp_path / "out")[4:]]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
