@@ -1,4 +1,4 @@
-"""The tables of results in README and docs/, written from the committed JSON files: `python -m benchmarks.tables`."""
+"""The tables of docs/results.md, written from the committed JSON files: `python -m benchmarks.tables`."""
 
 from __future__ import annotations
 
@@ -10,49 +10,39 @@ from pipeline.cli import command
 from pipeline.files import write_text
 from pipeline.progress import say
 
+PAGE = ROOT / "docs" / "results.md"
+UP = "../"  # from the page to the project's root
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n)(.*?)(<!-- /results:\2 -->)", flags=re.DOTALL)
 NUMBERS = range(2, 6)  # columns that are set flush right
 
 
-def tables(root: Path = ROOT, results: Path = RESULTS) -> Path:
+def tables(page: Path = PAGE, results: Path = RESULTS) -> Path:
     """Write the table of each benchmark between its markers, `<!-- results:NAME -->` and `<!-- /results:NAME -->`.
 
     Args:
-        root: Folder of the README, and of docs/.
+        page: Markdown file with the markers, in a folder of the project's root.
         results: Folder of the JSON files.
 
     Returns:
-        The README.
+        The page.
     """
-    for page in pages(root):
-        text = page.read_text()
-        made = fill(text, results, up_from(page, root))
-        if made != text:
-            write_text(page, made)
-        if marked(made):
-            say(f"{page}: tables of {', '.join(sorted(marked(made)))}")
-    return (root / "README.md").resolve()
+    text = page.read_text()
+    made = fill(text, results)
+    if made != text:
+        write_text(page, made)
+    say(f"{page}: tables of {', '.join(sorted(marked(made)))}")
+    return page.resolve()
 
 
-def pages(root: Path = ROOT) -> list[Path]:
-    """The README and all of docs/."""
-    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
-
-
-def up_from(page: Path, root: Path = ROOT) -> str:
-    """What stands before a path from the root in a link on a page."""
-    return "../" * (len(page.relative_to(root).parts) - 1)
-
-
-def fill(text: str, results: Path = RESULTS, up: str = "") -> str:
-    """The text with the current table in each pair of markers; see `up_from`."""
+def fill(text: str, results: Path = RESULTS) -> str:
+    """Put the current table into each pair of markers of a text; markers without results are emptied."""
     reports = read_all(results)
-    return BLOCK.sub(lambda found: f"{found[1]}{markdown(reports.get(found[2], []), up)}{found[4]}", text)
+    return BLOCK.sub(lambda found: f"{found[1]}{markdown(reports.get(found[2], []))}{found[4]}", text)
 
 
-def marked(text: str) -> set[str]:
-    """The benchmarks that a text has markers for."""
-    return {name for _, name, _, _ in BLOCK.findall(text)}
+def marked(text: str) -> list[str]:
+    """The benchmarks that a text has markers for, in their order."""
+    return [name for _, name, _, _ in BLOCK.findall(text)]
 
 
 def read_all(results: Path = RESULTS) -> dict[str, list[Report]]:
@@ -64,20 +54,20 @@ def read_all(results: Path = RESULTS) -> dict[str, list[Report]]:
     return reports
 
 
-def markdown(reports: list[Report], up: str = "") -> str:
-    """A table for each machine, with the command that gives it."""
-    return "".join(f"{_caption(report, up)}\n\n{_table(report)}\n" for report in reports)
+def markdown(reports: list[Report]) -> str:
+    """A table for each machine, with the command that makes it; empty lines around it, as <details> needs them."""
+    return "".join(f"\n{_caption(report)}\n\n{_table(report)}\n" for report in reports)
 
 
-def _caption(report: Report, up: str) -> str:
+def _caption(report: Report) -> str:
     tools = [
         f"{name} {number}" for name, number in report.versions.items() if name not in ("python", "revision", "roadwork")
     ]
-    given_by = f"python -m benchmarks.{report.module or report.name}"
+    made_by = f"python -m benchmarks.{report.module or report.name}"
     return (
-        f"`{given_by}` on `{report.machine['name']}` ({report.machine['cpu']}, "
+        f"`{made_by}` on `{report.machine['name']}` ({report.machine['cpu']}, "
         f"{report.machine['memory_gb']:.0f} GB), with {', '.join(tools)}. "
-        f"Notes on each row: [JSON]({up}benchmarks/results/{report.machine['name']}-{report.name}.json)."
+        f"Notes on each row: [JSON]({UP}benchmarks/results/{report.machine['name']}-{report.name}.json)."
     )
 
 

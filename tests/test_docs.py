@@ -77,5 +77,6 @@ def test_the_commands_about_a_cluster(tmp_path):
     shard(tmp_path / "photos", tmp_path / "data" / "shards")
     commands = [command for block in blocks("cluster.md") for command in block]
     assert {command.split()[1] for command in commands} == {"setup", "doctor", "slurm", "prep"}
+    assert any(command.startswith("./launch.sh slurm prep ") for command in commands)
     for command in commands[1:]:
         run(command + (" --dry-run" if " slurm " in command else ""), tmp_path)

@@ -3,14 +3,17 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,6 +25,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith(("./launch.sh", "accelerate ", "python "))
 ]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DEMO_QUICK_S = 120
 
 pytestmark = pytest.mark.slow
@@ -105,8 +109,38 @@ def test_the_python_of_the_readme(place):
     assert process.stdout.startswith("tensor([")
 
 
-def test_every_file_that_the_readme_links_to_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        if not target.startswith("http"):
-            linked = ROOT / target
-            assert linked.exists() or (ROOT / "pipeline" / "model" / target).exists(), target
+def links_of(page: Path) -> list[str]:
+    """Where a page's links and pictures lead, without what is code."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ +(.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent == ROOT else f"docs/{page.name}")
+def test_every_link_of_a_page_leads_somewhere(page):
+    links = [link for link in links_of(page) if not link.startswith(("http://", "https://"))]
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
+
+
+def test_the_index_of_the_docs_lists_every_page():
+    linked = {(ROOT / "docs" / link.partition("#")[0]).resolve() for link in links_of(ROOT / "docs" / "README.md")}
+    assert set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "README.md"} <= linked
+    assert "docs/README.md" in links_of(ROOT / "README.md")
+
+
+def test_the_picture_of_the_views_is_what_its_script_draws():
+    pictures = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    drawn, kept = pictures["views_picture"](), Image.open(ROOT / "docs" / "views.jpg")
+    assert drawn.size == kept.size
+    difference = np.asarray(drawn, np.float32) - np.asarray(kept.convert("RGB"), np.float32)
+    assert np.abs(difference).mean() < 4

@@ -1,13 +1,18 @@
-"""The tables of the README and of docs/ are those of the committed results."""
+"""The tables of docs/results.md are those of the committed results, all of them, and no other page has one."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.form import COLUMNS, RESULTS, Goal, Report, compare, read_report
-from benchmarks.tables import fill, marked, pages, read_all, tables, up_from
+from benchmarks.form import COLUMNS, RESULTS, ROOT, Goal, Report, cells, compare, read_report
+from benchmarks.tables import PAGE, fill, marked, read_all, tables
 from pipeline.files import write_json
 
 TEXT = "Before.\n\n<!-- results:loader -->\nold\n<!-- /results:loader -->\n\nAfter.\n"
+SECTIONS = (
+    "Data preparation", "Views", "Loader", "Features", "Pruning", "Trainer", "Checkpoints", "Parity", "Sophia", "Study",
+    "Scaling",
+)  # fmt: skip
 
 
 def result(cores: int) -> Report:
@@ -20,11 +25,32 @@ def commit(folder: Path, report: Report) -> None:
     write_json(folder / f"{report.machine['name']}-{report.name}.json", asdict(report))
 
 
-def test_every_committed_result_has_its_table_on_one_page_and_there_is_no_other():
-    shown = [name for page in pages() for name in marked(page.read_text())]
-    assert sorted(shown) == sorted(read_all())
-    for page in pages():
-        assert fill(page.read_text(), up=up_from(page)) == page.read_text()
+def test_every_committed_result_has_its_table_on_the_page_and_no_other_page_has_one():
+    page = PAGE.read_text()
+    assert sorted(marked(page)) == sorted(read_all())
+    assert fill(page) == page
+    others = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - {PAGE}
+    assert [other.name for other in sorted(others) if marked(other.read_text())] == []
+
+
+def test_the_page_has_these_sections():
+    """Other pages link to them."""
+    assert tuple(re.findall(r"^## (.*)$", PAGE.read_text(), flags=re.MULTILINE)) == SECTIONS
+
+
+def test_the_worst_case_that_the_page_names_is_the_worst_of_its_table():
+    page = PAGE.read_text()
+    for name, section in (("parity", "Parity"), ("sophia", "Sophia")):
+        rows = [row for row in read_all()[name][0].rows if row.unit == "relative difference"]
+        prose = " ".join(page.partition(f"## {section}\n")[2].partition("<details>")[0].split())
+        assert cells(max(rows, key=lambda row: row.ours))[2] in prose
+        assert f"{len(rows)} combinations" in prose
+
+
+def test_a_claim_that_was_not_tested_has_no_verdict_and_its_note_says_why():
+    rows = [row for reports in read_all().values() for report in reports for row in report.rows]
+    untested = [row for row in rows if row.what.endswith(": untested")]
+    assert all(row.met is None and row.note.startswith("untested: ") for row in untested)
 
 
 def test_committed_results_are_named_after_machine_and_benchmark():
@@ -43,13 +69,13 @@ def test_a_table_has_a_line_for_each_row_and_says_how_it_was_made(tmp_path):
     assert len(lines) == 6  # a table for each machine
     assert all(line.count("|") == len(COLUMNS) + 1 for line in lines)
     assert "`python -m benchmarks.loader` on `cpu-2core-x86_64` (a CPU, 8 GB), with numpy 2.0." in text
-    assert "benchmarks/results/cpu-2core-x86_64-loader.json" in text
+    assert "[JSON](../benchmarks/results/cpu-2core-x86_64-loader.json)" in text
 
 
 def test_only_what_is_between_the_markers_changes_and_once_is_enough(tmp_path):
     commit(tmp_path, result(2))
     text = fill(TEXT, tmp_path)
-    assert text.startswith("Before.\n\n<!-- results:loader -->\n`python")
+    assert text.startswith("Before.\n\n<!-- results:loader -->\n\n`python")
     assert text.endswith("|\n\n<!-- /results:loader -->\n\nAfter.\n")
     assert "old" not in text
     assert fill(text, tmp_path) == text
@@ -61,10 +87,7 @@ def test_markers_without_a_result_are_emptied(tmp_path):
 
 def test_the_command_writes_the_file(tmp_path):
     commit(tmp_path, result(2))
-    readme, page = tmp_path / "README.md", tmp_path / "docs" / "loading.md"
-    page.parent.mkdir()
-    for path in (readme, page):
-        path.write_text(TEXT)
-    assert tables(tmp_path, tmp_path) == readme
-    assert readme.read_text() == fill(TEXT, tmp_path)
-    assert "[JSON](../benchmarks/results/cpu-2core-x86_64-loader.json)" in page.read_text()
+    page = tmp_path / "results.md"
+    page.write_text(TEXT)
+    assert tables(page, tmp_path) == page
+    assert page.read_text() == fill(TEXT, tmp_path)
