@@ -38,7 +38,7 @@ STATE: dict[str, Any] = {"best": None}
 
 @dataclass(frozen=True)
 class Plan:
-    """How large the head is and how much is measured."""
+    """Size of the head, and how much is measured."""
 
     sizes: ModelConfig = field(default_factory=ModelConfig)
     dim: int = 1280
@@ -77,7 +77,7 @@ class Subject:
         return timed(lambda: self.checkpoints.save(self.saved, self.engine, self.average, STATE)).wall_s
 
     def restore(self) -> float:
-        """Seconds to check the newest checkpoint and set everything."""
+        """Seconds to check the newest checkpoint and restore it."""
         return timed(lambda: self.checkpoints.restore(self.engine, self.average)).wall_s
 
     def newest_bytes(self) -> int:
@@ -92,9 +92,9 @@ class Subject:
         return timed(lambda: self.engine.save_checkpoint(str(self.place / "theirs"), tag="one")).wall_s
 
     def restore_theirs(self) -> float:
-        """Seconds in which DeepSpeed sets everything."""
+        """Seconds in which DeepSpeed restores its checkpoint."""
         seconds = timed(lambda: self.engine.load_checkpoint(str(self.place / "theirs"), tag="one")).wall_s
-        create_optimizer_state(self.engine)  # theirs puts another in its place, which the parameters do not know
+        create_optimizer_state(self.engine)  # DeepSpeed replaces the state, and parameters lose their link to it
         return seconds
 
 
@@ -106,7 +106,7 @@ def checkpoint(quick: bool = False, out: Path | None = None, seed: int = 0) -> P
     Args:
         quick: A smaller head and fewer rounds, in 90 seconds on two cores.
         out: Folder for checkpoint.json; benchmarks/results if not given, or runs/benchmarks with --quick.
-        seed: Decides about the weights and the order of measuring.
+        seed: Seed of the weights and of the order of measuring.
     """
     rows = run_apart(measure, 1, QUICK if quick else FULL, seed)
     return publish(Report("checkpoint", machine(), versions(PACKAGES), seed, rows), out, quick)

@@ -1,7 +1,7 @@
-"""The feature cache on a CPU: how fast it is made, how much faster an epoch from it is, and how much room it takes.
+"""The feature cache on a CPU: how fast it is made, how much faster an epoch from it is, and how many bytes it takes.
 
-Extraction and training are limited by the machine as a whole, so these rates are by the clock on the wall. What a GPU
-does is measured by `benchmarks.gpu`.
+Extraction and training are limited by the machine as a whole, so these rates are by the wall clock. `benchmarks.gpu`
+measures what a GPU changes.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def features(quick: bool = False, out: Path | None = None, seed: int = 0) -> Pat
     Args:
         quick: Fewer photos and rounds, in 90 seconds on two cores.
         out: Folder for features.json; benchmarks/results if not given, or runs/benchmarks with --quick.
-        seed: Decides about the scenes and the order of measuring.
+        seed: Seed of the scenes and of the order of measuring.
     """
     rows = measure(QUICK if quick else FULL, seed)
     return publish(Report("features", machine(), versions(PACKAGES), seed, rows), out, quick)
 
 
 def measure(plan: Plan, seed: int) -> tuple[Row, ...]:
-    """All rows."""
+    """All rows of the benchmark."""
     with tempfile.TemporaryDirectory(prefix="roadwork-features-") as place:
         shards, cache = Path(place) / "shards", Path(place) / "cache"
         scenes(Path(place) / "photos", plan.images, "1024x768", seed=seed)
@@ -147,12 +147,12 @@ def epochs(config: Config, index: Index, cache: str, plan: Plan, on: str, seed: 
 
 
 def timer(work: Callable[[], object]) -> Callable[[], float]:
-    """`work`, as a function that says how many seconds it took."""
+    """A function that runs `work` and returns how many seconds it took."""
     return lambda: timed(work).wall_s
 
 
 def room(index: Index, cache: Path, on: str) -> Row:
-    """Bytes of a photo in the cache, beside the photo's own file."""
+    """Compare the bytes of a photo in the cache with those of the photo's file."""
     samples = index.split("train").samples
     photos = [sample.members[sample.photo_extension][1] for sample in samples]
     stored = sum(path.stat().st_size for path in cache.glob("*.safetensors")) / len(samples)

@@ -44,13 +44,13 @@ Pair = tuple[float, float]
 
 @dataclass(frozen=True)
 class Goal:
-    """A bound on the ratio ours / theirs: from below where more is better, from above where less is."""
+    """A bound on the ratio ours / theirs: a lower bound where more is better, an upper bound where less is."""
 
     bound: float
     at_most: bool = False
 
     def met_by(self, low: float, high: float) -> bool:
-        """Whether a whole interval is on the right side; an estimate that may be luck does not meet a goal."""
+        """Whether a whole interval is on the right side of the bound; an estimate that may be luck meets no goal."""
         return high <= self.bound if self.at_most else low >= self.bound
 
     def __str__(self) -> str:
@@ -59,14 +59,14 @@ class Goal:
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison."""
+    """One comparison of ours with an alternative."""
 
     what: str
     """What is measured, on which data."""
     against: str
-    """The alternative."""
+    """The alternative that ours is compared with."""
     ours: float
-    """In `unit`; over several rounds, the geometric mean."""
+    """Our figure in `unit`; over several rounds, the geometric mean."""
     theirs: float
     unit: str
     ratio: float
@@ -90,7 +90,7 @@ class Report:
     seed: int
     rows: tuple[Row, ...]
     module: str = ""
-    """What gives it, after `python -m benchmarks.`; its name if empty."""
+    """Module that makes the report, after `python -m benchmarks.`; if empty, `name`."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Report:
@@ -122,13 +122,13 @@ def interleave(arms: Mapping[str, Callable[[], Measured]], rounds: int, seed: in
         arms: Name to a function that runs the arm once and says what it measured. It prepares and cleans up outside
             what it times.
         rounds: How often each arm runs, at least twice; the n-th results of all arms belong together.
-        seed: Decides about the order, which is another one in each round: no arm always follows the same one.
+        seed: Seed of the order, which differs from round to round: no arm always follows the same one.
     """
     generator = np.random.default_rng(seed)
     order = [name for _ in range(rounds) for name in generator.permutation(list(arms)).tolist()]
     results: dict[str, list[Measured]] = {name: [] for name in arms}
-    # Hundreds of thousands of objects of all the modules that a benchmark imports: the collector would go through them
-    # at a moment of its choice, on the time of whichever arm runs then.
+    # The modules that a benchmark imports leave hundreds of thousands of objects. Otherwise the garbage collector would
+    # go through them at any moment, and slow down the arm that runs then.
     gc.collect()
     gc.freeze()
     try:
@@ -164,7 +164,7 @@ def compare(
 def exact(
     what: str, against: str, ours: float, theirs: float, unit: str, goal: Goal | None = None, note: str = ""
 ) -> Row:
-    """A row of two numbers in which there is no chance."""
+    """A row of two exact numbers, whose interval has no width."""
     ratio = ours / theirs
     return judged(what, against, (ours, theirs), unit, ratio, (ratio, ratio), goal, note)
 
@@ -199,7 +199,7 @@ def machine(processes: int = 1) -> dict[str, Any]:
     """The machine, with a name that is good for a file.
 
     Args:
-        processes: How many the benchmark uses.
+        processes: Processes that the benchmark uses.
     """
     found = hardware(processes)
     model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
@@ -223,10 +223,10 @@ def publish(report: Report, out: Path | None, quick: bool) -> Path:
         report: What was found.
         out: Folder for `<name>.json`. If not given, a full run goes to the committed results, under the name of the
             hardware, and a quick one, whose figures are rough, to `runs/benchmarks`.
-        quick: Which of both it was.
+        quick: Whether it was a quick run.
 
     Returns:
-        The file.
+        The path of the JSON file.
     """
     print_table(report)
     committed = out is None and not quick
@@ -262,5 +262,5 @@ def print_table(report: Report) -> None:
 
 
 def _short(value: float) -> str:
-    """Three digits that count, and all those before the point."""
+    """A number with three significant digits, and all digits before the point."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in two calls of under eight minutes each on one H100 or H200 with 16 cores:
+# Measurements that need a GPU, in two calls of under eight minutes each on one H100 or H200 with 16 cores:
 #   benchmarks/gpu.sh 1 OUT    every path once; extraction
 #   benchmarks/gpu.sh 2 OUT    prediction, compilation, training
-# OUT gets HARDWARE-gpu-CALL.jsonl, a line for each number as soon as it is known, and gpu-CALL.log. `--dry` behind it
+# OUT gets HARDWARE-gpu-CALL.jsonl, a line for each number as soon as it is known, and gpu-CALL.log. `--dry` after OUT
 # rehearses a call on the CPU in a minute. Needs neither network nor weights: what cannot be installed there, this project
 # among it, is taken from wheels in .whl/.
 set -euo pipefail
@@ -24,5 +24,5 @@ if compgen -G '.whl/*.whl' >/dev/null; then
   "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" .whl/*.whl >&2
   export PYTHONPATH=$site
 fi
-# All that is said goes to the log as well; stdout has the path of the results alone.
+# Messages go to the log as well; stdout has only the path of the results.
 "$python" -m benchmarks gpu --call "$call" --out "$out" "$@" 2> >(tee "$out/gpu-$call.log" >&2)

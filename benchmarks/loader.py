@@ -64,7 +64,7 @@ def loader(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path:
     Args:
         quick: Fewer photos and rounds, in 90 seconds on two cores; starting the workers then weighs more.
         out: Folder for loader.json; benchmarks/results if not given, or runs/benchmarks with --quick.
-        seed: Decides about the scenes and the order of measuring.
+        seed: Seed of the scenes and of the order of measuring.
     """
     plan = QUICK if quick else FULL
     datasets.disable_progress_bars()
@@ -121,7 +121,7 @@ def measure(shards: Shards, plan: Plan, seed: int) -> tuple[Row, ...]:
 
 
 def views_of(data: bytes, side: int) -> torch.Tensor:
-    """What the other readers call of ours."""
+    """The project's views of a photo, for the other readers to call."""
     return prepare(data, InputSpec(side))["views"]
 
 
@@ -148,7 +148,7 @@ def core_seconds() -> float:
 
 
 def by_key(batches: Iterable[peers.Batch]) -> dict[str, torch.Tensor]:
-    """Key to views."""
+    """The views of each photo, by its key."""
     return {key: views for batch in batches for key, views in zip(*batch, strict=True)}
 
 

@@ -68,9 +68,9 @@ class BareLoop:
         return total
 
     def estimate(self, number: int, batch: Batch, *, keep_all: bool) -> None:
-        """Take an estimate of the Hessian's diagonal into Sophia's mean; one that isn't finite is left out.
+        """Add an estimate of the Hessian's diagonal to Sophia's mean; one that isn't finite is left out.
 
-        Nothing in it is random but the probes or the drawn labels: no dropout, no exploration.
+        Only the probes or the drawn labels are random: there is no dropout and no exploration.
         """
         assert isinstance(self.optimizer, Sophia)
         self.optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Whether ZeRO stage, sharded experts, processes and accumulation change what is computed: the whole matrix.
+"""Checks whether ZeRO stage, sharded experts, processes and accumulation change what is computed: the whole matrix.
 
 Nothing here is timed, and nothing is measured twice: the engine gives the same digits every time. A row says how far
 the losses of all steps are from those of a bare PyTorch loop of one process, as a share of what is allowed.
@@ -47,7 +47,7 @@ def matrix(processes: tuple[int, ...], optimizer: str = "adamw") -> Iterator[Cel
         for stage in (0, 1, 2) if optimizer == "sophia_h" else (0, 1, 2, 3):
             for sharding in (size for size in (1, 2, 4) if count % size == 0):
                 for accumulation in (1, 2):
-                    # Refused with clipping: DeepSpeed's norm is another one there.
+                    # With clipping this is refused, since DeepSpeed would use another norm.
                     clip = not (stage == 0 and sharding > 1)
                     yield Cell(stage, sharding, count, accumulation, clip=clip, optimizer=optimizer)
 

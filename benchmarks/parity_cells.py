@@ -81,7 +81,7 @@ class Cell:
     optimizer: str = "adamw"
     """`optim.name`."""
     precision: str = "fp32"
-    """What the weights have in the forward and backward pass."""
+    """Precision of the weights in the forward and backward pass."""
 
     def __str__(self) -> str:
         experts = f"experts over {self.sharding}" if self.sharding > 1 else "whole experts"
@@ -96,14 +96,15 @@ class Curve:
     losses: np.ndarray
     """[steps, 1 + terms]: the loss and each of its terms, over all ranks."""
     norms: np.ndarray
-    """[steps], of the global gradient before clipping; NaN where nobody knows it (shared experts under ZeRO-0)."""
+    """[steps]: norm of the global gradient before clipping; NaN where it is unknown (shared experts under ZeRO-0)."""
     hessian: dict[str, np.ndarray] = field(default_factory=dict)
-    """With Sophia, what the first estimate left of the Hessian's diagonal, by parameter."""
+    """With Sophia, the mean of the Hessian's diagonal after the first estimate, by parameter."""
 
     def difference(self, other: Curve) -> float:
         """Largest difference of any loss, term or norm of any step, relative to the other value or to 0.05.
 
-        The disagreement of views that nearly agree is the small difference of numbers around 1, in 32 bits.
+        Small values are compared with 0.05, since some, such as the disagreement of views that nearly agree, are small
+        differences of numbers around 1 in 32 bits.
         """
         ours, theirs = (np.column_stack([curve.losses, curve.norms]) for curve in (self, other))
         return float(np.nanmax(np.abs(ours - theirs) / np.maximum(np.abs(theirs), SMALL)))
@@ -112,9 +113,9 @@ class Curve:
         """Largest difference in the Hessian's diagonal of any parameter, relative to that parameter's largest value.
 
         Args:
-            other: To compare with.
-            single: Look at the parameters that are one number, or else at all others. The curvature of one is a sum
-                over all photos and views whose parts nearly cancel, with no larger neighbour to be compared with.
+            other: The curve to compare with.
+            single: Look at the parameters that are one number, or else at all others. The curvature of such a parameter
+                is a sum over photos and views whose parts nearly cancel, and there is no larger value to compare with.
         """
         assert self.hessian.keys() == other.hessian.keys()
         found = [
@@ -264,7 +265,7 @@ def train_all(cells: Sequence[Cell]) -> list[Curve]:
     """All cells in turn, each with an engine of its own."""
     linear, curves = torch.nn.functional.linear, []
     for cell in cells:
-        torch.nn.functional.linear = linear  # ZeRO-3 leaves one of its own, whose last digits differ
+        torch.nn.functional.linear = linear  # ZeRO-3 leaves its own function there, whose last digits differ
         with tempfile.TemporaryDirectory(prefix="roadwork-parity-") as place:
             curves.append(train(cell, Path(place) / "deepspeed.json"))
     return curves
@@ -295,7 +296,7 @@ def make_trainer(cell: Cell, settings_file: Path) -> Trainer:
 
 
 def take_steps(cell: Cell, trainer: Trainer) -> Curve:
-    """From where the trainer stands to the last step."""
+    """Take the steps from the trainer's present one to the last."""
     hessian: dict[str, np.ndarray] = {}
     losses, norms = [], []
     for step in range(trainer.state.step, STEPS):
@@ -315,13 +316,13 @@ def take_steps(cell: Cell, trainer: Trainer) -> Curve:
 
 
 def micro_batches(cell: Cell, trainer: Trainer, step: int) -> list[Batch]:
-    """What this rank sees of an optimizer step."""
+    """This rank's micro-batches of an optimizer step."""
     micro, mine = trainer.batching.micro_batch_size, range(trainer.rank, BATCH, cell.processes)
     return [batch(step, mine[i * micro : (i + 1) * micro], trainer.model) for i in range(cell.accumulation)]
 
 
 def ds_settings(cell: Cell) -> dict[str, Any]:
-    """The project's own file of the stage.
+    """The settings of the project's own DeepSpeed file for the cell's stage.
 
     Under ZeRO-3 every parameter of this model is below the size from which one is cut into pieces. So all are cut here,
     except in a run that goes back: parameters that stay whole between the steps have to go back too.

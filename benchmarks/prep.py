@@ -62,7 +62,7 @@ PEERS = (
      "from_generator with the bytes, to_parquet and SHA-256: less than push_to_hub does"),
     ("tar", "tarfile script", None, "one tar, written as it is read: neither splits, clusters, weights nor an index"),
 )  # fmt: skip
-"""The arm that ours is compared with, its name for a reader, the goal, and how it was set up."""
+"""The arms that `data_prep shard` is compared with: name, name for a reader, goal, and how the arm was set up."""
 
 
 def prep(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path:
@@ -74,7 +74,7 @@ def prep(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path:
         quick: Fewer photos and rounds, in 90 seconds on two cores; the fixed costs of a data set then weigh more than
             they do.
         out: Folder for prep.json; benchmarks/results if not given, or runs/benchmarks with --quick.
-        seed: Decides about the scenes and the order of measuring.
+        seed: Seed of the scenes and of the order of measuring.
     """
     rows = measure(QUICK if quick else FULL, seed)
     return publish(Report("prep", machine(), versions(PACKAGES), seed, rows), out, quick)
@@ -94,7 +94,7 @@ def measure(plan: Plan, seed: int) -> tuple[Row, ...]:
 
 
 def draw(photos: PhotoSet, folder: Path, seed: int) -> Path:
-    """A folder of scenes, each one other bytes, without the masks, which the other tools do not carry."""
+    """Draw a folder of scenes, no two with the same bytes, without the masks, which the other tools do not carry."""
     scenes(folder, photos.drawn, photos.size, seed=seed)
     shutil.rmtree(folder / "masks")
     with (folder / "metadata.csv").open(newline="") as stream:
@@ -119,7 +119,7 @@ def copy(folder: Path, row: dict[str, str], number: int) -> dict[str, str]:
 def compare_arms(arms: Arms, photos: PhotoSet, rounds: int, seed: int) -> list[Row]:
     """Run all arms in turns, and make a row of each comparison.
 
-    Each runs once before, untimed, so that files are in the page cache and modules are loaded.
+    Each arm runs once before, untimed, so that files are in the page cache and modules are loaded.
     """
     for arm in arms.values():
         arm()

@@ -46,7 +46,7 @@ def read_photos(folder: str, keep: bool = True) -> Iterator[dict[str, Any]]:
     """The photos of a folder with `metadata.csv`, as a script of twenty lines reads them.
 
     Args:
-        folder: Has procedural scenes.
+        folder: Folder of procedural scenes.
         keep: Yield the bytes; otherwise the path, from which `datasets` reads them again.
     """
     with Path(folder, "metadata.csv").open(newline="") as stream:
@@ -69,12 +69,12 @@ def write_parquet(folder: Path, out: Path, route: Route) -> str:
     """Make `out/photos.parquet` with `datasets`. Returns the file's SHA-256, which the hub asks for.
 
     Args:
-        folder: Has the photos.
-        out: Empty folder.
+        folder: Folder of the photos.
+        out: Empty folder for the file.
         route: "bytes" gives the photos' bytes to `from_generator`, and `to_parquet` is all. "paths" gives their paths,
             and takes the steps of `push_to_hub` up to the sending: a map over row groups embeds the bytes, then
-            `to_parquet`. "imagefolder" lets `load_dataset` read folder and table, a map look at each photo, and goes
-            on like "paths".
+            `to_parquet`. "imagefolder" lets `load_dataset` read folder and table and a map look at each photo, and then
+            does the same as "paths".
     """
     cache = str(out / "cache")
     if route == "imagefolder":

@@ -55,7 +55,7 @@ def _process(
 
 
 def join(rank: int, port: int, processes: int) -> None:
-    """Tell this process what a launcher would."""
+    """Set up this process as a launcher would, on the CPU with one thread."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **CPU_ONLY}

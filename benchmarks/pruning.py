@@ -1,9 +1,9 @@
 """View pruning on procedural scenes: MCC against the share of the backbone's FLOPs, counted and timed.
 
-A study (`benchmarks/study`, recipe `pruning`) trains heads on `scenes-tiny` to answer from any number of views. They
-are asked after the views that the pruner scores best, after random ones, the same ones for every photo, and those that
-matter most among all twelve; and in the mode `dynamic`, whose rule is calibrated on the fold's validation part. What
-pruning costs is the difference to all twelve views on the same photos.
+A study (`benchmarks/study`, recipe `pruning`) trains heads on `scenes-tiny` to answer from any number of views. The
+heads then answer from the views that the pruner scores best, from random views, from the same views for every photo,
+and from those that matter most among all twelve; and in the mode `dynamic`, whose rule is fitted on the fold's
+validation part. The cost of pruning is the difference to all twelve views on the same photos.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Plan:
     """How much is timed."""
 
     photos: int
-    """In one batch."""
+    """Photos in one batch."""
     rounds: int
 
 
@@ -57,12 +57,12 @@ FULL, QUICK = Plan(photos=32, rounds=7), Plan(photos=8, rounds=3)
 def pruning(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path:
     """Measure what view pruning saves and what it costs, for every way to choose the views.
 
-    Cut off at any moment, the same command resumes: the study is in runs/pruning.
+    If it is interrupted, the same command resumes: the study is in runs/pruning.
 
     Args:
         quick: Fewer photos, steps and heads, in 90 seconds on two cores; heads are then poor and intervals wide.
         out: Folder for pruning.json; benchmarks/results if not given, or runs/benchmarks with --quick.
-        seed: Decides about the bootstrap and the order of measuring.
+        seed: Seed of the bootstrap and of the order of measuring.
     """
     config = read_recipe("pruning")
     config = config.quick(config.plan.arms) if quick else config
@@ -84,15 +84,15 @@ def measure(config: StudyConfig, folder: Path, plan: Plan, seed: int) -> tuple[R
 
 @dataclass(frozen=True)
 class Asked:
-    """What the heads say when they are asked in one of the ways of `ask_views`."""
+    """The answers of the heads in one of the ways of `ask_views`."""
 
     answers: ArmAnswers
     views: np.ndarray
-    """How many they looked at, [seeds, photos]."""
+    """Number of views that each answer rests on, [seeds, photos]."""
 
 
 def read_views(done: Done) -> dict[str, Asked]:
-    """Every way to ask the arm `complete`, by its name in `ask_views`."""
+    """The answers of the arm `complete` in every way, by the way's name in `ask_views`."""
     complete, labels = done.answers[COMPLETE], done.photos.labels
     asked: dict[str, Asked] = {}
     for fold in done.work.of_arm[COMPLETE]:
@@ -109,7 +109,7 @@ def read_views(done: Done) -> dict[str, Asked]:
 
 
 def dynamic_rows(done: Done, asked: dict[str, Asked]) -> list[Row]:
-    """The mode `dynamic` at every stated loss: share of FLOPs and MCC."""
+    """Rows for the mode `dynamic` at every stated loss: share of FLOPs, and MCC."""
     rows, twelve = [], asked[policy_name("scored", max(KEPT))].answers
     for max_loss in MAX_LOSSES:
         name, is_stated = dynamic_name(max_loss), max_loss == STATED_LOSS
@@ -127,7 +127,7 @@ def dynamic_rows(done: Done, asked: dict[str, Asked]) -> list[Row]:
 
 
 def policy_rows(done: Done, asked: dict[str, Asked]) -> list[Row]:
-    """Every way to choose, at every number of views short of all."""
+    """Rows for every way to choose views, at every number of views below twelve."""
     twelve = asked[policy_name("scored", max(KEPT))].answers
     names = {policy_name(policy, keep): keep for keep in KEPT[:-1] for policy in POLICIES}
     return [
@@ -137,7 +137,7 @@ def policy_rows(done: Done, asked: dict[str, Asked]) -> list[Row]:
 
 
 def mcc_row(done: Done, what: str, against: str, ours: ArmAnswers, theirs: ArmAnswers, with_loss: bool = False) -> Row:
-    """MCC of both sides on the same photos; with the loss of the one against the other, which the goal is about."""
+    """A row of the MCC of both sides on the same photos; `with_loss` adds the loss, which the goal is about."""
     found = done.bootstrap.compare(ours, theirs)
     sides, interval = (POINTS * found.ours, POINTS * found.theirs), (found.ratio.low, found.ratio.high)
     row = judged(what, against, sides, "points of MCC", found.ratio.value, interval, None, done.about)
@@ -150,7 +150,7 @@ def mcc_row(done: Done, what: str, against: str, ours: ArmAnswers, theirs: ArmAn
 
 
 def spending_rows(model: RoadworkModel, config: StudyConfig, plan: Plan, seed: int) -> list[Row]:
-    """Counted FLOPs of the backbone and wall clock of the whole model, at K=8 and `dynamic`, against all views."""
+    """Rows of the backbone's counted FLOPs and the whole model's time, at K=8 and `dynamic`, against all views."""
     drawn = SceneConfig(difficulty=config.scenes["difficulty"], seed=config.scenes["seed"] + 1)
     images = [render(drawn, number).image.copy() for number in range(plan.photos)]
     photos = collate([prepare_image(image, model.config.input_spec) for image in images])
@@ -174,13 +174,13 @@ def spending_rows(model: RoadworkModel, config: StudyConfig, plan: Plan, seed: i
 
 @torch.inference_mode()
 def run_model(model: RoadworkModel, photos: Batch, pruning: str, keep: int) -> None:
-    """One forward pass in a mode."""
+    """Run one forward pass in a pruning mode."""
     model.config.pruning, model.config.keep_views = pruning, keep
     model(photos, null_metadata=True)
 
 
 def backbone_flops(work: Callable[[], None]) -> int:
-    """Counted in the frozen model alone; the first call of `work`, so it is warm afterwards."""
+    """FLOPs of the frozen model alone, counted in one call of `work`."""
     with FlopCounterMode(display=False) as counter:
         work()
     return sum(counter.get_flop_counts()["DINOv3ViTModel"].values())

@@ -1,9 +1,9 @@
 """A model of training in several processes, checked against 1, 2 and 4 of them on this machine.
 
-A step is its micro-batches, each a fixed part and a part per photo, then the optimizer, whose state is shared by the
-processes, and the collectives, by their bytes and number. One process says how long each part takes, an all-reduce what
-bytes cost, and two and four processes whether the sum is right. What the same arithmetic says of GPUs that nobody here
-has is in docs/scaling.md.
+The time of a step has three parts: the micro-batches, each a fixed part and a part per photo; the optimizer, whose
+state is divided among the processes; and the collectives, by their number and bytes. Steps of one process give the
+first two parts, an all-reduce gives the third, and two and four processes check the sum. docs/scaling.md applies the
+same arithmetic to GPUs, on which nothing was measured.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Costs:
     """Seconds of a micro-batch, whatever its size."""
     photo_s: float
     optimizer_s: float
-    """Seconds of a process alone; W processes take one W-th each."""
+    """Seconds of the optimizer in a process alone; each of W processes takes one W-th of it."""
     reduced_bytes: float
-    """Gradients of a micro-batch."""
+    """Bytes of the gradients that are reduced after each micro-batch."""
     gathered_bytes: float
-    """Weights after the step."""
+    """Bytes of the weights that are gathered after the step."""
     collectives: float
-    """How many a step with one micro-batch has."""
+    """Number of collectives in a step with one micro-batch."""
 
 
 def predict(
@@ -59,10 +59,10 @@ def predict(
     """Seconds of a step under ZeRO-2 without overlap.
 
     Args:
-        costs: What its parts cost.
-        photos: In a micro-batch.
-        accumulation: Micro-batches of a process.
-        processes: W.
+        costs: Costs of the parts of a step.
+        photos: Photos in a micro-batch.
+        accumulation: Micro-batches of each process.
+        processes: Number of processes W.
         slowdown: How much longer computing takes where processes share cores.
         bytes_per_s: Speed of an all-reduce, as the tensor's bytes over its time; a gather moves half of that.
         latency_s: Seconds of a collective that sends nothing.
@@ -89,9 +89,9 @@ def scaling(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path
     """Check a model of training in several processes against 1, 2 and 4 of them here.
 
     Args:
-        quick: One and two processes, and two rounds in the place of five.
+        quick: One and two processes, and two rounds instead of five.
         out: Folder for scaling.json; by default the committed results, or runs/benchmarks after a quick run.
-        seed: Decides about the order of measuring.
+        seed: Seed of the order of measuring.
     """
     here = CHECKED_QUICKLY if quick else CHECKED
     rows = checked(here, 2 if quick else 5, seed)
@@ -99,7 +99,7 @@ def scaling(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path
 
 
 def checked(processes_here: tuple[int, ...], rounds: int, seed: int) -> list[Row]:
-    """Steps of processes here beside what the model says of them."""
+    """Rows that compare steps on this machine with what the model predicts."""
     config = read_config(find_recipe("demo"))
     parameters = replace(count(config, scenes_tiny_config()), frozen=0)
     shapes = {processes: (MICRO, SHARE // (MICRO * processes)) for processes in processes_here}

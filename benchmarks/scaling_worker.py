@@ -42,9 +42,9 @@ class Measured:
     sent_bytes: float
     """Bytes through collectives in a step, counted once per collective and process."""
     collectives: float
-    """How many a step has."""
+    """Number of collectives in a step."""
     state_bytes: int
-    """Trained weights, gradients, optimizer state and average."""
+    """Bytes of trained weights, gradients, optimizer state and average."""
     latency_s: float
     """Seconds of the smallest all-reduce; 0 for a process alone."""
     bytes_per_s: float
@@ -68,7 +68,7 @@ def measure(config: Config, shapes: Sequence[Shape]) -> dict[Shape, Measured]:
 
 
 def time_steps(trainer: Trainer, batches: list[Batch]) -> Measured:
-    """Steps of one shape, and the price of a collective."""
+    """Time steps of one shape, and collectives."""
     seconds = []
     for number in range(WARM_UP + STEPS):
         if number == WARM_UP:
@@ -103,7 +103,7 @@ def reduction_s(elements: int) -> float:
 def held_bytes(trainer: Trainer) -> int:
     """Bytes of all storages that training keeps for its parameters between two steps.
 
-    Gradients are counted by what a backward pass makes of them: stage 2 keeps one piece in W, whole ones are gone.
+    For gradients, what a backward pass leaves is counted: at stage 2 one piece of W, and no whole gradients.
     """
     zero: Any = trainer.engine.optimizer
     pieces = zero.single_partition_of_fp32_groups

@@ -1,4 +1,4 @@
-"""What one of Sophia's estimates of the Hessian costs, and whether the form of the engine changes what it computes."""
+"""The cost of one of Sophia's estimates of the Hessian, and whether the form of the engine changes its result."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def sophia(quick: bool = False, out: Path | None = None) -> Path:
 
 
 def forms() -> list[Cell]:
-    """Every stage and placement of experts, on one process and, with accumulation, on two.
+    """Cells with every stage and placement of experts, on one process and, with accumulation, on two.
 
     `benchmarks.parity --optimizer NAME` has the whole matrix, up to four processes.
     """
@@ -67,7 +67,7 @@ def time_arms(rounds: int) -> dict[str, list[float]]:
 
 
 def make_arms(name: str) -> dict[str, Callable[[], float]]:
-    """A step, and an estimate, on an engine of its own."""
+    """Functions that time a step and an estimate, on an engine of their own."""
     config = read_config(find_recipe("demo"))
     config.model.pruning, config.optim = "off", OptimConfig(name=name)
     config.train.batch_size = config.train.micro_batch_size = PHOTOS

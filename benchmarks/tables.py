@@ -13,7 +13,7 @@ from pipeline.progress import say
 PAGE = ROOT / "docs" / "results.md"
 UP = "../"  # from the page to the project's root
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n)(.*?)(<!-- /results:\2 -->)", flags=re.DOTALL)
-NUMBERS = range(2, 6)  # columns that are set flush right
+NUMBERS = range(2, 6)  # columns that are aligned right
 
 
 def tables(page: Path = PAGE, results: Path = RESULTS) -> Path:

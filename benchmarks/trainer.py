@@ -42,11 +42,11 @@ class Plan:
 
     images: int
     steps: int
-    """In a round."""
+    """Steps in a round."""
     rounds: int
     """How often the trainer and the bare loop take turns in one process."""
     starts: int
-    """How often each other arm is started in a process of its own, two rounds long."""
+    """How often each other arm is started, in a process of its own and for two rounds."""
 
 
 FULL = Plan(images=400, steps=25, rounds=8, starts=4)
@@ -60,7 +60,7 @@ def trainer(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path
     Args:
         quick: Fewer photos, steps and rounds, in 90 seconds on two cores.
         out: Folder for trainer.json; benchmarks/results if not given, or runs/benchmarks with --quick.
-        seed: Decides about the scenes and the order of measuring.
+        seed: Seed of the scenes and of the order of measuring.
     """
     plan = QUICK if quick else FULL
     with tempfile.TemporaryDirectory(prefix="roadwork-trainer-") as place:
@@ -69,7 +69,7 @@ def trainer(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path
 
 
 def measure(plan: Plan, folder: Path, seed: int) -> tuple[Row, ...]:
-    """All rows."""
+    """All rows of the benchmark."""
     prepare(plan, folder, seed)
     on = f"head of {RECIPE}, cached {KIND}, CPU"
     taken = run_apart(time_arm, 1, folder, "overhead", plan.steps, plan.rounds)
@@ -85,7 +85,7 @@ def measure(plan: Plan, folder: Path, seed: int) -> tuple[Row, ...]:
 
 
 def prepare(plan: Plan, folder: Path, seed: int) -> None:
-    """Scenes, shards, their cache and the recipe that all arms train."""
+    """Make scenes, shards, their feature cache, and the recipe that all arms train."""
     scenes(folder / "photos", plan.images, "1024x768", seed=seed)
     shard(folder / "photos", folder / "shards", val_share=0.0, test_share=0.0, splits="random")
     make_cache(str(folder / "shards"), folder / "cache", recipe=RECIPE, model=ModelChoice(), device="cpu")

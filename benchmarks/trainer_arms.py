@@ -28,7 +28,7 @@ from pipeline.training.run_folder import RunFolder
 RECIPE, BATCH = "demo", 32
 WARM_UP_STEPS = 4
 Arm = Callable[[int], list[float]]
-"""Takes so many steps, and says how many seconds each took; two numbers where two loops take turns."""
+"""Takes a number of steps, and returns the seconds per step; two numbers where two loops take turns."""
 
 
 def time_arm(folder: Path, arm: str, steps: int, rounds: int) -> list[list[float]]:
@@ -51,13 +51,13 @@ def open_train(config: Config) -> TrainLoader:
 
 
 def build_trainer(config: Config, folder: Path) -> Trainer:
-    """A trainer as `accelerate_configs/cpu_1.yaml` starts one, that logs, and neither validates nor saves."""
+    """A trainer as `accelerate_configs/cpu_1.yaml` starts one, which logs, and neither validates nor saves."""
     loader, run = open_train(config), RunFolder(folder)
     run.path.mkdir(parents=True, exist_ok=True)
     file, schedule = find_deepspeed("ds_configs/zero0.json"), plan_schedule(config, loader.samples)
     trainer = make_trainer(config, build_model(config), file, schedule, loader=loader, folder=run)
     trainer.checkpoints = None
-    trainer.state.best = {"step": 0}  # or else the weights would be exported at the end of each round
+    trainer.state.best = {"step": 0}  # without it the weights would be exported at the end of each round
     return trainer
 
 
@@ -85,7 +85,7 @@ def ours(config: Config, folder: Path) -> Arm:
 
 
 def overhead(config: Config, folder: Path) -> Arm:
-    """The trainer and the bare loop, each time the other one first."""
+    """The trainer and the bare loop in turns; which of them comes first alternates."""
     trainer, order = build_trainer(config, folder), [trainer_seconds, bare_seconds]
 
     def both(steps: int) -> list[float]:
@@ -118,7 +118,7 @@ def hugging_face(config: Config, folder: Path) -> Arm:
 
 
 def arguments_of(samples: list[Batch]) -> dict[str, Any]:
-    """What the model's forward pass is given for some samples."""
+    """The arguments of the model's forward pass for some samples."""
     return {"batch": collate(samples), "with_loss": True}
 
 

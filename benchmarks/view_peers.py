@@ -1,4 +1,4 @@
-"""Twelve views as they are cut with Pillow alone, and readers of the same tars with `webdataset` and `datasets`."""
+"""Twelve views cut with Pillow alone, and readers of the same tars with `webdataset` and `datasets`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from pipeline.data.views import view_boxes
 
 Cut = Callable[[bytes], torch.Tensor]
-"""The file of a photo to its views, uint8 [12, 3, S, S]."""
+"""Makes views uint8 [12, 3, S, S] from the bytes of a photo's file."""
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1."""
 Batch = tuple[Sequence[str], torch.Tensor]
@@ -50,7 +50,7 @@ def webdataset_pillow(tars: list[Path], side: int, batch_size: int, workers: int
 
 
 def webdataset_with(tars: list[Path], cut_views: Cut, batch_size: int, workers: int) -> Iterator[Batch]:
-    """The same, with the bytes given to another function."""
+    """A `webdataset` pipeline that lets `cut_views` make the views from the photo's bytes."""
     samples = open_tars(tars).map(lambda sample: (sample["__key__"], cut_views(sample["jpg"])))
     yield from DataLoader(samples.batched(batch_size), batch_size=None, num_workers=workers)
 
@@ -67,7 +67,7 @@ def datasets_pillow(tars: list[Path], side: int, batch_size: int, workers: int) 
 
 
 def datasets_with(tars: list[Path], cut_views: Cut, batch_size: int, workers: int) -> Iterator[Batch]:
-    """The same, with the bytes given to another function."""
+    """A stream of `datasets` that lets `cut_views` make the views from the photo's bytes."""
     rows = stream_tars(tars).cast_column("jpg", datasets.Image(decode=False))
     rows = rows.map(lambda row: {"key": row["__key__"], "views": cut_views(row["jpg"]["bytes"])})
     yield from batches_of(rows, batch_size, workers)
@@ -80,6 +80,6 @@ def stream_tars(tars: list[Path]) -> Any:
 
 
 def batches_of(rows: Any, batch_size: int, workers: int) -> Iterator[Batch]:
-    """What is read of a stream, with the columns that the views were made of left out."""
+    """Batches of a stream, without the columns that the views were made from."""
     for batch in DataLoader(rows.select_columns(["key", "views"]), batch_size, num_workers=workers):
         yield batch["key"], batch["views"]

@@ -1,7 +1,7 @@
 """Speed and fidelity of `pipeline.data.dataset.prepare`, from the bytes of a JPEG to twelve views, on one core.
 
-Against Pillow, and against the least that any way must do: decode the photo, and resize it once. Fidelity is that of
-the worst of the twelve views of each photo, against Pillow's Lanczos resize of that view from the photo.
+It is compared with Pillow, and with the least work that any way must do: decode the photo, and resize it once. The
+fidelity of a photo is that of its worst view, against Pillow's Lanczos resize of the same view from the photo.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Plan:
 
     size: str
     photos: int
-    """At most so many of each kind."""
+    """Largest number of photos of each kind."""
     rounds: int
 
 
@@ -57,11 +57,11 @@ class PhotoSet:
     kind: str
     files: list[bytes]
     floor_goal: Goal
-    """How near to decoding and one resize ours must be; real photos have fewer pixels, so the views weigh more."""
+    """Goal for our time against decoding and one resize; real photos have fewer pixels, so the views weigh more."""
 
     @property
     def half_side(self) -> int:
-        """The largest view side up to `SIDE` at which all of them may be decoded at half scale."""
+        """The largest view side up to `SIDE` at which all photos may be decoded at half scale."""
         shortest = min(min(probe(data)) for data in self.files) // 2
         return min(SIDE, int(shortest / CANVAS_RATIO) // 16 * 16)
 
@@ -73,7 +73,7 @@ def views(quick: bool = False, out: Path | None = None, photos: Path | None = No
         quick: Fewer photos and rounds, in 90 seconds on two cores.
         out: Folder for views.json; benchmarks/results if not given, or runs/benchmarks with --quick.
         photos: Folder of real JPEG photos of 4 megapixels or more to measure on, beside procedural ones.
-        seed: Decides about the scenes and the order of measuring.
+        seed: Seed of the scenes and of the order of measuring.
     """
     plan = QUICK if quick else FULL
     sets = [draw(plan, seed)]
@@ -87,7 +87,7 @@ def views(quick: bool = False, out: Path | None = None, photos: Path | None = No
 
 
 def draw(plan: Plan, seed: int) -> PhotoSet:
-    """Procedural scenes."""
+    """Draw procedural scenes as JPEG files."""
     with tempfile.TemporaryDirectory(prefix="roadwork-views-") as place:
         scenes(Path(place), plan.photos, plan.size, seed=seed, workers=1)
         files = [path.read_bytes() for path in sorted((Path(place) / "images").iterdir())]
@@ -95,10 +95,10 @@ def draw(plan: Plan, seed: int) -> PhotoSet:
 
 
 def read(folder: Path, plan: Plan) -> PhotoSet:
-    """The first large photos of a folder and those below it.
+    """The first large photos of a folder and its sub-folders.
 
     Raises:
-        UserError: There are none.
+        UserError: There are no large photos.
     """
     found = (path.read_bytes() for path in sorted(folder.rglob("*.jpg")))
     files = [data for data in found if np.prod(probe(data)) >= LEAST_PIXELS][: plan.photos]
@@ -139,7 +139,7 @@ def measure(photos: PhotoSet, rounds: int, seed: int) -> list[Row]:
 
 
 def seconds(photos: PhotoSet, work: Callable[[bytes], object], repeats: int = 1) -> float:
-    """Time that a photo takes of the core."""
+    """Core time per photo, in seconds."""
 
     def run() -> None:
         for _ in range(repeats):
@@ -150,7 +150,7 @@ def seconds(photos: PhotoSet, work: Callable[[bytes], object], repeats: int = 1)
 
 
 def halved(side: int) -> InputSpec:
-    """What is measured as half scale."""
+    """The input spec that is measured as half scale."""
     return InputSpec(side, decode_scale="half")
 
 
@@ -161,7 +161,7 @@ def decode_and_resize(data: bytes, side: int) -> torch.Tensor:
 
 
 def fidelity(what: str, photos: PhotoSet, spec: InputSpec, floor_db: float) -> Row:
-    """How close each photo's worst view is to Pillow's, against what is asked for."""
+    """A row of how close each photo's worst view is to Pillow's, against the goal."""
     per_view = np.array([view_psnr(data, spec) for data in photos.files])
     worst = per_view.min(axis=1)
     note = (

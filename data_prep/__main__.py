@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.cli import commands
+from pipeline.errors import typed
 
 COMMANDS = {
     "scenes": "data_prep.scenes.data_set:scenes",
@@ -15,4 +16,4 @@ COMMANDS = {
 }
 
 if __name__ == "__main__":
-    raise SystemExit(commands(COMMANDS, prog="python -m data_prep", description="Prepare photos for training."))
+    raise SystemExit(commands(COMMANDS, prog=typed("prep"), description="Prepare photos for training."))

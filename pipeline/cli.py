@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from pipeline.errors import UserError, run
+from pipeline.errors import UserError, run, typed
 from pipeline.progress import silence_libraries
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help of a dataclass field
@@ -63,19 +63,24 @@ def explain(message: str, known: list[str]) -> str:
     return f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
 
 
-def command(function: Command) -> int:
-    """Run a function with the arguments in `sys.argv`, as the module that Python started; returns the exit status."""
+def command(function: Command, word: str | None = None) -> int:
+    """Run a function with the arguments in `sys.argv`, as the module that Python started; returns the exit status.
+
+    Args:
+        function: The function, whose signature is the command line.
+        word: The word of `pipeline.__main__` that runs it; None if there is none.
+    """
     started = sys.modules["__main__"].__spec__
-    name = started.name.removesuffix(".__main__") if started else function.__name__
-    return run(lambda: _call(function, sys.argv[1:], f"python -m {name}"))
+    module = started.name.removesuffix(".__main__") if started else function.__name__
+    return run(lambda: _call(function, sys.argv[1:], typed(word) if word else f"python -m {module}"))
 
 
 def commands(places: dict[str, str], prog: str, description: str) -> int:
     """Run the function that the first word of `sys.argv` names; returns the exit status.
 
     Args:
-        places: Each function as `package.module:function`, by its word. Only the one that is run is imported, inside
-            of `run`, so that an interrupted import ends like any other work.
+        places: Each function as `package.module:function`, by its word. Only the function that is run is imported,
+            inside `run`, so that an interrupted import ends like any other work.
         prog: What the user typed before the word.
         description: One line about the commands.
     """

@@ -12,13 +12,15 @@ from urllib.parse import urlsplit
 import yaml
 
 from pipeline.cli import Parser, underscored
-from pipeline.errors import UserError, above, at_least, check_fields, in_range, one_of, require
+from pipeline.errors import UserError, above, at_least, check_fields, in_checkout, in_range, one_of, require
 from pipeline.model.config import DECODE_SCALES, InputSpec, LossConfig, ModelConfig
 from pipeline.optim.config import OptimConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "pipeline" / "recipes"
-ACCELERATE_CONFIGS = ROOT / "accelerate_configs"
+# Folder of accelerate_configs and ds_configs; a wheel has them in the package, since others share site-packages.
+CONFIGURATIONS = ROOT if in_checkout() else ROOT / "pipeline"
+ACCELERATE_CONFIGS = CONFIGURATIONS / "accelerate_configs"
 SAMPLING = ("weighted", "uniform")
 PRECISIONS = ("auto", "bf16", "fp32")
 # Keys that a resumed run may change: none of them changes what is computed.
@@ -48,7 +50,7 @@ class DataConfig:
     """Folder with index.json and the tars, or its URL: `s3://`, `gs://`, or any other that fsspec knows."""
     features: str = ""
     """Folder of a feature cache, or its URL: train and validate from the backbone's tokens in it instead of the photos.
-    `./launch.sh prep features` makes one; if empty, every step computes its tokens."""
+    `prep features` makes one; if empty, every step computes its tokens."""
     decode_scale: str = "full"
     """`half` decodes a JPEG at half its size where that is still as large as the views' canvas: 30 % less time, at a
     quality that `python -m benchmarks.views` measures; `full` decodes every pixel."""
@@ -63,7 +65,8 @@ class DataConfig:
     augment_share: float = 0.0
     """Share of training samples that are a mild copy of the photo: a part of it, perhaps mirrored, in another light."""
     streetvision_share: float = 0.0
-    """Share of training samples as the live client sends them: 224 px at one of its four levels, without metadata."""
+    """Share of training samples in the older form of the NATIX challenge, which stopped sending work in May 2026:
+    224 px, at one of four levels of degradation, without metadata."""
     allow_leaks: bool = False
     """Train on metadata fields even if they leak the label according to the shards' index."""
     workers: int = 4
@@ -90,7 +93,8 @@ class TrainConfig:
     epochs: int = 30
     """Passes over `data.epoch_share` of the training split."""
     batch_size: int = 64
-    """Samples per optimizer step, over all processes: the world size changes the speed, not the run."""
+    """Samples per optimizer step, over all processes. Without `data.streaming` the world size does not change which
+    samples a step has; it changes the speed, and the random draws of dropout, mixup and exploration."""
     micro_batch_size: int = 16
     """Largest number of samples of one process in one forward pass; accumulation follows from it."""
     expert_parallel: int = 1
@@ -158,7 +162,7 @@ class CheckpointConfig:
     keep: int = 2
     """Latest checkpoints kept, besides the one with the best validation."""
     keep_every: int = 0
-    """Checkpoints of steps that this divides are kept for good; 0 keeps none for good."""
+    """Checkpoints whose step is a multiple of this are kept for good; 0 keeps none for good."""
     sync: str = ""
     """URL to which finished checkpoints are copied in the background: `s3://`, `gs://`, `file://`, or any other that
     fsspec knows. If it has a newer checkpoint than the run folder, the run resumes from that. Empty copies nothing."""
@@ -277,6 +281,15 @@ def find_recipe(name: str | None) -> Path:
     if not path.is_file():
         raise UserError(f"there is no recipe {name!r}; there are {', '.join(known)}, or name a YAML file")
     return path
+
+
+def find_configuration(path: Path) -> Path:
+    """The path of a configuration for accelerate or DeepSpeed, such as `ds_configs/zero2.json`.
+
+    A relative path is looked up from the working directory first, then among the project's own.
+    """
+    own = CONFIGURATIONS / path
+    return own if own.exists() and not path.exists() else path
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,9 @@ def may_use_gpu() -> bool:
 
 
 def uses_gpu() -> bool:
-    """Whether this process computes on a GPU."""
+    """Whether this process computes on a GPU. Imports torch only on a machine that may have one."""
+    if not may_use_gpu():
+        return False
     import torch
 
     return torch.cuda.is_available()
@@ -75,8 +78,9 @@ def refuse_idle_gpu(flag: str = "--cpu") -> None:
         reason = str(error).strip().splitlines()[0].rstrip(".")
     raise UserError(
         f"this machine has a GPU that torch {torch.__version__} cannot use ({reason}); update the driver, or install a "
-        "torch that fits it (`.venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126` "
-        f"has CUDA 12), or give {flag}, or set DS_ACCELERATOR=cpu, to compute on the CPU"
+        f"torch that fits it (`{sys.executable} -m pip install torch==2.13.0 --index-url "
+        f"https://download.pytorch.org/whl/cu126` has CUDA 12), or give {flag}, or set DS_ACCELERATOR=cpu, to compute "
+        "on the CPU"
     )
 
 
@@ -95,5 +99,5 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise UserError(f"--device is {name!r}, which is not to be had here; use auto or cpu") from error
+        raise UserError(f"--device is {name!r}, which this machine does not have; use auto or cpu") from error
     return device

@@ -24,7 +24,7 @@ def doctor(
     """Check machine, installation, configurations and data, and say what a recipe would do.
 
     Args:
-        recipe: A name in pipeline/recipes, or a YAML file; `--recipe` may be left out before it.
+        recipe: A recipe's name, or a YAML file; `--recipe` may be left out before it.
         shards: Folder of shards, or its URL; by default the recipe's.
         out: Folder for summary.json; by default a temporary one.
         config_file: An accelerate configuration; by default chosen by this machine's hardware.
@@ -45,7 +45,7 @@ def doctor(
         config.data.shards = str(shards)
     findings, engine = check(config, config_file, num_machines, num_processes, gpu_gib)
     print_findings(findings)
-    say(f"the engine gets: {json.dumps(engine)}" if engine else "no engine can be made of this")
+    say(f"the engine gets: {json.dumps(engine)}" if engine else "there are no engine settings; the table says why")
     folder = out or Path(tempfile.mkdtemp(prefix="roadwork-doctor-"))
     values = {"recipe": recipe, "findings": [vars(finding) for finding in findings], "deepspeed": engine}
     summary = write_summary(folder, values)
@@ -58,4 +58,4 @@ def doctor(
 if __name__ == "__main__":
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         sys.argv.insert(1, "--recipe")
-    raise SystemExit(command(doctor))
+    raise SystemExit(command(doctor, "doctor"))

@@ -52,7 +52,7 @@ def early_exit(
     folder = RunFolder.open(run)
     model = folder.load_model(pick_device(device))
     if model.encoder.pruner is None:
-        raise UserError(f"the head {model.config.head!r} of {run} prunes no views, so there is nothing to calibrate")
+        raise UserError(f"the head {model.config.head!r} of {run} prunes no views; name a run with the head 'roadwork'")
     config = folder.config()
     loader = open_validation(model, shards or config.data.shards, features, config.data.features, batch_size, workers)
     found = fit_dynamic(model, loader, max_loss) if pruning == "dynamic" else fit_fixed(model, loader)
@@ -62,4 +62,4 @@ def early_exit(
 
 
 if __name__ == "__main__":
-    raise SystemExit(command(early_exit))
+    raise SystemExit(command(early_exit, "early-exit"))

@@ -21,6 +21,9 @@ EXIT_AUDIT = 3
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, running again resumes
 
 RANK_ZERO_FIRST_S = 3.0
+LOST_PEER_FIRST_S = 2.0
+
+LAUNCH_SH = Path(__file__).resolve().parents[1] / "launch.sh"
 
 # A worker's own exit status does not survive `accelerate launch`, so it is written to this file too.
 STATE_FILE_VARIABLE = "ROADWORK_STATE_FILE"
@@ -38,6 +41,16 @@ FIXABLE_ERRNOS = frozenset(
 
 # Messages of gloo and NCCL after another process of the run has ended, whose own error is the one that matters.
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset) by peer|[Bb]roken pipe|remote process exited|socketTest")
+
+
+def in_checkout() -> bool:
+    """Whether this is a checkout of the project, which has launch.sh, and not an installed wheel."""
+    return LAUNCH_SH.is_file()
+
+
+def typed(words: str) -> str:
+    """A command as the user types it: `./launch.sh WORDS` in a checkout, `roadwork WORDS` from an installed wheel."""
+    return f"{'./launch.sh' if in_checkout() else 'roadwork'} {words}"
 
 
 class UserError(ValueError):
@@ -135,6 +148,7 @@ def run(main: Callable[[], Path | str | None]) -> int:
             raise
         # Not the run's outcome: the launcher knows how the other rank ended, and may restart all of them.
         print(f"rank {os.environ.get('RANK', '0')} lost the connection to another rank", file=sys.stderr, flush=True)
+        time.sleep(LOST_PEER_FIRST_S)  # the rank that failed first is to be the first whose end the launcher sees
         return EXIT_FAILED
     if os.environ.get("RANK", "0") != "0":
         if status == EXIT_OK:

@@ -34,9 +34,10 @@ def evaluate(
             the cache that the run was trained from, if it still exists and is of these shards.
         baseline: Another evaluated run on the same shards, such as one of a baseline head, to show beside this one.
         splits: Splits to measure. Without `val`, the cut is that of an earlier evaluation or of training.
-        profile: `native` measures the photos as they are; `streetvision` as the live client would send them, 224 px at
-            one of its four levels and without metadata. Its cut, summary, predictions and report are in
-            RUN/streetvision, and a native report that is written later shows its scores too.
+        profile: `native` measures the photos as they are; `streetvision` as the NATIX challenge sent them in its older
+            form: 224 px, at one of four levels of degradation, without metadata. (It stopped sending work in May 2026.)
+            The profile `streetvision` has its own cut, summary, predictions and report in RUN/streetvision, and a
+            native report that is written later shows its scores too.
         batch_size: Photos in one forward pass.
         workers: Processes that read, decode and cut views; 0 does it in this one.
         device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
@@ -50,8 +51,8 @@ def evaluate(
     native = profile == "native"
     if features and not native:
         raise UserError(
-            f"--features is {features!r}, but a feature cache holds what the live client sends of training photos "
-            "alone; leave --features out with --profile streetvision"
+            f"--features is {features!r}, but a feature cache holds `streetvision` copies of training photos only; "
+            "leave --features out with --profile streetvision"
         )
     import pandas as pd  # takes seconds, which --help should not wait for
 
@@ -102,4 +103,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    raise SystemExit(command(evaluate))
+    raise SystemExit(command(evaluate, "evaluate"))

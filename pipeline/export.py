@@ -64,4 +64,4 @@ def export(run: Path, *, out: Path | None = None, half: bool = False) -> Path:
 
 
 if __name__ == "__main__":
-    raise SystemExit(command(export))
+    raise SystemExit(command(export, "export"))

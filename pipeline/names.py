@@ -28,5 +28,6 @@ MASK_CLASSES = (
     "construction equipment",
 )
 LABEL_NAMES = {0: "None", 1: "Roadwork"}
-# What an evaluation measures: photos as they are, or as the live client sends them.
+# What an evaluation measures: photos as they are, or as the NATIX challenge sent them in its older form (224 px, at one
+# of four levels of degradation, without metadata). The challenge stopped sending work in May 2026.
 Profile = Literal["native", "streetvision"]

@@ -69,4 +69,4 @@ def predict(
 
 
 if __name__ == "__main__":
-    raise SystemExit(command(predict))
+    raise SystemExit(command(predict, "predict"))

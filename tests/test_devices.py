@@ -140,7 +140,7 @@ def test_a_gpu_that_torch_uses_is_not_idle(machine):
 
 
 def test_a_device_that_is_not_to_be_had_is_one_sentence():
-    with pytest.raises(UserError, match="--device is 'gpu', which is not to be had here; use auto or cpu"):
+    with pytest.raises(UserError, match="--device is 'gpu', which this machine does not have; use auto or cpu"):
         pick_device("gpu")
     assert pick_device("cpu") == torch.device("cpu")
 

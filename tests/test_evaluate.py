@@ -249,7 +249,7 @@ def test_a_cache_that_does_not_fit_is_passed_over_with_a_word_and_refused_when_a
 
 @pytest.fixture(scope="module")
 def sent(evaluated, tmp_path_factory):
-    """The evaluated run, evaluated once more on what the live client would send."""
+    """The evaluated run, evaluated once more in the profile `streetvision`."""
     run = shutil.copytree(evaluated[0], tmp_path_factory.mktemp("sent") / "run")
     path = evaluate(run, profile="streetvision", workers=0)
     assert path == (run / "streetvision" / "summary.json").resolve()
@@ -306,13 +306,13 @@ def test_each_profile_has_a_report_and_a_later_native_one_shows_both(sent, evalu
 def test_scores_on_other_shards_are_not_shown_beside_these(sent, tmp_path, capsys):
     run = shutil.copytree(sent[0], tmp_path / "run")
     headline(run)
-    assert "client    MCC" in capsys.readouterr().err
+    assert "224 px    MCC" in capsys.readouterr().err
     path = run / "streetvision" / "summary.json"
     client = json.loads(path.read_text())
     client["evaluation"]["source_sha256"] = "b" * 64
     path.write_text(json.dumps(client))
     headline(run)
-    assert "client    MCC" not in capsys.readouterr().err
+    assert "224 px    MCC" not in capsys.readouterr().err
     evaluate(run, profile="streetvision", splits=["test"], baseline=sent[0], workers=0)
     again = json.loads(path.read_text())
     assert again.keys() == {"test", "evaluation", "baseline"}
@@ -325,7 +325,7 @@ def test_scores_of_the_clients_profile_are_found_where_version_0_1_wrote_them(se
     run = shutil.copytree(evaluated[0], tmp_path / "run")
     (run / "summary.json").write_text(json.dumps({**evaluated[1], "streetvision": sent[1]}))
     headline(run)
-    assert f"client    MCC {sent[1]['test']['mcc_null_metadata']:.3f}" in capsys.readouterr().err
+    assert f"224 px    MCC {sent[1]['test']['mcc_null_metadata']:.3f}" in capsys.readouterr().err
 
 
 def test_the_clients_profile_takes_no_cache_and_no_cut_for_whole_photos(trained, cached, tmp_path):

@@ -24,7 +24,7 @@ FLOORS = (
     {"pipeline.trainer"},
     {
         "pipeline.train", "pipeline.evaluate", "pipeline.predict", "pipeline.export", "pipeline.doctor",
-        "pipeline.early_exit",
+        "pipeline.early_exit", "pipeline.__main__",
     },
     {"data_prep.sources", "data_prep.work"},
     {"data_prep.photos"},

@@ -1,4 +1,4 @@
-"""What only a GPU can tell, in two calls of under eight minutes each: `benchmarks/gpu.sh CALL OUT`."""
+"""Measurements that need a GPU, in two calls of under eight minutes each: `benchmarks/gpu.sh CALL OUT`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from pipeline.devices import CPU_ONLY
 from pipeline.errors import UserError
 
-# Of each part the function that measures it, and its limit in seconds; what the others leave over is the last one's.
+# For each part the function that measures it, and its limit in seconds; the last part also gets what the others leave.
 CALLS = {
     1: {"benchmarks.gpu.smoke:smoke": 90, "benchmarks.gpu.extraction:extraction": 400},
     2: {
@@ -21,7 +21,7 @@ CALLS = {
 
 
 def gpu(call: Literal[1, 2], out: Path, dry: bool = False) -> Path:
-    """Measure what a GPU changes, part by part; what fails or takes too long is written down as such.
+    """Measure what a GPU changes, part by part; a part that fails or takes too long is reported as such.
 
     Args:
         call: 1 tries every path and measures extraction; 2 measures training, prediction and the compilation of the

@@ -40,7 +40,7 @@ class Rates:
         self.peak_flops = 0.0 if bench.dry else matmul_rate(bench.device)
 
     def of(self, views: int, wall_s: float) -> dict[str, Any]:
-        """What so many views in so much time come to; `mfu` is the share of the rate of bf16 products."""
+        """The rates of some views in some time; `mfu` is the share of the GPU's rate of bf16 matrix products."""
         flops = views * self.view_flops / wall_s
         found = {"ms": 1e3 * wall_s, "views_per_s": views / wall_s, "photos_per_s": views / wall_s / NUM_VIEWS}
         return found | {"tflops": flops / 1e12, **({"mfu": flops / self.peak_flops} if self.peak_flops else {})}
@@ -78,7 +78,7 @@ def extraction(bench: Bench) -> None:
 
 
 def whole(bench: Bench) -> None:
-    """Compile all layers at once: how long that takes, whether it is faster, and again for another memory layout."""
+    """Compile all layers at once: measure how long that takes and how fast it is, also for another memory layout."""
     rates = Rates(bench)
     backbone = FrozenBackbone(bench.backbone, bench.device)
     compile_model(bench, backbone.model)
@@ -177,7 +177,7 @@ def fp8(bench: Bench, rates: Rates, places: tuple[tuple[str, str], ...]) -> dict
 
 
 def compile_layers(bench: Bench, backbone: FrozenBackbone) -> dict[str, Any]:
-    """Compile each layer by itself, which all share one compilation, in the first pass."""
+    """Compile each layer by itself in the first pass; all layers share one compilation."""
     for layer in layers_of(backbone):
         compile_model(bench, layer)
     views = random_views(bench, bench.sizes.pass_views).to(bench.device)
@@ -218,6 +218,6 @@ def pinned_rows(bench: Bench) -> list[dict[str, Any]]:
 
 
 def tokens_per_view(bench: Bench) -> int:
-    """CLS, registers and patches."""
+    """The number of tokens of a view: CLS, registers and patches."""
     config: Any = bench.backbone_config
     return 1 + config.num_register_tokens + (bench.sizes.view_side // config.patch_size) ** 2

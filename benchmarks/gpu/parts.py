@@ -1,7 +1,6 @@
-"""The parts of a measurement: a process and a limit for each, and a line in a file for each number, once it is known.
+"""The parts of a measurement: each has a process and a time limit, and writes a line to a file for each number at once.
 
-So a call that is cut off, a part that hangs and a kernel that crashes its process cost what was not yet measured, and
-nothing else.
+So if a call is cut off, a part hangs, or a kernel crashes its process, the numbers that were measured before are kept.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Sizes:
     train_photos: int = 256
     batch_size: int = 64
     epochs: int = 60
-    """Epochs of the training whose speed is told."""
+    """Epochs of the training whose speed is measured."""
     repeats: int = 5
 
 
@@ -63,12 +62,12 @@ DRY_HEAD = {"width": 32, "layers": 1, "heads": 2, "fusion_heads": 2, "experts": 
 
 @dataclass
 class Bench:
-    """What a part works with: where its numbers go, the device, sizes, clocks and a backbone of random weights."""
+    """The tools of a part: the file for its numbers, the device, sizes, clocks and a backbone with random weights."""
 
     part: str
     file: Path
     place: Path
-    """Folder for this call's photos, weights and runs; it is gone afterwards."""
+    """Folder for this call's photos, weights and runs; it is removed afterwards."""
     dry: bool
 
     def __post_init__(self) -> None:
@@ -93,7 +92,7 @@ class Bench:
             self.write(what, failed=f"{type(error).__name__}: {str(error)[-600:]}")
 
     def wait(self) -> None:
-        """Wait for all that was queued."""
+        """Wait for everything that was queued on the device."""
         if not self.dry:
             torch.cuda.synchronize()
 
@@ -111,7 +110,7 @@ class Bench:
         return time.perf_counter() - start
 
     def peak_gb(self, work: Callable[[], object]) -> float:
-        """Most GPU memory that `work` takes beyond what was taken before; on the CPU 0."""
+        """The most GPU memory that `work` takes beyond what was taken before, in GB; 0 on the CPU."""
         if self.dry:
             return 0.0
         self.wait()
@@ -152,7 +151,7 @@ def cosine_distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def append(file: Path, line: dict[str, Any]) -> None:
-    """Add a JSON line, and say it."""
+    """Append a JSON line to a file, and print it."""
     text = json.dumps(line)
     with file.open("a") as stream:
         stream.write(text + "\n")
@@ -163,7 +162,7 @@ def run_parts(name: str, parts: Mapping[str, float], out: Path, dry: bool) -> Pa
     """Run one part after the other; none of them can keep the next one from running.
 
     Args:
-        name: What the file is named after, behind the hardware.
+        name: The part of the file's name that follows the hardware.
         parts: `package.module:part`, a function that takes a `Bench`, and its limit in seconds.
         out: Folder for the file.
         dry: See `benchmarks.gpu.gpu`.
@@ -178,7 +177,7 @@ def run_parts(name: str, parts: Mapping[str, float], out: Path, dry: bool) -> Pa
     about: dict[str, Any] = {"note": DRY_NOTE} if dry else {"driver": subprocess.getoutput(NVIDIA_SMI)}
     cuda = {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     append(file, {"name": name, "dry": dry, **about, "machine": here, "versions": versions(PACKAGES) | cuda})
-    if dry:  # so that all parts share one import: those that follow are forks
+    if dry:  # the parts are forks of this process, so that they share one import
         for function in parts:
             importlib.import_module(function.partition(":")[0])
     with tempfile.TemporaryDirectory(prefix="roadwork-gpu-") as place:
@@ -211,7 +210,7 @@ def finish(process: BaseProcess, limit_s: float) -> int | None:
     """Start a process and wait for it.
 
     Returns:
-        Its exit status, or None where it took longer than it may: then it is killed, with all that it has started.
+        The exit status, or None where the process took too long: it is then killed, with all processes it started.
     """
     process.start()
     process.join(limit_s)

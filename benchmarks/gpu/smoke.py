@@ -1,4 +1,4 @@
-"""Whether every path of the model runs on the GPU at all, and gives what the CPU gives; first, since it is quick."""
+"""A quick first check that every path of the model runs on the GPU, and of how near its results are to the CPU's."""
 
 from __future__ import annotations
 
@@ -41,13 +41,14 @@ def smoke(bench: Bench) -> None:
 
 def steps(bench: Bench, config: ModelConfig, cached: bool, loss: LossConfig | None = None) -> dict[str, Any]:
     """Forward and backward in training's precision, pruned and not, and answers in evaluation mode."""
+    torch.manual_seed(0)  # the same weights in every run
     model = RoadworkModel.build(config, loss or LossConfig(), device=bench.device)
     model.to(torch.float32 if bench.dry else torch.bfloat16).train()
     batch = photos(config)
     if cached:
         batch = tokens_of(batch, model.backbone, config)
     losses = [step(model, batch, keep_all) for keep_all in (False, True)]
-    model.config.stopping = STOPPING  # which only the mode `dynamic` looks at
+    model.config.stopping = STOPPING  # only the mode `dynamic` reads it
     with torch.inference_mode():
         answer = model.eval()(batch, null_metadata=True)
     assert answer.logits.isfinite().all(), "logits that are not finite"
@@ -55,7 +56,7 @@ def steps(bench: Bench, config: ModelConfig, cached: bool, loss: LossConfig | No
 
 
 def step(model: RoadworkModel, batch: Batch, keep_all: bool) -> float:
-    """The loss of one forward and backward pass in which all is finite."""
+    """The loss of one forward and backward pass; checks that loss and gradients are finite."""
     model.zero_grad()
     loss = model(batch, with_loss=True, keep_all=keep_all).loss
     loss.backward()

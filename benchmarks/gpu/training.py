@@ -29,7 +29,7 @@ TRAIN_PHOTO_SIZE = "1024x768"  # all twelve views of 512 px show something, and 
 
 
 def training(bench: Bench) -> None:
-    """Train the full head from a feature cache, again to the bit, in other ways, and once from the photos."""
+    """Train the full head from a feature cache, twice to compare the bits, in other ways, and once from the photos."""
     bench.attempt("features, by the command", prepare, bench)
     halfway = bench.sizes.epochs * bench.sizes.train_photos // bench.sizes.batch_size // 2
     long = ("--train.epochs", str(bench.sizes.epochs), "--checkpoint.every_steps", str(halfway))
@@ -52,7 +52,7 @@ def prepare(bench: Bench) -> dict[str, Any]:
     place, workers = bench.place, 1 if bench.dry else 0
     size = bench.sizes.photo_size if bench.dry else TRAIN_PHOTO_SIZE
     scenes(place / "train-photos", bench.sizes.train_photos, size, workers=workers)
-    # Photos to validate on would have each of many short epochs validated, and saved.
+    # With photos to validate on, each of many short epochs would be validated and saved.
     for name, share in (("shards", 0.0), ("validated-shards", 0.25)):
         shard(place / "train-photos", place / name, splits="random", val_share=share, test_share=0.0, workers=workers)
     batch = bench.sizes.batch_size
@@ -61,7 +61,7 @@ def prepare(bench: Bench) -> dict[str, Any]:
         train=TrainConfig(batch_size=batch, micro_batch_size=batch, wandb=False, log_every=20, patience=0),
         model=bench.model_config(),
     )
-    config.data.allow_leaks = True  # the photos' own: nobody reads these scores
+    config.data.allow_leaks = True  # these scores are never read
     (place / "recipe.yaml").write_text(to_yaml(config))
     summary = features(recipe=str(place / "recipe.yaml"), model=ModelChoice(), device=str(bench.device), compile=False)
     found = json.loads(summary.read_text())
@@ -69,9 +69,9 @@ def prepare(bench: Bench) -> dict[str, Any]:
 
 
 def run(bench: Bench, name: str, *options: str, stage: int = 2) -> dict[str, Any]:
-    """Train in a folder of its own, under a ZeRO stage; what the run's last log line says."""
+    """Train in a folder of its own, under a ZeRO stage; returns what the run's last log line says."""
     log = bench.place / f"{name}.log"
-    # A rehearsal goes through the launcher once, and saves the others' imports.
+    # A rehearsal goes through the launcher once, and saves the imports of the other runs.
     start = trained_here if bench.dry and name != "first" else launched
     words = (str(bench.place / "recipe.yaml"), "--train.run", str(bench.place / name), *options)
     deepspeed = str(ROOT / "ds_configs" / f"zero{stage}.json")
@@ -88,7 +88,7 @@ def run(bench: Bench, name: str, *options: str, stage: int = 2) -> dict[str, Any
 
 
 def launched(words: Sequence[str], deepspeed: str, log: Path) -> None:
-    """Become `./launch.sh train` with one process on the GPU."""
+    """Replace this process by `./launch.sh train` with one process on the GPU."""
     divert(log)
     settings = yaml.safe_load((ACCELERATE_CONFIGS / "gpu.yaml").read_text())
     settings["deepspeed_config"]["deepspeed_config_file"] = deepspeed
@@ -100,7 +100,7 @@ def launched(words: Sequence[str], deepspeed: str, log: Path) -> None:
 
 
 def trained_here(words: Sequence[str], deepspeed: str, log: Path) -> None:
-    """The same without the launcher and its imports."""
+    """Train in this process, without the launcher and its imports."""
     divert(log)
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = deepspeed
     sys.argv = ["train.py", "--config", *words]
@@ -108,7 +108,7 @@ def trained_here(words: Sequence[str], deepspeed: str, log: Path) -> None:
 
 
 def divert(log: Path) -> None:
-    """Let what this process says go to a file."""
+    """Send this process's output to a file."""
     with log.open("wb") as stream:
         for number in (1, 2):
             os.dup2(stream.fileno(), number)

@@ -1,4 +1,4 @@
-"""What each part of the model, the sampler and the optimizer is worth, with intervals: `python -m benchmarks.study`."""
+"""A study of what each part of the model, the sampler and the optimizer adds: `python -m benchmarks.study`."""
 
 from benchmarks.study.command import study
 

@@ -1,4 +1,4 @@
-"""What every arm says about the tested photos, with the learning rate that validation chose, and how sure that is."""
+"""Every arm's answers on the tested photos, at the learning rate that validation chose, and intervals for them."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ SMALLEST_PLACE = 20  # photos; the MCC of fewer is noise
 
 @dataclass(frozen=True)
 class ArmAnswers:
-    """One arm's, S seeds in F folds, N photos."""
+    """The answers of one arm: S seeds in F folds, N photos."""
 
     arm: Arm
     outcomes: np.ndarray
     """int64 [S, N, 4]: whether the answer is a tn, fp, fn or tp, by the cut of its fold; zeros where not tested."""
     auroc: float
-    """Mean over folds and seeds."""
+    """AUROC, as the mean over folds and seeds."""
     ece: float
-    """Likewise."""
+    """Expected calibration error, as the mean over folds and seeds."""
     lrs: tuple[float, ...]
-    """Chosen on validation, in each fold and with each seed."""
+    """Learning rate that validation chose, for each fold and seed."""
     curves: np.ndarray
     """Step, and validation loss without metadata, in these trainings: [F * S, validations, 2]."""
     parameters: int
     wall_s: float
-    """Median of a training, alone on its thread."""
+    """Median seconds of a training on one thread."""
 
     @property
     def tested(self) -> np.ndarray:
-        """bool [N]."""
+        """Which photos were tested: bool [N]."""
         return self.outcomes[0].any(axis=1)
 
 
 def read_answers(work: Work, arm: Arm, photos: Photos, results: Path) -> ArmAnswers:
-    """Collect what an arm says in the test.
+    """Collect an arm's answers on the tested photos.
 
     Args:
-        work: Settled, see there.
-        arm: Whose.
-        photos: All of them.
+        work: Trainings with the chosen learning rates, see `settle`.
+        arm: The arm.
+        photos: All photos.
         results: Folder of outcomes.
 
     Raises:
@@ -91,7 +91,7 @@ class Estimate:
     high: float
 
     def scaled(self, factor: float) -> Estimate:
-        """In another unit."""
+        """The estimate in another unit."""
         return Estimate(factor * self.value, factor * self.low, factor * self.high)
 
     def __str__(self) -> str:
@@ -103,17 +103,17 @@ class Bootstrap:
 
     Photos of one city resemble each other, so a new city is the unit that a result has to hold for. With G places the
     percentile interval of the bootstrap is too narrow by about sqrt((G - 1) / G), and a normal tail where Student's t
-    belongs; the percentiles are moved out accordingly (Hesterberg 2015, "What Teachers Should Know About the
-    Bootstrap", section 3.3, "expanded percentile"); what seeds contribute is widened in the same way.
+    belongs. The percentiles are moved out accordingly (Hesterberg 2015, "What Teachers Should Know About the
+    Bootstrap", section 3.3, "expanded percentile"), and the part of the seeds is widened in the same way.
     """
 
     def __init__(self, units: np.ndarray, seeds: int, seed: int = 0):
         """Draw nothing yet.
 
         Args:
-            units: What is drawn, by photo: int64 [N].
+            units: Number of each photo's unit (place or group), of which whole ones are drawn: int64 [N].
             seeds: Trainings of each arm in each fold.
-            seed: Decides about the draws.
+            seed: Seed of the draws.
         """
         self.units, self.seed = units, seed
         self.seed_draws = np.random.default_rng([seed, 1]).integers(seeds, size=(ROUNDS, seeds))
@@ -125,14 +125,14 @@ class Bootstrap:
         return generator.multinomial(count, np.full(count, 1 / count), size=ROUNDS).astype(np.float64)
 
     def mcc_draws(self, outcomes: np.ndarray, rows: np.ndarray) -> tuple[float, np.ndarray, int]:
-        """Mean over the seeds of the MCC over all of the rows.
+        """The MCC over the given rows, as the mean over seeds.
 
         Args:
             outcomes: int64 [S, N, 4].
             rows: bool [N], the photos that count.
 
         Returns:
-            Of the photos at hand, of every draw [ROUNDS], and the number of units.
+            The MCC of the photos at hand, the MCC of every draw [ROUNDS], and the number of units.
         """
         present, unit = np.unique(self.units[rows], return_inverse=True)
         counts = np.zeros((len(present), *outcomes.shape[::2]), dtype=np.int64)  # [units, S, 4]
@@ -150,7 +150,7 @@ class Bootstrap:
         return middle + np.sqrt(seeds / max(seeds - 1, 1)) * (by_seed.mean(axis=1) - middle)
 
     def mean(self, values: np.ndarray, rows: np.ndarray) -> Estimate:
-        """Mean over seeds and photos of [S, N] values, of the photos bool [N]."""
+        """The mean of [S, N] values over seeds and over the photos where bool [N] is true."""
         present, unit = np.unique(self.units[rows], return_inverse=True)
         sums = np.zeros((len(present), len(values)))
         np.add.at(sums, unit.ravel(), values[:, rows].T)
@@ -159,7 +159,7 @@ class Bootstrap:
         return Estimate(float(values[:, rows].mean()), *expanded(self._over_seeds(of_seeds), len(present)))
 
     def mcc(self, arm: ArmAnswers) -> Estimate:
-        """An arm's, over all that it was tested on."""
+        """The MCC of an arm over all photos that it was tested on."""
         value, draws, units = self.mcc_draws(arm.outcomes, arm.tested)
         return Estimate(value, *expanded(draws, units))
 
@@ -184,7 +184,7 @@ class Comparison:
 
 
 def expanded(draws: np.ndarray, units: int) -> tuple[float, float]:
-    """The expanded percentile interval of draws over so many units, see `Bootstrap`; all there is for one unit."""
+    """The expanded percentile interval of draws over a number of units, see `Bootstrap`; unbounded for one unit."""
     if units < 2:
         return -np.inf, np.inf
     tail = expanded_tail(units)
@@ -199,14 +199,14 @@ def expanded_tail(units: int) -> float:
 
 
 def bootstrap_units(blocks: np.ndarray, groups: np.ndarray, tested: np.ndarray) -> tuple[np.ndarray, str]:
-    """What to draw: places, or groups of near-duplicates where too few places are tested; and its name."""
+    """The units to draw, places, or groups of near-duplicates where too few places are tested; and their name."""
     if len(np.unique(blocks[tested])) >= FEWEST_PLACES:
         return blocks, "places"
     return groups, "groups of near-duplicates"
 
 
 def worst_place(arm: ArmAnswers, blocks: np.ndarray) -> tuple[int, float] | None:
-    """The place with the lowest MCC, mean over seeds, and that MCC; places need 20 photos, and both classes."""
+    """The place with the lowest MCC (mean over seeds), and this MCC; places need 20 photos and both classes."""
     found = []
     for block in np.unique(blocks[arm.tested & (blocks != NOWHERE)]).tolist():
         counts = arm.outcomes[:, blocks == block].sum(axis=1)

@@ -1,4 +1,4 @@
-"""The arms: `complete`, and what differs from it in one thing each."""
+"""The arms of a study: `complete`, and arms that differ from it in one thing each."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def nothing(base: ModelConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is trained and tested."""
+    """One variant of model or training, which is trained and tested."""
 
     name: str
     group: str
     title: str
-    """For tables."""
+    """Name of the arm in tables."""
     about: str
     """What differs from `complete`, in a sentence."""
     changes: Changes = nothing
     """What differs in the model."""
     loss: tuple[tuple[str, float], ...] = ()
-    """Terms of the loss with their other values."""
+    """Weights of loss terms that differ, by term."""
     optimizer: str = "adamw"
     sampling: str = "gps"
     """See `benchmarks.study.sampling`."""
@@ -41,7 +41,7 @@ class Arm:
     train_share: float = 1.0
     """Share of the training photos."""
     with_metadata: bool = False
-    """Answer with the metadata there is; NULL otherwise."""
+    """Whether tested photos keep their metadata; it is NULL otherwise."""
 
     def model_of(self, base: ModelConfig) -> ModelConfig:
         """The arm's model."""
@@ -59,7 +59,7 @@ def dense(base: ModelConfig) -> dict[str, Any]:
 
 
 def fixed(**changes: Any) -> Changes:
-    """The same change whatever the base is."""
+    """A change of the model that does not depend on the base model."""
     return lambda base: changes
 
 
@@ -76,7 +76,7 @@ ARMS = (
     Arm("all_views", "components", "all twelve views", "nothing is pruned", fixed(pruning="off")),
     Arm("no_pyramid", "components", "no pyramid", "cells are not fused with coarser levels", fixed(pyramid=False)),
     Arm("no_gate", "components", "no attention gate", "plain attention", fixed(attention_gate=False)),
-    Arm("dense", "components", "dense FFN", "one SwiGLU of the same active width in the place of the experts", dense),
+    Arm("dense", "components", "dense FFN", "one SwiGLU of the same active width instead of the experts", dense),
     Arm("mean_fusion", "components", "mean fusion",
         "the mean of the kept views' vectors, whose even weights teach the pruner nothing", fixed(fusion="mean")),
     Arm("no_consistency", "losses", "no consistency loss",
@@ -93,7 +93,7 @@ ARMS = (
     Arm("class_balanced", "sampling", "class-balanced sampling",
         "both classes are as likely, wherever their photos are", sampling="class_balanced"),
     Arm("gps_permuted", "sampling", "permuted GPS weights",
-        "the clusters' weights, dealt out to the wrong clusters", sampling="gps_permuted"),
+        "the clusters' weights, given to the wrong clusters", sampling="gps_permuted"),
     Arm("random_clusters", "sampling", "random clusters",
         "the weights of clusters of the same sizes that mean nothing", sampling="random_clusters"),
     Arm("metadata_given", "metadata", "metadata given at test",
@@ -103,7 +103,7 @@ ARMS = (
         "as with a split at random, training has other photos of the tested places: as many in all, half of the tested "
         "places' photos among them; the other half is tested, near-duplicates still apart", seen_places=True),
     Arm("half_data", "data", "half of the photos", "trained on half of the photos, as many steps", train_share=0.5),
-    *(Arm(name, "optimizers", name, f"trained with {name} in the place of AdamW", optimizer=name)
+    *(Arm(name, "optimizers", name, f"trained with {name} instead of AdamW", optimizer=name)
       for name in OPTIMIZERS if name != "adamw"),
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What is claimed of the model, and what the study says to it."""
+"""The claims about the model, and the study's verdicts on them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ POINTS = 100.0
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that is larger than a bound, if it is true."""
+    """A claim that an MCC, or a difference of MCCs, is above a bound."""
 
     text: str
     source: str
-    """Who says so."""
+    """Who makes the claim."""
     ours: str
-    """An arm."""
+    """Name of the arm that the claim is about."""
     theirs: str = ""
-    """The arm that it is compared with; without one the MCC itself is meant."""
+    """The arm to compare with; if empty, the claim is about the MCC itself."""
     bound: float = 0.0
-    """In MCC: of the difference, or of the MCC itself."""
+    """Bound on the difference of the MCCs, or on the MCC itself."""
 
 
 CLAIMS = (
@@ -80,8 +80,8 @@ def judge(answers: Mapping[str, ArmAnswers], bootstrap: Bootstrap, about: str) -
     """Judge all claims whose arms were trained, in the order of `CLAIMS`; those about optimizers come last.
 
     Args:
-        answers: By arm.
-        bootstrap: The study's.
+        answers: Answers by the arm's name.
+        bootstrap: The study's bootstrap.
         about: What all rows share, for their notes.
     """
     asked = [claim for claim in CLAIMS if {claim.ours, claim.theirs or claim.ours} <= answers.keys()]
@@ -121,9 +121,9 @@ def judge_mcc(claim: Claim, answers: Mapping[str, ArmAnswers], bootstrap: Bootst
 def judge_steps(ours: ArmAnswers, adamw: ArmAnswers) -> Finding:
     """Whether an optimizer needs fewer steps to AdamW's final validation loss, training by training.
 
-    The loss is the term `roadwork` on validation photos, interpolated between its validations. A training that never
-    gets there counts with one validation more than it had, which is less than it would need; so where there is one,
-    the claim is not supported whatever the others do.
+    The loss is the term `roadwork` on validation photos, interpolated between validations. A training that never
+    reaches the loss counts as if it needed one validation more than it had, which is too few; so if there is such a
+    training, the claim is not supported, whatever the others do.
     """
     pairs = zip(ours.curves, adamw.curves, strict=True)
     steps = np.array([[steps_to(curve, theirs[-1, 1]) for curve in (mine, theirs)] for mine, theirs in pairs])

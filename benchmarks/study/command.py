@@ -30,19 +30,19 @@ def study(
     workers: int = 0,
     seed: int = 0,
 ) -> Path:
-    """Train the model, its parts taken away one by one, and what it is compared with, and judge what is claimed of it.
+    """Train the model, the model without each of its parts, and what it is compared with; then judge the claims.
 
-    Every arm gets the same photos and steps, in folds of whole places, and learning rates to try. Cut off at any
-    moment, the same command resumes: trainings that are finished are not done again.
+    Every arm gets the same photos and steps, in folds of whole places, and learning rates to try. If it is interrupted,
+    the same command resumes: trainings that are finished are not done again.
 
     Args:
         recipe: study_small (forty minutes on two cores), study_heads, study_optimizers, study (a day), or a YAML file.
         shards: Folder of your own shards, or its URL; without it the recipe's procedural scenes are drawn.
         features: Feature cache of these shards; made in the study's folder if not given, and where it is missing.
         out: Folder of the study: study.html, RECIPE.json, and all that it is made from; runs/RECIPE if not given.
-        quick: So few steps, and scenes where it draws them, that it ends in two minutes and says nothing.
+        quick: Take so few steps, and draw so few scenes, that it ends in two minutes and its figures say nothing.
         workers: Processes that train, each in one thread; 0 takes every core.
-        seed: Decides about the bootstrap.
+        seed: Seed of the bootstrap.
     """
     config = read_recipe(recipe)
     folder = (out or Path("runs") / (f"{config.name}-quick" if quick else config.name)).resolve()
@@ -63,16 +63,16 @@ class Done:
     photos: Photos
     places: Places
     work: Work
-    """With the learning rates that were chosen."""
+    """The trainings, with the learning rates that were chosen."""
     results: Path
     """Folder of outcomes."""
     answers: dict[str, ArmAnswers]
-    """What each arm says, by its name."""
+    """Each arm's answers, by the arm's name."""
     lost: dict[str, str]
-    """Arms without answers by title, and why."""
+    """Why an arm has no answers, by the arm's title."""
     bootstrap: Bootstrap
     units: str
-    """What it draws."""
+    """What the bootstrap draws."""
 
     @property
     def about(self) -> str:
@@ -87,7 +87,7 @@ class Done:
 def run_study(
     config: StudyConfig, folder: Path, shards: str | None, features: str | None, workers: int, seed: int
 ) -> Done:
-    """Make what is missing, from scenes to trainings, and read what all arms say; see `study` for the arguments."""
+    """Make what is missing, from scenes to trainings, and read all answers; see `study` for the arguments."""
     require(workers >= 0, "--workers", workers, "0 or more")
     arms = select_arms(config.plan.arms)
     trainings = config.plan.folds * config.plan.seeds
@@ -115,10 +115,10 @@ def run_study(
 def read_all(
     work: Work, arms: Sequence[Arm], photos: Photos, results: Path
 ) -> tuple[dict[str, ArmAnswers], dict[str, str]]:
-    """The answers of each arm by its name, and by its title why one has none: its loss became infinite.
+    """The answers by the arm's name, and, by its title, why an arm has none: its loss became infinite.
 
     Raises:
-        UserError: That is `complete`, without which there is no study.
+        UserError: The arm without answers is `complete`, without which there is no study.
     """
     answers, lost = {}, {}
     for arm in arms:

@@ -22,7 +22,7 @@ QUICK_ARMS = ("heads", "uniform", "gps_permuted")
 
 @dataclass
 class PlanConfig:
-    """What is trained. Every arm gets the same of all of it, but for `head_lrs`."""
+    """The plan of the trainings. All values are the same for every arm, except `head_lrs`."""
 
     arms: list[str] = field(default_factory=lambda: ["all"])
     """Names of arms, of their groups, or `all`; `complete`, which the others stand against, is always among them."""
@@ -39,7 +39,7 @@ class PlanConfig:
     lrs: list[float] = field(default_factory=lambda: [1e-3, 3e-3])
     """Peak learning rates that every arm tries in every fold with the first seed; the best on validation trains all."""
     head_lrs: list[float] = field(default_factory=list)
-    """Those that the simpler heads try, which cost little; empty means `lrs`."""
+    """Peak learning rates that the simpler heads try, which cost little; empty means `lrs`."""
     epoch_share: float = 0.8
     """Share of the training photos that an epoch draws; see `data.epoch_share`."""
     temper: float = 0.5
@@ -47,7 +47,7 @@ class PlanConfig:
     distil_every: int = 4
     """See `train.distil_every`."""
     validations: int = 10
-    """Times that the validation loss is taken on the way, evenly spread."""
+    """Number of times that the validation loss is measured during a training, evenly spread."""
     asks_views: bool = False
     """Ask `complete` for its answers from fewer views as well, see `benchmarks.pruning`."""
 
@@ -68,25 +68,25 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A recipe, read."""
+    """The content of a recipe."""
 
     name: str
     scenes: dict[str, Any]
     """Arguments of `python -m data_prep scenes`, for a study without photos of its own."""
     plan: PlanConfig
     model: ModelConfig
-    """The model of the arm `complete`; the others differ from it in what they name."""
+    """The model of the arm `complete`; other arms change it."""
     loss: LossConfig
     optim: OptimConfig
-    """`lr` apart, which is one of `plan.lrs`."""
+    """The optimizer without `lr`, which is one of `plan.lrs`."""
 
     def without(self, leaks: Iterable[str]) -> StudyConfig:
-        """The same without metadata fields that give the label away."""
+        """This recipe without the given metadata fields, which give the label away."""
         left = tuple(name for name in self.model.metadata if name not in leaks)
         return replace(self, model=replace(self.model, metadata=left))
 
     def quick(self, arms: Sequence[str] = QUICK_ARMS) -> StudyConfig:
-        """The same, so small that it ends in two minutes on two cores and says nothing."""
+        """This recipe, so small that it ends in two minutes on two cores and its figures say nothing."""
         plan = replace(self.plan, arms=list(arms), lrs=self.plan.lrs[:1], head_lrs=self.plan.head_lrs[:1], **QUICK_PLAN)
         return replace(self, plan=plan, scenes={**self.scenes, **QUICK_SCENES})
 
@@ -95,7 +95,7 @@ def read_recipe(name: str) -> StudyConfig:
     """Read a recipe by its name in `benchmarks/study/recipes`, or from a YAML file.
 
     Raises:
-        UserError: There is none, or a key or value in it is wrong.
+        UserError: There is no such recipe, or a key or value in it is wrong.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Which photos train, validate and test: whole places each, and near-duplicates never apart."""
+"""The photos that train, validate and test: whole places each, and near-duplicates stay together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.errors import UserError
 
 NOWHERE = -1
 PLACES_PER_PART = 2
-SEED = 0  # of the division; that of a training changes nothing in it
+SEED = 0  # of the division, which does not depend on a training's seed
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Fold:
 
 @dataclass(frozen=True)
 class Places:
-    """Where photos were taken, as far as it matters for who may be trained on what."""
+    """The places where the photos were taken, and the parts that the places are divided into."""
 
     blocks: np.ndarray
-    """Number of each photo's place, int64 [N]; `NOWHERE` for photos that are left out, since nobody knows theirs."""
+    """Number of each photo's place, int64 [N]; `NOWHERE` for photos whose place is unknown, which are left out."""
     parts: np.ndarray
-    """Part of each photo, int64 [N], likewise; a place lies in one part."""
+    """Number of each photo's part, int64 [N], `NOWHERE` where the place is; a place lies in one part."""
     rule: str
     """What a place is."""
 
@@ -44,11 +44,11 @@ class Places:
 def divide(photos: Photos, parts: int) -> Places:
     """Divide the photos into parts of about equal size and shares of roadwork, place by place.
 
-    Places are cities, or where these are too few smaller areas, at last groups of near-duplicates.
+    Places are cities; where there are too few cities, smaller areas, and at last groups of near-duplicates.
 
     Args:
-        photos: All of them.
-        parts: How many.
+        photos: All photos.
+        parts: Number of parts.
 
     Raises:
         UserError: There are too few places, or a part lacks a class.
@@ -70,8 +70,8 @@ def divide(photos: Photos, parts: int) -> Places:
 def find_blocks(photos: Photos, needed: int) -> tuple[np.ndarray, str]:
     """Number of each photo's place, and what a place is: the coarsest rule by which there are as many as needed.
 
-    A photo without GPS, without a city, and without a near-duplicate that has one, could lie in any place, so it is
-    left out; where no photo has a place at all, groups are all there is.
+    A photo without GPS and city, whose near-duplicates have neither, could be of any place, so it is left out. If no
+    photo has a place, the groups of near-duplicates are taken.
     """
     names = np.array([(city or "").casefold() for city in photos.cities], dtype=object)
     named = np.flatnonzero(names != "")
@@ -111,11 +111,11 @@ def make_fold(photos: Photos, parts: int, number: int, seen_places: bool = False
     """One fold: part `number` tests, the next one validates, and all others train.
 
     Args:
-        photos: All of them.
-        parts: See `divide`.
-        number: The fold's, from 0.
-        seen_places: Half of the tested photos train instead, in the place of as many others, and the other half is
-            tested: what a split at random does to places.
+        photos: All photos.
+        parts: Number of parts, see `divide`.
+        number: Number of the fold, from 0.
+        seen_places: Half of the tested photos train, instead of as many others, and only the other half is tested, as
+            a random split would do.
         train_share: Share of the training photos that are left.
     """
     of_part = divide(photos, parts).parts
@@ -140,10 +140,10 @@ def split_groups(
         rows: int64 [M], ascending.
         groups: Near-duplicates have the same number, for all photos, [N].
         size: Fewest rows of the first side.
-        generator: Chooses.
+        generator: Random generator that chooses the groups.
 
     Returns:
-        Both sides, ascending.
+        The rows of both sides, ascending.
     """
     numbers, of_row, counts = np.unique(groups[rows], return_inverse=True, return_counts=True)
     order = generator.permutation(len(numbers))

@@ -1,4 +1,4 @@
-"""The study's page: verdicts first, then arms, learning, and what it all rests on."""
+"""The study's page: verdicts first, then arms, learning, photos and folds."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def write_page(path: Path, done: Done, findings: Sequence[Finding], quick: bool,
     """Write the page.
 
     Args:
-        path: Where it lies.
-        done: All that was trained and answered.
-        findings: The claims, judged.
+        path: Path of the page.
+        done: The study.
+        findings: The judged claims.
         quick: Whether the figures are rough.
         versions: The packages' versions.
     """

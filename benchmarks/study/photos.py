@@ -43,7 +43,7 @@ TENSORS = (
 
 @dataclass(frozen=True, eq=False)
 class Photos:
-    """All labelled photos of the shards, N of them, whatever split they are in there."""
+    """All N labelled photos of the shards, whatever their split in the shards."""
 
     tensors: dict[str, torch.Tensor]
     """Arguments of the model's forward pass, by name, each [N, ...]; tokens in bf16."""
@@ -83,7 +83,7 @@ class Photos:
 
 
 def find_photos(config: StudyConfig, shards: str | None, cache: str | None, work: Path) -> Path:
-    """The study's arrays; whatever is missing on the way to them is made.
+    """Find the study's arrays, and make whatever is missing for them.
 
     Args:
         config: The recipe.
@@ -116,7 +116,7 @@ def draw(config: StudyConfig, work: Path) -> str:
 
 
 def check_pretraining(config: StudyConfig) -> None:
-    """No scene that the embedded backbone was pretrained on may be in a study of heads on it.
+    """Refuse a study on scenes that the embedded backbone was pretrained on.
 
     Raises:
         UserError: The recipe's seed is that of the pretraining. (Its cities are never a data set's.)
@@ -170,7 +170,7 @@ def _write(folder: Path, splits: list[ShardDataset], about: dict[str, Any]) -> N
 
 
 def _plain(tensor: torch.Tensor) -> np.ndarray:
-    """The values as NumPy has them; bf16, which it lacks, as their bits, and masks in half precision."""
+    """A tensor as a NumPy array: bf16, which NumPy lacks, as its bits, and masks in half precision."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy()
     return tensor.half().numpy() if tensor.ndim == 3 and tensor.dtype == torch.float32 else tensor.numpy()

@@ -25,7 +25,7 @@ def forest(rows: Sequence[tuple[str, Estimate]], title: str, label: str, referen
         rows: Names and estimates, the topmost first.
         title: Above the drawing.
         label: Along the axis.
-        reference: Where a line is drawn; what lies beyond it with its whole interval is coloured. None draws none.
+        reference: Position of a line; estimates whose whole interval lies beyond it are coloured. None draws no line.
     """
 
     def draw(axes: Axes) -> None:

@@ -1,4 +1,4 @@
-"""Weights by which training photos are drawn: by GPS cluster, and the controls that show whether it is the GPS."""
+"""Weights by which training photos are drawn: by GPS cluster, and controls that show whether GPS is the reason."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def training_weights(
 
     Args:
         kind: `uniform`; `class_balanced`, by class alone; `gps`, as `data_prep shard` weighs photos; `gps_permuted`,
-            the clusters' factors dealt out to the wrong clusters; `random_clusters`, as `gps` after the clusters
-            were dealt out anew to groups of photos, wherever they are.
-        points: Degrees, [N, 2], NaN for NULL.
+            the clusters' factors given to the wrong clusters; `random_clusters`, as `gps` after the clusters were given
+            to other groups of photos, wherever these are.
+        points: Latitude and longitude in degrees, [N, 2], NaN for NULL.
         labels: 0 or 1, [N].
         groups: Near-duplicates have the same number, [N].
         temper: See `data_prep.decisions.gps.sample_weights`.
-        seed: Decides about the clusters and what is dealt out.
+        seed: Seed of the clusters and of the random choices.
     """
     if kind == "uniform":
         return np.ones(len(labels))
@@ -38,8 +38,7 @@ def training_weights(
 
 
 def cluster_factors(clusters: np.ndarray, temper: float) -> np.ndarray:
-    """The factor of each cluster that has photos, without any balance of classes, in ascending order of their numbers:
-    [k]."""
+    """The factor of each cluster that has photos, without class balance, in the order of the clusters' numbers: [k]."""
     _, first = np.unique(clusters, return_index=True)
     return sample_weights(clusters, np.full(len(clusters), -1), temper)[first]
 
@@ -47,9 +46,9 @@ def cluster_factors(clusters: np.ndarray, temper: float) -> np.ndarray:
 def permuted_weights(
     clusters: np.ndarray, labels: np.ndarray, temper: float, generator: np.random.Generator
 ) -> np.ndarray:
-    """GPS weights whose clusters' factors are those of other clusters; classes are balanced inside each as before.
+    """GPS weights with the factors of other clusters; classes are balanced inside each cluster as before.
 
-    A derangement where there are two clusters or more: none keeps its own factor.
+    With two clusters or more, no cluster keeps its own factor.
     """
     factors = cluster_factors(clusters, temper)
     _, of_photo = np.unique(clusters, return_inverse=True)
@@ -67,6 +66,6 @@ def derange(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def shuffle_clusters(clusters: np.ndarray, groups: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Clusters dealt out anew to groups: as many groups to each as before, wherever they are."""
+    """Give clusters to other groups at random: each cluster gets as many groups as before, wherever they are."""
     _, first, of_photo = np.unique(groups, return_index=True, return_inverse=True)
     return generator.permutation(clusters[first])[of_photo.ravel()]

@@ -38,10 +38,10 @@ DIGITS = 6  # of a probability
 
 @dataclass(frozen=True)
 class Training:
-    """All that decides about a training's outcome."""
+    """All settings that decide the outcome of a training."""
 
     photos: str
-    """Their fingerprint."""
+    """Fingerprint of the photos."""
     parts: int
     fold: int
     seen_places: bool
@@ -59,19 +59,19 @@ class Training:
     validations: int
     seed: int
     asks_metadata: bool
-    """Whether it is tested with metadata as well."""
+    """Whether the head is tested with metadata as well."""
     asks_views: bool
-    """Whether it is tested with fewer views as well."""
+    """Whether the head is tested with fewer views as well."""
 
     @property
     def name(self) -> str:
-        """Hash of all settings: another one is another training."""
+        """Hash of all settings, which names the training."""
         text = json.dumps([FORMAT, asdict(self)], sort_keys=True, default=list)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     @property
     def cost(self) -> float:
-        """Roughly how long it takes, in views that go through the layers of a head, for the order of work."""
+        """Rough cost, in views that pass through the layers of a head, by which work is ordered."""
         model = self.model
         if model.head != "roadwork":
             return self.steps * self.batch_size * 0.5
@@ -83,9 +83,9 @@ def run_training(tokens: Path, results: Path, training: Training) -> str:
     """Train, test and write the outcome in one file; returns its name, without folder and ending.
 
     Args:
-        tokens: See `load_photos`.
+        tokens: Folder of the study's arrays, see `load_photos`.
         results: Folder of outcomes.
-        training: What to do.
+        training: The training.
     """
     start = time.monotonic()
     silence_libraries()
@@ -100,9 +100,9 @@ def train(photos: Photos, training: Training, results: Path) -> dict[str, Any]:
     """Train one head and test it.
 
     Args:
-        photos: All of them.
-        training: What to do.
-        results: Gets the model, in a folder of the training's name, where it is asked for answers from fewer views.
+        photos: All photos.
+        training: The training.
+        results: Folder of outcomes; if answers from fewer views are asked for, the model is saved in a folder there.
 
     Returns:
         `diverged`, `parameters`; `curve`, pairs of step and validation loss; `null` and, if asked for, `metadata`, the
@@ -149,7 +149,7 @@ def averaged(model: RoadworkModel, average: WeightAverage) -> RoadworkModel:
 def fold_and_weights(
     photos: Photos, parts: int, fold: int, seen: bool, share: float, sampling: str, temper: float
 ) -> tuple[Fold, np.ndarray]:
-    """The photos that a training uses, and the weights of those that it learns from; its fields, which many share."""
+    """The photos of a fold, and the weights of its training photos; cached, since many trainings share them."""
     made = make_fold(photos, parts, fold, seen, share)
     rows = made.train
     weights = training_weights(sampling, photos.points[rows], photos.labels[rows], photos.groups[rows], temper, fold)
@@ -157,7 +157,7 @@ def fold_and_weights(
 
 
 def batch_rows(training: Training, rows: np.ndarray, weights: np.ndarray) -> Iterator[np.ndarray]:
-    """Rows of each step's photos, int64 [batch_size], in the order that the trainer draws them in."""
+    """Rows of each step's photos, int64 [batch_size], in the order in which the trainer would draw them."""
     per_epoch = max(1, round(training.epoch_share * len(rows)))
     queue, epoch = np.empty(0, dtype=np.int64), 0
     for _ in range(training.steps):
@@ -168,7 +168,7 @@ def batch_rows(training: Training, rows: np.ndarray, weights: np.ndarray) -> Ite
 
 
 def answers_of(model: RoadworkModel, photos: Photos, fold: Fold, null_metadata: bool) -> dict[str, Any]:
-    """The cut that validation chooses and what it reaches there, and the probabilities of roadwork in the test.
+    """The cut that validation chooses, the scores at this cut, and the probabilities of roadwork on the tested photos.
 
     Returns:
         `threshold`, `val_mcc`, `val_loss` (the term `roadwork`), and `test`, in the order of the fold's rows.

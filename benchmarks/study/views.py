@@ -1,4 +1,4 @@
-"""What a trained head answers from some of the views only, by every way to choose them; see `benchmarks.pruning`."""
+"""Answers of a trained head from some of the views only, for every way to choose them; see `benchmarks.pruning`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ PHOTOS_FOR_ORDER = 200
 
 
 def policy_name(policy: str, keep: int) -> str:
-    """`scored, K=4`; all policies begin with the global view, and end with all."""
+    """The name of a policy, such as `scored, K=4`; all policies share K=1, the global view alone."""
     return "the global view alone" if keep == 1 else f"{policy}, K={keep}"
 
 
 def dynamic_name(max_loss: float) -> str:
-    """The mode `dynamic` with the rule for a stated loss of MCC, in points."""
+    """The name of the mode `dynamic` with the rule for a stated loss of MCC, in points."""
     return f"dynamic, stated loss {100 * max_loss:g}"
 
 
@@ -42,10 +42,10 @@ def ask_views(model: RoadworkModel, photos: Photos, fold: Fold, seed: int) -> di
     The model is left with the rule for `STATED_LOSS`.
 
     Args:
-        model: Was trained to answer from any number of views.
-        photos: All of them.
-        fold: Says which ones validate and test.
-        seed: Decides about the random views.
+        model: A model that was trained to answer from any number of views.
+        photos: All photos.
+        fold: The photos that validate and test.
+        seed: Seed of the random views.
 
     Returns:
         By `policy_name` and `dynamic_name`, for the N photos of the test: `roadwork` [N], 0 or 1, and `views` [N], how
@@ -73,7 +73,7 @@ def ask_views(model: RoadworkModel, photos: Photos, fold: Fold, seed: int) -> di
 
 
 def batches(model: RoadworkModel, photos: Photos, rows: np.ndarray) -> Iterator[early_exit.Photos]:
-    """Some photos, a hundred at a time."""
+    """Batches of some photos, a hundred at a time."""
     for start in range(0, len(rows), PHOTOS_PER_ANSWER):
         batch = photos.batch(rows[start : start + PHOTOS_PER_ANSWER])
         yield early_exit.Photos(model.source(batch), batch["boxes"], batch["view_mask"])

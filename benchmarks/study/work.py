@@ -1,4 +1,4 @@
-"""All trainings of a study: listed, spread over processes, each written when it is done, and none done twice."""
+"""The trainings of a study: listed, spread over processes, each written when it is done, and none done twice."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ PRELOAD = ("benchmarks.study.training",)
 
 @dataclass(frozen=True)
 class Work:
-    """The trainings of each arm, [folds][seeds][learning rates to choose from]; no rate where others decide first."""
+    """The trainings of each arm, [folds][seeds][rates]; the rates of a seed are empty while other seeds choose them."""
 
     of_arm: dict[str, list[list[list[Training]]]]
 
     @property
     def trainings(self) -> list[Training]:
-        """All, each once: some arms share theirs, and differ in how they are asked. The longest come first."""
+        """All trainings, the longest first, each once: some arms share trainings and differ only in the test."""
         every = {training.name: training for arm in self.of_arm for training in self.flat(arm)}
         return sorted(every.values(), key=lambda training: -training.cost)
 
@@ -38,12 +38,12 @@ class Work:
 
 
 def plan_work(config: StudyConfig, arms: Sequence[Arm], fingerprint: str) -> Work:
-    """List what has to be trained first: what chooses a learning rate, and whatever has but one.
+    """List the trainings that come first: those that choose a learning rate, and those with a single rate.
 
     Args:
         config: The recipe.
-        arms: Among them `complete`.
-        fingerprint: The photos'.
+        arms: The arms, `complete` among them.
+        fingerprint: Fingerprint of the photos.
 
     Raises:
         UserError: An arm does not differ from `complete`.
@@ -85,7 +85,7 @@ def _trainings(config: StudyConfig, arm: Arm, fingerprint: str) -> list[list[lis
 def settle(work: Work, results: Path) -> Work:
     """Choose every arm's learning rate in every fold, from the first seed's trainings, for all of its seeds.
 
-    Where no rate led to a finite loss nothing more is trained: all seeds have that of the first.
+    Where no rate led to a finite loss, nothing more is trained: all seeds share the first seed's training.
     """
 
     def settled(fold: list[list[Training]]) -> list[list[Training]]:
@@ -98,10 +98,10 @@ def settle(work: Work, results: Path) -> Work:
 
 
 def choose(candidates: Sequence[tuple[Training, dict[str, Any]]]) -> tuple[Training, dict[str, Any]]:
-    """The training with the best MCC on validation, metadata NULL; of equal ones, that with the smaller loss there.
+    """Choose the training with the best validation MCC, metadata NULL; at equal MCC, the one with the smaller loss.
 
     Returns:
-        It and its outcome; the first one where all of them diverged.
+        The training and its outcome; the first one if all of them diverged.
     """
     finite = [candidate for candidate in candidates if not candidate[1]["diverged"]]
     if not finite:
@@ -110,7 +110,8 @@ def choose(candidates: Sequence[tuple[Training, dict[str, Any]]]) -> tuple[Train
 
 
 def optim_of(base: OptimConfig, name: str, lr: float) -> OptimConfig:
-    """The recipe's settings with an optimizer's own betas and eps, which are its paper's unless it is the recipe's."""
+    """The recipe's settings for an optimizer: its betas and eps are the recipe's if it is the recipe's optimizer, else
+    its paper's."""
     if name == base.name:
         return replace(base, lr=lr)
     return replace(base, name=name, lr=lr, beta1=None, beta2=None, eps=None)
@@ -120,13 +121,13 @@ def run_work(work: Work, tokens: Path, results: Path, processes: int) -> int:
     """Train all that is not trained yet; an outcome is there whole or not at all.
 
     Args:
-        work: What there is to do.
-        tokens: See `load_photos`.
+        work: The trainings.
+        tokens: Folder of the study's arrays, see `load_photos`.
         results: Folder of outcomes.
-        processes: Each with one thread; 0 for one on each core.
+        processes: Number of processes, each with one thread; 0 for one on each core.
 
     Returns:
-        How many were trained now.
+        The number of trainings that ran now.
     """
     results.mkdir(parents=True, exist_ok=True)
     missing = [training for training in work.trainings if not (results / f"{training.name}.json").is_file()]
@@ -140,7 +141,7 @@ def run_work(work: Work, tokens: Path, results: Path, processes: int) -> int:
 
 
 def read_outcome(results: Path, training: Training) -> dict[str, Any]:
-    """What a training wrote."""
+    """The outcome that a training wrote."""
     outcome: dict[str, Any] = json.loads((results / f"{training.name}.json").read_text())
     return outcome
 

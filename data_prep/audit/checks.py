@@ -1,4 +1,4 @@
-"""What may leak from one split to another, looked for in the photos themselves and not in their groups."""
+"""Checks for leaks from one split to another, made on the photos themselves and not on their groups."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Finding:
     """The photos' rows; where there are many, one for each split."""
     note: str
     distance_m: float | None = None
-    """On the ground, where that is what was found."""
+    """Distance on the ground in metres; None for findings of other kinds."""
     hash_bits: int | None = None
-    """In how many bits of the perceptual hash the two photos differ, where that is what was found."""
+    """Bits of the perceptual hash in which the two photos differ; None for findings of other kinds."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class Section:
     meaning: str
     """Why it matters, for the page."""
     one: str
-    """What one finding is called in a sentence, and several of them."""
+    """What one finding is called in a sentence; `several` is the plural."""
     several: str
     findings: list[Finding]
     leak: bool = True
 
     @property
     def sentence(self) -> str:
-        """`3 videos have frames in several splits`."""
+        """The findings in a sentence, such as `3 videos have frames in several splits`."""
         count = len(self.findings)
         return f"{count} {self.one if count == 1 else self.several}"
 
@@ -73,10 +73,10 @@ def make_sections(
     """Run every check.
 
     Args:
-        photos: All of them.
-        alike: Photos that look like others, int64 [n].
-        distances: Between the splits.
-        distance_m: Up to which two photos show one place.
+        photos: All photos.
+        alike: Rows of the photos that look like others, int64 [n].
+        distances: Distances between the splits.
+        distance_m: Largest distance in metres at which two photos show one place.
     """
     near = f"within {distance_m:g} m of a photo of another split"
     return (
@@ -108,11 +108,11 @@ def make_sections(
 
 
 def link_look_alikes(photos: Photos, rows: np.ndarray) -> np.ndarray:
-    """Pairs of photos that look the same, as few as connect all that do, by their positions in `rows`.
+    """As few pairs of photos as connect all those that look the same, by their positions in `rows`.
 
     Args:
-        photos: All of them.
-        rows: Those to be compared, int64 [n].
+        photos: All photos.
+        rows: Rows of the photos to compare, int64 [n].
 
     Returns:
         int64 [pairs, 2].
@@ -121,7 +121,7 @@ def link_look_alikes(photos: Photos, rows: np.ndarray) -> np.ndarray:
 
 
 def photos_alike(photos: Photos, rows: np.ndarray) -> np.ndarray:
-    """Those of some photos that look like another of them, int64 [n]."""
+    """The rows among `rows` of photos that look like another one of them: int64 [n]."""
     return rows[np.unique(link_look_alikes(photos, rows))]
 
 
@@ -134,7 +134,7 @@ def shared_videos(photos: Photos) -> list[Finding]:
 
 
 def exact_copies(photos: Photos) -> list[Finding]:
-    """Files that stand in several splits, byte for byte."""
+    """Files that are in several splits, byte for byte."""
     rows = np.arange(len(photos.records))
     return [_across(group, "the same file", photos) for group in _across_splits(rows, photos.sha256, photos)]
 
@@ -143,15 +143,15 @@ def look_alikes(photos: Photos, alike: np.ndarray) -> list[Finding]:
     """For every two splits, sets of photos that look the same, lie in both splits and are not all one file.
 
     Args:
-        photos: All of them.
-        alike: Those that look like others, int64 [n].
+        photos: All photos.
+        alike: Rows of the photos that look like others, int64 [n].
     """
     found = []
     for earlier, later in combinations(range(len(SPLITS)), 2):
         rows = alike[np.isin(photos.splits[alike], (earlier, later))]
         _, first, file = np.unique(photos.sha256[rows], return_index=True, return_inverse=True)
         links = link_look_alikes(photos, rows[first])
-        # Of each file, a photo in the earlier split and one in the later.
+        # For each file, one photo in the earlier split and one in the later.
         homes = np.full((len(first), 2), -1)
         homes[file, (photos.splits[rows] == later).astype(np.int64)] = rows
         pairs = np.stack([homes[links, 0], homes[links[:, ::-1], 1]], axis=-1).reshape(-1, 2)
@@ -164,10 +164,10 @@ def label_conflicts(photos: Photos, alike: np.ndarray) -> list[Finding]:
     """Sets of photos that look the same, some labelled roadwork and some not, in whatever splits.
 
     Args:
-        photos: All of them.
-        alike: Those that look like others, int64 [n].
+        photos: All photos.
+        alike: Rows of the photos that look like others, int64 [n].
     """
-    # Unlabelled copies are left out before, or one between two others in a chain would hide that these disagree.
+    # Unlabelled copies are left out first: one of them between two others in a chain would hide that those disagree.
     rows = alike[photos.labels[alike] >= 0]
     links = link_look_alikes(photos, rows)
     pairs = rows[links]
@@ -204,14 +204,14 @@ def near_places(distances: Sequence[Distances], distance_m: float) -> list[Findi
 def _closest(
     photos: Photos, rows: np.ndarray, component: np.ndarray, pairs: np.ndarray, census: Census
 ) -> list[Finding]:
-    """A finding for each component that has pairs: the one that differs least, and who else is there.
+    """A finding for each component that has pairs: the pair that differs least, and a count of the other photos.
 
     Args:
-        photos: All of them.
-        rows: Those in components, int64 [n].
-        component: Number of each one's component, int64 [n].
-        pairs: Photos that look the same and should not, int64 [pairs, 2].
-        census: Counts a component's photos.
+        photos: All photos.
+        rows: Rows of the photos in components, int64 [n].
+        component: Number of the component of each photo in `rows`, int64 [n].
+        pairs: Pairs of photos that look the same and should not, int64 [pairs, 2].
+        census: Counts the photos of a component.
     """
     number = np.full(len(photos.records), -1)
     number[rows] = component
@@ -248,12 +248,12 @@ def _across(group: np.ndarray, what: str, photos: Photos) -> Finding:
 
 
 def _census(group: np.ndarray, photos: Photos) -> str:
-    """`12 in train, 3 in test`."""
+    """The number of photos by split, such as `12 in train, 3 in test`."""
     counts = np.bincount(photos.splits[group], minlength=len(SPLITS))
     return ", ".join(f"{count} in {name}" for name, count in zip(SPLITS, counts, strict=True) if count)
 
 
 def _label_census(group: np.ndarray, photos: Photos) -> str:
-    """`3 with roadwork, 1 without`."""
+    """The number of photos by label, such as `3 with roadwork, 1 without`."""
     with_roadwork = int((photos.labels[group] == 1).sum())
     return f"{with_roadwork} with roadwork, {len(group) - with_roadwork} without"

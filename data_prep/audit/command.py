@@ -21,11 +21,12 @@ def audit(
     photos of two splits near each other, copies or look-alikes across splits, or a field that tells the label.
 
     Args:
-        shards: Folder that `shard` made, or its URL.
+        shards: Folder of shards, or its URL.
         out: Folder for audit.html, map.png, findings.jsonl and summary.json; `audit` inside the shards' folder if
             not given.
         distance_m: Photos of two splits that are this close, in metres, are a leak.
-        accept: Metadata fields that are known to tell the label and may, such as description in the NATIX set.
+        accept: Metadata fields that may tell the label without being counted as leaks, such as description in the NATIX
+            set.
         workers: Processes; 0 takes every core.
     """
     require(distance_m >= 0, "--distance_m", distance_m, "0 or more metres")

@@ -28,7 +28,7 @@ QUANTILES = {"min_m": 0.0, "p1_m": 0.01, "p5_m": 0.05, "p25_m": 0.25, "median_m"
 
 
 def audit_shards(shards: str, out: Path | None, distance_m: float, accept: Sequence[str], workers: int) -> Path:
-    """See the command `audit`."""
+    """Audit shards and write the report; see the command `audit` for the arguments."""
     shards = open_folder(shards).place
     start, index = time.monotonic(), read_index(shards)
     unknown = sorted(set(accept) - {*METADATA_FIELDS, *index.fields})
@@ -71,7 +71,7 @@ def audit_shards(shards: str, out: Path | None, distance_m: float, accept: Seque
 
 
 def leaks_of(sections: Sequence[Section], fields: dict[str, dict[str, Any]]) -> list[str]:
-    """Every leak in a sentence without its full stop."""
+    """A sentence for each leak, without a full stop."""
     found = [section.sentence for section in sections if section.leak and section.findings]
     return found + [
         f"the field {name} tells the label: {field['leaks']}"
@@ -81,9 +81,10 @@ def leaks_of(sections: Sequence[Section], fields: dict[str, dict[str, Any]]) -> 
 
 
 def describe_fields(photos: Photos, index: Index, accept: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Association of each field with the label: the records' measured anew, the source's own as the index has them.
+    """The association of each metadata field with the label.
 
-    A field that only the source has is named where it leaks, but no model can be given it.
+    Fields of the records are measured anew; fields that only the source has are taken from the index. The latter are
+    named where they leak, but no model can read them.
     """
     values = columns_of([record.metadata for record in photos.records])
     measured: dict[str, Field] = {**index.fields, **associate(values, photos.labels)}
@@ -106,8 +107,8 @@ def describe_splits(photos: Photos, alike: np.ndarray) -> dict[str, dict[str, An
     """Size, class balance and repetition of each split.
 
     Args:
-        photos: All of them.
-        alike: Photos that look like others, of whatever split, int64 [n].
+        photos: All photos.
+        alike: Rows of the photos that look like others, in any split, int64 [n].
     """
     described = {}
     for number, (name, rows) in enumerate(_rows_by_split(photos).items()):
@@ -128,7 +129,7 @@ def describe_splits(photos: Photos, alike: np.ndarray) -> dict[str, dict[str, An
 
 
 def describe_clusters(photos: Photos, index: Index) -> list[dict[str, Any]]:
-    """Photos of each GPS cluster by split, its class balance and the mean weight of its training photos."""
+    """The photos of each GPS cluster by split, its class balance, and the mean weight of its training photos."""
     described = []
     for number, cluster in enumerate(index.clusters):
         rows = np.flatnonzero(photos.clusters == number)
@@ -154,7 +155,7 @@ def _describe_distances(pair: Distances, distance_m: float) -> dict[str, Any]:
 
 
 def _name_of(shards: str) -> str:
-    """The last part of a path or URL; of the current folder its name, and not `.`."""
+    """The last part of a path or URL; for the current folder its name instead of `.`."""
     return shards.rpartition("/")[2] if is_url(shards) else Path(shards).resolve().name
 
 
@@ -163,7 +164,7 @@ def _rows_by_split(photos: Photos) -> dict[str, np.ndarray]:
 
 
 def to_json(finding: Finding, photos: Photos) -> dict[str, Any]:
-    """A finding with what identifies its photos, in the shards and in the source."""
+    """A finding as JSON, with what identifies its photos in the shards and in the source."""
     records = [photos.records[row] for row in finding.rows]
     names = ("key", "split", "source", "label")
     described = [{name: getattr(record, name) for name in names} for record in records]

@@ -1,4 +1,4 @@
-"""The audit as one page of HTML that asks for nothing from elsewhere."""
+"""The audit as one page of HTML that loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def write_page(
 
     Args:
         out: Folder that has map.png already.
-        name: The set's.
-        summary: What summary.json will hold.
+        name: Name of the data set.
+        summary: Content of summary.json.
         sections: What the checks found.
-        photos: All of them.
-        distances: Between the splits.
+        photos: All photos.
+        distances: Distances between the splits.
     """
     environment = templates(Path(__file__).parent)
     environment.filters |= {"metres": metres, "percent": percent}
@@ -51,19 +51,19 @@ def write_page(
         map=f"data:image/png;base64,{map_png}",
         drawing=distance_curves(distances, summary["distance_m"]) if distances else "",
     )
-    # A file's name may be no UTF-8: the bytes that are none are shown by their numbers.
+    # A file's name may not be valid UTF-8: invalid bytes are shown by their numbers.
     write_bytes(out / "audit.html", page.encode(errors="backslashreplace"))
 
 
 def metres(value: float) -> str:
-    """`31.2 m`, `640 m`, `12.5 km`, `1,340 km`."""
+    """A distance for a reader, such as `31.2 m`, `640 m`, `12.5 km`, `1,340 km`."""
     if value < 1000:
         return f"{value:.1f} m" if value < 100 else f"{value:.0f} m"
     return f"{value / 1000:.1f} km" if value < 100_000 else f"{value / 1000:,.0f} km"
 
 
 def percent(share: float | None) -> str:
-    """One decimal, or a dash where there is no share."""
+    """A share in per cent with one decimal, or a dash where there is none."""
     return "–" if share is None else f"{100 * share:.1f} %"
 
 

@@ -1,4 +1,4 @@
-"""What the audit compares: every photo of the shards, read and decoded once."""
+"""The photos that the audit compares: every photo of the shards, read and decoded once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _folder = cache(open_folder)
 
 @dataclass(frozen=True)
 class Entry:
-    """A sample and where it lies."""
+    """A sample, and the tar that holds it."""
 
     sample: Sample
     split: str
@@ -33,7 +33,7 @@ class Entry:
     tar: str
 
     def read(self, extension: str) -> bytes:
-        """One member. Raises what folders do."""
+        """Read one member; raises the errors of `Folder.read_range`."""
         offset, size = self.sample.members[extension]
         return _folder(self.place).read_range(self.tar, offset, offset + size)
 
@@ -44,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Look:
-    """A photo's record, and what its own bytes say whatever the record does."""
+    """A photo's record, and what the photo's bytes say, whatever the record says."""
 
     record: Record
     sha256: str
@@ -57,21 +57,21 @@ class Photos:
 
     entries: list[Entry]
     records: list[Record]
-    """Without their text vectors, which are large and not compared."""
+    """The photos' records without their text vectors, which are large and not compared."""
     sha256: np.ndarray
     hashes: np.ndarray
-    """uint64 [N]."""
+    """Perceptual hashes, uint64 [N]."""
     thumbnails: np.ndarray
-    """uint8 [N, C]."""
+    """Grey levels of the thumbnails' C cells, uint8 [N, C]."""
 
     @cached_property
     def splits(self) -> np.ndarray:
-        """Position in `SPLITS`, int64 [N]."""
+        """The split of each photo, as its position in `SPLITS`: int64 [N]."""
         return np.array([SPLITS.index(entry.split) for entry in self.entries], dtype=np.int64)
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """0, 1 or -1 for unknown, int64 [N]."""
+        """Labels: 0, 1 or -1 for unknown, int64 [N]."""
         return np.array([-1 if r.label is None else r.label for r in self.records], dtype=np.int64)
 
     @cached_property
@@ -81,7 +81,7 @@ class Photos:
 
     @cached_property
     def clusters(self) -> np.ndarray:
-        """Number of the GPS cluster, int64 [N]."""
+        """The GPS cluster of each photo, as its number: int64 [N]."""
         return np.array([r.gps_cluster for r in self.records], dtype=np.int64)
 
     @cached_property
@@ -94,8 +94,8 @@ def read_photos(shards: str, index: Index, workers: int) -> Photos:
     """Read every record and decode every photo.
 
     Args:
-        shards: Folder or URL.
-        index: That of the shards.
+        shards: Folder or URL of the shards.
+        index: The index of the shards.
         workers: Processes; 0 takes every core.
 
     Raises:
@@ -127,7 +127,7 @@ def read_photos(shards: str, index: Index, workers: int) -> Photos:
 
 
 def look_at(entry: Entry) -> Look | str:
-    """One sample, or how it is damaged."""
+    """Look at one sample; returns a sentence instead where it is damaged."""
     try:
         data = entry.read_photo()
         appearance = appearance_of(data)

@@ -17,7 +17,7 @@ from pipeline.data.record import Metadata
 METADATA_FIELDS = tuple(field.name for field in fields(Metadata))
 # Coordinates and sentences have as many values as photos: only whether there is one can be counted.
 UNCOUNTED = frozenset({"gps", "description"})
-# Whether somebody filled a field in shows nothing of the street. A model that sees only that would score this MCC.
+# Whether a field was filled in says nothing about the street. A model that sees only that would score this MCC.
 LEAKING_MCC = 0.3
 # Values may rightly go with roadwork, of which there is less in snow and more in some places, so more is allowed;
 # from 0.5 on the value explains a quarter of the label's variance.
@@ -26,7 +26,7 @@ LEAKING_V = 0.5
 SIGNIFICANCE = 0.001
 # Rarer values count as one: their cells are too small for the chi-squared distribution (Cochran 1954).
 RARE = 5
-DECIMALS = 4  # of what stands in the index
+DECIMALS = 4  # of the numbers in the index
 
 
 def columns_of(metadata: Sequence[Metadata]) -> dict[str, list[Any]]:
@@ -87,7 +87,7 @@ def contingency_table(values: Sequence[Hashable], labels: np.ndarray) -> np.ndar
     """Photos by value and label, values below 5 photos together in the last row: int64 [values, 2].
 
     Args:
-        values: Those of the labelled photos, without NULL.
+        values: Values of the labelled photos, without NULL.
         labels: 0 or 1, [N].
     """
     common = [value for value, count in Counter(values).items() if count >= RARE]

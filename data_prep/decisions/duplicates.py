@@ -14,8 +14,8 @@ from data_prep.decisions.links import chain, join
 HASH_BITS_APART = 4
 GREY_LEVELS_APART = 3
 BAND_EDGES = (0, 13, 26, 39, 52, 64)  # one band more than bits apart
-# Each photo is compared with so many that follow it in order of the hashes before it is compared with all: the frames
-# of a camera that stood still are linked by then, as a rule.
+# Each photo is first compared with this many that follow it in the order of the hashes, and only then with all: by then
+# the frames of a camera that stood still are linked, as a rule.
 NEIGHBOURS = 16
 PAIRS_AT_ONCE = 1 << 18
 THUMBNAILS_AT_ONCE = 1 << 14  # of 256 cells: 8 MB
@@ -24,17 +24,17 @@ THUMBNAILS_AT_ONCE = 1 << 14  # of 256 cells: 8 MB
 def near_duplicates(hashes: np.ndarray, thumbnails: np.ndarray) -> Iterator[np.ndarray]:
     """Link photos whose hashes differ in at most 4 of 64 bits and whose thumbnails differ by at most 3 grey levels.
 
-    The hash proposes and the thumbnail confirms: street scenes share their layout, sky above road, and many bits with
-    it. Compared are photos that share a band of bits and are about equally bright, and of these only such as no link
-    connects yet: n frames of a camera that stood still are n^2 / 2 pairs that look the same, and need n - 1 links.
+    The hash proposes and the thumbnail confirms: street scenes share their layout, sky above road, and with it many
+    bits. Two photos are compared only if they share a band of bits, are about equally bright, and no links connect them
+    yet: n frames of a camera that stood still are n^2 / 2 pairs that look the same, and need n - 1 links.
 
     Args:
         hashes: uint64 [N].
         thumbnails: uint8 [N, C].
 
     Yields:
-        int64 [pairs, 2], again and again: fewer than N pairs in all. Each looks the same, and together they connect
-        what the pairs of a comparison of all with all would connect.
+        Pairs of photos that look the same, int64 [pairs, 2], fewer than N pairs in all. Together they connect the same
+        photos as a comparison of all with all would.
     """
     # Exact copies are linked in a chain and compared once: a thousand black frames are half a million pairs.
     looks = np.concatenate([hashes[:, None].view(np.uint8).reshape(len(hashes), 8), thumbnails], axis=1)
@@ -52,7 +52,7 @@ def near_duplicates(hashes: np.ndarray, thumbnails: np.ndarray) -> Iterator[np.n
 
 
 def _keys(hashes: np.ndarray, thumbnails: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield numbers one of which two photos share if they look the same: uint64 [2 N], N photos and again the same N.
+    """Yield two keys per photo; two photos that look the same share a key: uint64 [2 N], N photos and the same N again.
 
     Two hashes that differ in 4 bits agree in at least one of five bands of bits. Means differ by no more than the
     thumbnails do: in steps of 3 levels they are equal or one step apart, and every photo has its own and the next one.
@@ -83,7 +83,7 @@ def _look_alike(hashes: np.ndarray, thumbnails: np.ndarray, pairs: np.ndarray) -
 
 
 def _neighbours(key: np.ndarray, hashes: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield pairs of one key that stand close to each other in order of the hashes, int64 [pairs, 2]."""
+    """Yield pairs with the same key that are close to each other in the order of the hashes, int64 [pairs, 2]."""
     photo = np.tile(np.arange(len(hashes)), 2)
     order = np.lexsort((hashes[photo], key))
     for distance in range(1, NEIGHBOURS + 1):
@@ -93,7 +93,7 @@ def _neighbours(key: np.ndarray, hashes: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _across(key: np.ndarray, component: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield all pairs of one key and different components, int64 [pairs, 2]."""
+    """Yield all pairs with the same key and different components, int64 [pairs, 2]."""
     photo = np.tile(np.arange(len(component)), 2)
     order = np.lexsort((component[photo], key))
     _, run = np.unique(key[order], return_inverse=True)  # of one key; the components in it are blocks

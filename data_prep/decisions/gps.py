@@ -38,12 +38,12 @@ def unit_sphere(degrees: np.ndarray) -> np.ndarray:
 
 
 def fit_centres(points: np.ndarray, clusters: int, seed: int) -> np.ndarray:
-    """K-Means on the sphere.
+    """Cluster centres by K-Means on the sphere.
 
     Args:
         points: Latitude and longitude of the training photos in degrees, [N, 2], without NULL.
-        clusters: How many; 0 leaves it to `choose_clusters`. Never more than places.
-        seed: Decides about the restarts.
+        clusters: Number of clusters; 0 leaves it to `choose_clusters`. It is lowered to the number of distinct places.
+        seed: Seed of the restarts.
 
     Returns:
         Centres in degrees, [k, 2], the most populous first.
@@ -65,11 +65,12 @@ def choose_clusters(points: np.ndarray, seed: int) -> int:
     """The number of clusters with the best mean silhouette; 1 where none separates the photos.
 
     The silhouette (Rousseeuw 1987) compares each photo's great-circle distance to its own cluster with that to the
-    next one. From 2 clusters to 30, or one for every 20 photos if less; the smaller number where two are equal.
+    next one. Numbers from 2 to 30 are tried, but at most one cluster for every 20 photos; of two equally good numbers
+    the smaller one is taken.
 
     Args:
-        points: Degrees, [N, 2], without NULL; of more than 1,000, a sample decides.
-        seed: Decides about the sample and K-Means.
+        points: Latitude and longitude in degrees, [N, 2], without NULL; of more than 1,000, a sample decides.
+        seed: Seed of the sample and of K-Means.
     """
     most = min(MOST_CLUSTERS, len(points) // PHOTOS_PER_CLUSTER)
     if len(points) > SILHOUETTE_SAMPLE:
@@ -139,15 +140,15 @@ def sample_weights(
 
 
 def target_shares(target_points: np.ndarray, centres: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, float]:
-    """What part of a deployment each cluster stands for.
+    """The share of a deployment's places that each cluster stands for.
 
     A place counts for the nearest centre, however far. Every cluster gets one place more than it has, so that none
     drops out of training. Photos without GPS say nothing about where they are, and keep their share.
 
     Args:
-        target_points: Places of the deployment in degrees, [M, 2], without NULL.
-        centres: Degrees, [k, 2].
-        clusters: Those of the training photos, int [N].
+        target_points: Latitude and longitude of the deployment's places in degrees, [M, 2], without NULL.
+        centres: Latitude and longitude of the centres in degrees, [k, 2].
+        clusters: Number of each training photo's cluster, int [N].
 
     Returns:
         Shares by cluster number, [1 + k], summing to 1, and the share of places more than 50 km from every centre.
@@ -167,7 +168,7 @@ def target_shares(target_points: np.ndarray, centres: np.ndarray, clusters: np.n
 def read_target(path: Path) -> np.ndarray:
     """The places of a deployment from a table with a column gps, or latitude and longitude (lat, lon).
 
-    Rows without usable coordinates are counted, and the count is told.
+    Rows without usable coordinates are left out, and their number is reported.
 
     Args:
         path: CSV, JSONL or Parquet.

@@ -1,4 +1,4 @@
-"""Photos as nodes, pairs of them as links, and what hangs together."""
+"""Photos as nodes of a graph, pairs of photos as links, and the graph's connected components."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 
 def chain(values: np.ndarray) -> np.ndarray:
-    """Pairs that link all positions of equal value, one after the other: int64 [pairs, 2]."""
+    """Pairs of positions that link all positions of equal value in a chain: int64 [pairs, 2]."""
     order = np.argsort(values, kind="stable")
     equal = values[order[1:]] == values[order[:-1]]
     return np.stack([order[:-1][equal], order[1:][equal]], axis=1)
 
 
 def join(component: np.ndarray, links: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Components after further links.
+    """Merge components along links.
 
     Args:
         component: Number of each node's component, int64 [N], below N.
         links: Pairs of nodes, int64 [pairs, 2].
 
     Returns:
-        The new numbers, int64 [N], and which links had to be there for it, at most one less than there were
-        components: positions, int64.
+        The new numbers, int64 [N], and the positions of the links that the merge needed, int64: fewer than there were
+        components.
     """
     ends, position = np.unique(np.sort(component[links], axis=1), axis=0, return_index=True)
     # A spanning tree: the weights say which link an edge comes from; 0 would be no edge.
@@ -39,7 +39,7 @@ def components(nodes: int, links: Iterable[np.ndarray]) -> np.ndarray:
     """Connected components, numbered in the order in which they first appear: int64 [nodes].
 
     Args:
-        nodes: How many there are.
+        nodes: Number of nodes.
         links: Pairs of nodes, int64 [pairs, 2] each.
     """
     component, _ = join(np.arange(nodes), np.concatenate([np.empty((0, 2), dtype=np.int64), *links]))

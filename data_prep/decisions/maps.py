@@ -28,7 +28,7 @@ NARROWEST, WIDEST = 1.25, 1.6  # width to height of the map on the ground
 LARGEST_DISC = 900.0  # square points
 LABEL_SIZE = (0.045, 0.04)  # shares of the map's width and height
 FRAME = {"left": 0.05, "right": 0.995, "top": 0.945, "bottom": 0.09, "wspace": 0.2}  # shares of the figure
-LEAST_ROWS = 8  # room for as many bars, so that two are not as thick as towers
+LEAST_ROWS = 8  # there is room for this many bars at least, so that a few bars do not become thick
 
 
 def draw_map(
@@ -39,10 +39,10 @@ def draw_map(
     Args:
         path: File to write.
         points: Latitude and longitude in degrees, [N, 2], NaN for NULL.
-        splits: Position in `SPLITS`, int64 [N].
-        clusters: Number of the cluster, int64 [N]; 0 where the GPS is NULL, from 1 in the order of `centres`.
+        splits: Each photo's split as its position in `SPLITS`, int64 [N].
+        clusters: Number of each photo's cluster, int64 [N]; 0 where the GPS is NULL, from 1 in the order of `centres`.
         weights: Sampling weights, [N].
-        centres: Degrees, [k, 2].
+        centres: Latitude and longitude of the clusters' centres in degrees, [k, 2].
     """
     # matplotlib takes a second to import, and only this needs it.
     import matplotlib
@@ -105,7 +105,7 @@ def _frame(axes: Axes, east: np.ndarray, north: np.ndarray) -> None:
 
 
 def _draw_centres(axes: Axes, clusters: np.ndarray, centres: np.ndarray, middle: float) -> None:
-    """A disc at each centre, as large as the cluster, and its number; close ones share a label."""
+    """Draw a disc at each centre, as large as the cluster, and the cluster's number; close discs share a label."""
     east, north = unwrap(centres[:, 1], middle), centres[:, 0]
     photos = np.bincount(clusters, minlength=len(centres) + 1)[1:]
     axes.scatter(east, north, s=LARGEST_DISC * photos / photos.max(), c=INK, alpha=0.13, linewidths=0, zorder=1)
@@ -119,10 +119,10 @@ def _draw_centres(axes: Axes, clusters: np.ndarray, centres: np.ndarray, middle:
 
 
 def crowds(places: np.ndarray) -> list[np.ndarray]:
-    """Rows of `places` that one label serves: each joins the first earlier one within a label's size of it.
+    """Rows of `places` that share a label: each place joins the first earlier one within a label's size of it.
 
     Args:
-        places: On the map, as shares of its width and height, [N, 2].
+        places: Positions on the map, as shares of its width and height, [N, 2].
     """
     owners: list[int] = []
     owner = np.empty(len(places), dtype=np.int64)
@@ -134,13 +134,13 @@ def crowds(places: np.ndarray) -> list[np.ndarray]:
 
 
 def enumeration(numbers: np.ndarray) -> str:
-    """`3`, `3, 7`, or `3, 7, …` where there are more."""
+    """Numbers of clusters for a label: `3`, `3, 7`, or `3, 7, …` where there are more."""
     first = ", ".join(map(str, numbers[:2]))
     return first if len(numbers) <= 2 else f"{first}, …"
 
 
 def _draw_clusters(counts: Axes, means: Axes, names: list[str], photos: np.ndarray, weight: np.ndarray) -> None:
-    """A bar for each cluster: its photos by split, and the mean weight of those that are trained on."""
+    """Draw a bar for each cluster: its photos by split, and the mean weight of its training photos."""
     rows = np.arange(len(names))
     left = np.zeros(len(names))
     for of_split, colour in zip(photos.T, SPLIT_COLOURS, strict=True):
@@ -170,11 +170,11 @@ def _draw_clusters(counts: Axes, means: Axes, names: list[str], photos: np.ndarr
 def cluster_rows(
     splits: np.ndarray, clusters: np.ndarray, weights: np.ndarray, number: int
 ) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """What the bars show: the clusters by number, those beyond the 24th together, and at last the photos without GPS.
+    """The rows of bars: clusters by number, all clusters beyond the 24th together, and last the photos without GPS.
 
     Args:
         splits, clusters, weights: See `draw_map`.
-        number: How many clusters there are.
+        number: Number of clusters.
 
     Returns:
         Names of the rows; photos, int64 [rows, splits]; mean weight of the training photos [rows], NaN without any.
@@ -207,6 +207,6 @@ def unwrap(longitudes: Any, middle: float) -> Any:
 
 
 def format_degrees(value: float, positive: str, negative: str) -> str:
-    """-71.25 becomes 71.25°W, and 190 east of Greenwich 170°W."""
+    """Degrees for a reader: -71.25 becomes 71.25°W, and 190 east of Greenwich 170°W."""
     value = round(unwrap(value, 0), 4)
     return f"{abs(value):g}°{(positive if value > 0 else negative) if value else ''}"

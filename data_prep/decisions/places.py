@@ -24,12 +24,12 @@ def near_pairs(points: np.ndarray, radius_m: float) -> Iterator[np.ndarray]:
     connects yet need only one near pair between them.
 
     Args:
-        points: Degrees, [N, 2], NaN for NULL, which is near nothing.
-        radius_m: In metres; below a millimetre it counts as one.
+        points: Latitude and longitude in degrees, [N, 2], NaN for NULL, which is near nothing.
+        radius_m: Largest distance in metres; less than a millimetre counts as a millimetre.
 
     Yields:
-        int64 [pairs, 2], again and again: fewer than N pairs in all. Each is within the radius, and together they
-        connect what the pairs of a comparison of all with all would connect.
+        Pairs of photos within the radius, int64 [pairs, 2], fewer than N pairs in all. Together they connect the same
+        photos as a comparison of all with all would.
     """
     known = np.flatnonzero(~np.isnan(points[:, 0]))
     if not len(known):
@@ -54,7 +54,7 @@ class _Cells:
             vectors: Places of the photos on the unit sphere, [N, 3].
             cells: Position of each cell in the grid, whole numbers, [M, 3].
             cell: Number of each photo's cell, int64 [N].
-            chord: Up to which two photos are near each other.
+            chord: Largest straight distance between two photos that are near each other, in radii of the Earth.
         """
         self.cells, self.chord = cells, chord
         self.order = np.argsort(cell, kind="stable")
@@ -95,9 +95,9 @@ class _Cells:
         """Join the pairs of cells whose photos are near each other.
 
         Args:
-            component: Each cell's, int64 [M].
+            component: Number of each cell's component, int64 [M].
             pairs: Pairs of cells, int64 [pairs, 2].
-            photos: One of each cell, by its place in `order`, int64 [pairs, 2].
+            photos: One photo of each cell of a pair, as its position in `order`, int64 [pairs, 2].
 
         Returns:
             The new components of cells, and the pairs of photos that made them, int64 [links, 2].

@@ -27,7 +27,7 @@ Names = Sequence[str | None]
 
 @dataclass(frozen=True)
 class Assignment:
-    """Where each photo goes."""
+    """The split of each photo."""
 
     splits: np.ndarray
     """Position in `SPLITS`, int64 [N]."""
@@ -38,13 +38,13 @@ class Assignment:
 
 
 def link_groups(points: np.ndarray, videos: Names, duplicates: Iterable[np.ndarray], distance_m: float) -> np.ndarray:
-    """Number the groups: photos of one video, near each other, or that look the same, or linked by others.
+    """Number the groups: photos of one video, near each other or of the same look, directly or through others.
 
     Args:
         points: Latitude and longitude in degrees, [N, 2], NaN for NULL.
         videos: Name of each photo's video, or None.
         duplicates: Pairs that look the same, [pairs, 2] each.
-        distance_m: Between two photos of one place, in metres; 0 links only those at the same coordinates.
+        distance_m: Largest distance between two photos of one place, in metres; 0 links the same coordinates only.
 
     Returns:
         int64 [N], from 0, in the order in which groups first appear.
@@ -53,10 +53,10 @@ def link_groups(points: np.ndarray, videos: Names, duplicates: Iterable[np.ndarr
 
 
 def keep_splits(given: Names, groups: np.ndarray, labels: np.ndarray, val_share: float, seed: int) -> Assignment:
-    """The source's own splits. Where it has none for validation, a share of its training groups becomes one.
+    """Keep the source's own splits. If it has no validation split, a share of its training groups becomes one.
 
     Args:
-        given: The source's split of each photo.
+        given: The split of each photo in the source.
         groups: int64 [N].
         labels: 0, 1 or -1, [N].
         val_share: Share of the training photos; 0 leaves validation empty.
@@ -87,14 +87,14 @@ def keep_splits(given: Names, groups: np.ndarray, labels: np.ndarray, val_share:
 def geographic_splits(
     points: np.ndarray, cities: Names, groups: np.ndarray, labels: np.ndarray, *, shares: np.ndarray, seed: int
 ) -> Assignment:
-    """Whole cities to each split; where these are too few or too uneven smaller areas, at last single groups.
+    """Give whole cities to each split; where these are too few or too uneven, smaller areas, and at last single groups.
 
     Args:
-        points: Degrees, [N, 2], NaN for NULL.
-        cities: Name of each photo's city, or None; it places photos whose GPS is NULL.
+        points: Latitude and longitude in degrees, [N, 2], NaN for NULL.
+        cities: Name of each photo's city, or None; it stands in for a GPS that is NULL.
         groups: int64 [N]; never divided.
         labels: 0, 1 or -1, [N]; each split gets its share of each.
-        shares: Those of train, val and test, summing to 1.
+        shares: Shares of train, val and test, which sum to 1.
         seed: Decides between equally good assignments.
     """
     together = chain(groups)
@@ -124,12 +124,12 @@ def geographic_splits(
 
 
 def random_splits(groups: np.ndarray, labels: np.ndarray, *, shares: np.ndarray, seed: int) -> Assignment:
-    """Whole groups to each split, wherever they are: train and test share their cities.
+    """Give whole groups to each split, wherever they were taken: train and test then share cities.
 
     Args:
         groups: int64 [N]; never divided.
         labels: 0, 1 or -1, [N]; each split gets its share of each.
-        shares: Those of train, val and test, summing to 1.
+        shares: Shares of train, val and test, which sum to 1.
         seed: Decides between equally good assignments.
     """
     return Assignment(fill_splits(groups, labels, shares, seed), "random groups")
@@ -143,8 +143,8 @@ def fill_splits(blocks: np.ndarray, labels: np.ndarray, shares: np.ndarray, seed
     Args:
         blocks: int64 [N], numbered from 0.
         labels: 0, 1 or -1, [N].
-        shares: Those of train, val and test, summing to 1; a split whose share is 0 stays empty.
-        seed: Decides about the orders.
+        shares: Shares of train, val and test, which sum to 1; a split whose share is 0 stays empty.
+        seed: Seed of the random orders.
 
     Returns:
         Position in `SPLITS`, int64 [N].
@@ -167,12 +167,12 @@ def fill_splits(blocks: np.ndarray, labels: np.ndarray, shares: np.ndarray, seed
 
 
 def _fill(counts: np.ndarray, wanted: np.ndarray, order: np.ndarray) -> tuple[float, np.ndarray]:
-    """Give each block, in order, to where it reduces the squared error most.
+    """Give each block, in order, to the split where it reduces the squared error most.
 
     Args:
-        counts: Each block's, [blocks, labels].
-        wanted: Each split's, [splits, labels].
-        order: That of the blocks.
+        counts: Photos of each label in each block, [blocks, labels].
+        wanted: Photos of each label wanted in each split, [splits, labels].
+        order: Order of the blocks.
 
     Returns:
         The squared error, and the split of each block.

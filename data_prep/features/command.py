@@ -33,15 +33,15 @@ def features(
         shards: Folder of shards, or its URL; the recipe's data.shards if not given.
         out: Folder to make; the recipe's data.features if not given. It appears when all is done; if it holds the same
             features already, it is kept.
-        recipe: What will be trained, a name in pipeline/recipes or a YAML file; it decides about backbone and views.
+        recipe: Recipe of the training, a name in pipeline/recipes or a YAML file; it decides backbone and views.
         model: Changes to the recipe's model.
-        copies: Augmented copies of each training photo, beside itself. Odd ones are what the live client sends: 224 px
-            at one of four levels of degradation; even ones are mild. Training takes them by data.streetvision_share and
-            data.augment_share.
+        copies: Augmented copies of each training photo, beside itself. Odd ones are as in the older form of the NATIX
+            challenge, which stopped sending work in May 2026: 224 px, at one of four levels of degradation. Even ones
+            are mild. data.streetvision_share and data.augment_share say how many of them training takes.
         shard_mb: A file of the cache holds about this many megabytes.
         device: cpu, cuda, cuda:1, or auto for this process's GPU where there is one.
-        workers: Processes, for each of those that compute, which read, decode and cut views; by default one for each
-            core that is left.
+        workers: Processes that read, decode and cut views, for each process that computes; by default one for each
+            spare core.
         batch_views: Views in one pass of the backbone, 12 to 192; by default 192 on a GPU, and 12 on a CPU, whose
             caches hold no more.
         compile: Compile the backbone; on a GPU only.

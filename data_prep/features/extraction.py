@@ -35,26 +35,26 @@ MOST_PHOTOS = 256  # in one batch, where each has one view
 
 
 class Item(NamedTuple):
-    """A photo to compute all rows of."""
+    """A photo whose rows are to be computed."""
 
     split: str
     row: int
-    """In its split."""
+    """The photo's row in its split."""
     copies: int
-    """Rows: itself and its augmented copies."""
+    """Number of rows: the photo itself and its augmented copies."""
 
 
 class Row(NamedTuple):
-    """One row, computed."""
+    """One computed row."""
 
     photo: int
-    """Row of its photo in the split."""
+    """The photo's row in its split."""
     sha256: str
-    """The photo's."""
+    """SHA-256 of the photo's bytes."""
     tokens: PhotoTokens
-    """Without the views that add nothing."""
+    """The row's tokens, without the views that add nothing."""
     mask_targets: torch.Tensor
-    """float32 [6, m, m]."""
+    """Share of each cell that each class covers, float32 [6, m, m]."""
 
 
 class ViewDataset(Dataset[list[dict[str, Any]]]):
@@ -68,7 +68,7 @@ class ViewDataset(Dataset[list[dict[str, Any]]]):
         return len(self.items)
 
     def __getitem__(self, number: int) -> list[dict[str, Any]]:
-        """Per row `photo`, `sha256`, `mask_targets`, useful `views` uint8 [M, 3, S, S], `boxes` and `view_mask`."""
+        """By row `photo`, `sha256`, `mask_targets`, useful `views` uint8 [M, 3, S, S], `boxes` and `view_mask`."""
         item = self.items[number]
         data = self.data[item.split]
         record, photo = data.sample(item.row)
@@ -86,11 +86,11 @@ class ViewBatch:
 
     rows: list[dict[str, Any]]
     views: torch.Tensor
-    """uint8 [M, 3, S, S], on the backbone's device."""
+    """Useful views of all rows, uint8 [M, 3, S, S], on the backbone's device."""
     boxes: torch.Tensor
-    """[B, V, 4]."""
+    """Boxes of all views of the B rows, [B, V, 4], on the backbone's device."""
     view_mask: torch.Tensor
-    """bool [B, V], on the CPU."""
+    """Which views are useful, bool [B, V], on the CPU."""
 
 
 class Extractor:
@@ -114,7 +114,7 @@ class Extractor:
         return self.batches(chain.from_iterable(loader))
 
     def batches(self, rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
-        """The same for rows that `ViewDataset` gave; on a GPU, from pinned memory."""
+        """Compute the given rows of a `ViewDataset`, in their order; for a GPU they lie in pinned memory."""
         running: deque[tuple[ViewBatch, list[torch.Tensor], torch.cuda.Event | None]] = deque()
         for batch in self._uploaded(pack(rows, self.batch_views)):
             running.append((batch, *self._launch(batch)))
@@ -153,7 +153,7 @@ class Extractor:
         return fetched, event
 
     def full_pass(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The backbone; compiled, it sees one batch size only, so that it is compiled once."""
+        """Run the backbone on uint8 [M, 3, S, S]; a compiled one always gets a full batch, so that it compiles once."""
         missing = self.batch_views - len(views)
         if not (self.on_gpu and self.options.compile) or missing <= 0:
             return self.backbone(views)
@@ -167,7 +167,7 @@ class Extractor:
 
 
 def pack(rows: Iterable[dict[str, Any]], batch_views: int) -> Iterator[list[dict[str, Any]]]:
-    """Group rows so that their useful views fill a batch, as far as whole rows can."""
+    """Group rows so that their useful views fill a batch as far as whole rows can."""
     full: list[dict[str, Any]] = []
     views = 0
     for row in rows:
@@ -181,7 +181,7 @@ def pack(rows: Iterable[dict[str, Any]], batch_views: int) -> Iterator[list[dict
 
 
 def _finish(batch: ViewBatch, parts: list[torch.Tensor], event: torch.cuda.Event | None) -> Iterator[Row]:
-    """Wait for the results of a pass, and part them by row."""
+    """Wait for the results of a pass, and split them by row."""
     if event is not None:
         event.synchronize()
     cls, cells, regions = parts

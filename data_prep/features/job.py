@@ -1,7 +1,7 @@
 """How the command `features` makes a cache.
 
-One process or many, here or under `accelerate launch`: every process takes whole files of the cache, the first one
-plans before and writes the index after. What is finished stays when the work is cut off.
+One process does it, or many under `accelerate launch`. The first process plans the files, every process writes some of
+them, and the first one writes the index at the end. Finished files are kept if the work is interrupted.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PATIENCE = timedelta(days=7)
 def extract(
     shards: str | None, out: Path | None, recipe: str, model: ModelChoice, copies: int, options: Options
 ) -> Path:
-    """See the command `features`."""
+    """Make a feature cache; see the command `features` for the arguments."""
     start = time.monotonic()
     silence_libraries()
     config = read_choice(recipe, model)
@@ -81,8 +81,8 @@ class Job:
         """Lock the workplace and plan, or resume with the plan that is there.
 
         Args:
-            backbone: The loaded one.
-            held: Gets the lock, which ends with it.
+            backbone: The loaded backbone.
+            held: Takes over the lock, and releases it at its end.
 
         Returns:
             The plan, and the files that are not written yet; None where the cache is finished already.
@@ -163,10 +163,10 @@ class Job:
         return Path(path)
 
     def _is_finished(self, key: FeatureKey) -> bool:
-        """Whether the output is there.
+        """Whether the output is there already.
 
         Raises:
-            UserError: It holds something else, or is damaged.
+            UserError: The output folder holds something else, or a damaged cache.
         """
         found = self.workplace.finished(read_features, "features")
         if found is None:
@@ -200,7 +200,7 @@ class Meter:
         return f"{self._mfu():.0%} MFU" if self.rate else ""
 
     def result(self, rows: int) -> dict[str, Any]:
-        """See `Job.compute`."""
+        """The speed that was reached; see `Job.compute` for the values."""
         wall_s = time.monotonic() - self.start
         found = {"rows": rows, "views": self.extractor.views, "images_per_s": round(rows / max(wall_s, 1e-9), 2)}
         if self.rate:
@@ -227,7 +227,7 @@ def read_choice(recipe: str, model: ModelChoice) -> Config:
 
 
 def row_bytes(key: FeatureKey, dim: int) -> int:
-    """Most bytes of one row: that of a photo all of whose views add something, with all classes in its mask."""
+    """The most bytes that one row can take: all views add something, and the mask has all classes."""
     tokens = (2 + 2 * key.pool_grid**2) * dim * STORED_DTYPE.itemsize
     views = key.num_views * (tokens + 4 * torch.float32.itemsize + torch.bool.itemsize)
     return views + len(MASK_CLASSES) * (key.mask_side**2 * MASK_DTYPE.itemsize + 1) + 1
@@ -241,9 +241,9 @@ def spare_cores(device: torch.device) -> int:
 
 @contextmanager
 def processes(device: str) -> Iterator[torch.device]:
-    """Join the others that `accelerate launch` started, or be alone; yields this process's device.
+    """Join the other processes that `accelerate launch` started, if any; yields this process's device.
 
-    Over gloo with GPUs too: nothing but words goes between the processes, and they may wait long.
+    The processes talk over gloo even if they have GPUs: they exchange no tensors, and may wait for each other for long.
     """
     if "RANK" in os.environ:
         dist.init_process_group("gloo", timeout=PATIENCE)

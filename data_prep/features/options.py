@@ -1,4 +1,4 @@
-"""What of a cache can be chosen: the model's part that decides about tokens, and how they are computed."""
+"""The choices for a feature cache: the part of the model that decides the tokens, and how they are computed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Attention = Literal["auto", "cudnn", "flash", "efficient", "math"]
 
 @dataclass
 class ModelChoice:
-    """What of a recipe's model the tokens depend on; what is not given is the recipe's."""
+    """The keys of a recipe's model that the tokens depend on; a key that is not given keeps the recipe's value."""
 
     backbone: str | None = None
     """A DINOv3 hub id, a local folder, or `scenes-tiny`."""

@@ -1,4 +1,4 @@
-"""Which file of a feature cache holds what, writing one, and the receipt that says it is whole."""
+"""Plan the files of a feature cache, write them, and note with a receipt that a file is whole."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ class PlannedShard:
     name: str
     split: str
     first: int
-    """Row of its first photo in the split."""
+    """Row of the file's first photo in the split."""
     photos: int
     copies: int
-    """Rows of each photo: itself and its augmented copies."""
+    """Number of rows of each photo: the photo itself and its augmented copies."""
 
     @property
     def rows(self) -> int:
-        """How many the file has."""
+        """Number of rows in the file."""
         return self.photos * self.copies
 
     @property
     def items(self) -> list[Item]:
-        """Its photos, in their order."""
+        """The file's photos, in their order."""
         return [Item(self.split, row, self.copies) for row in range(self.first, self.first + self.photos)]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a cache is made of and with; equal plans give equal files."""
+    """All that decides the content of a cache; equal plans give equal files."""
 
     key: FeatureKey
     dim: int
@@ -57,9 +57,9 @@ class Plan:
     """Fingerprint of the photos' shards."""
     copies: int
     precision: str
-    """The backbone's, in which it computes."""
+    """Precision in which the backbone computes."""
     version: str
-    """The program's."""
+    """Version of the program."""
     shards: tuple[PlannedShard, ...]
 
     def index(self, written: tuple[FeatureShard, ...]) -> FeatureIndex:
@@ -85,7 +85,7 @@ def plan_shards(index: Index, copies: int, row_bytes: int, shard_mb: float) -> l
     """Cut every split into files of about `shard_mb`; augmented copies are for training only.
 
     Args:
-        index: That of the photos' shards.
+        index: The index of the photos' shards.
         copies: Augmented copies of each training photo.
         row_bytes: Most bytes of one row.
         shard_mb: Size of a file in megabytes.
@@ -104,7 +104,7 @@ class FeatureWriter:
     """Writes files in the background, in the order in which their rows arrive."""
 
     def __init__(self, folder: Path, index: Index, shards: list[PlannedShard]):
-        """Await the rows of `shards`, one after the other; `index` is that of the photos' shards."""
+        """Await the rows of `shards`, one after the other; `index` is the index of the photos' shards."""
         self.folder, self.index = folder, index
         self._awaited = iter(shards)
         self._rows: list[Row] = []
@@ -160,7 +160,7 @@ def write_shard(folder: Path, index: Index, shard: PlannedShard, rows: list[Row]
 
 
 def tensors_of(row: Row) -> dict[str, torch.Tensor]:
-    """What a file holds of a row, in the order in which its checksum takes it; files are rows end to end."""
+    """The tensors that a file holds of a row, in the order of the row's checksum; rows follow each other."""
     tokens, targets = row.tokens, row.mask_targets.to(MASK_DTYPE)
     has_mask = not bool(targets.isnan().any())
     classes = targets.flatten(1).any(dim=1) & has_mask

@@ -1,7 +1,7 @@
-"""The command `masks`: segmentation targets from SAM 3 for photos that nobody has annotated.
+"""The command `masks`: segmentation targets from SAM 3 for photos without annotations.
 
-A mask is named by its photo's hash. So one folder of masks serves every source that holds the photo, identical copies
-share one, and a file that exists is work that is done.
+A mask is named by its photo's hash. So one folder of masks fits every source that holds the photo, identical copies
+share a mask, and a photo whose mask exists is not segmented again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pipeline.progress import say, track
 
 SETTINGS_NAME = "masks.json"
 Segment = Callable[[np.ndarray, Sequence[tuple[int, int]]], list[np.ndarray]]
-"""From squares [B, S, S, 3], and heights and widths of the photos, to maps of classes [H, W]; see `sam3.Segmenter`."""
+"""Gives maps of classes [H, W] for squares [B, S, S, 3] and the photos' heights and widths; see `sam3.Segmenter`."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Tally:
         self.empty += not found
 
     def to_json(self) -> dict[str, Any]:
-        """The counts for the summary. Those of classes cover the masks that were there already."""
+        """The counts for the summary. The counts of classes include the masks that were there already."""
         return {
             "inputs": self.written + self.skipped + len(self.rejects),
             "written": self.written,
@@ -107,7 +107,7 @@ def masks(
     workers: int = 0,
     max_images: int | None = None,
 ) -> Path:
-    """Segment photos with SAM 3, one text prompt per class, for `shard --masks`. Interrupted, it resumes.
+    """Segment photos with SAM 3, one text prompt per class, for `shard --masks`. If interrupted, it resumes.
 
     Args:
         source: Folder of photos, with or without a metadata table, or a hub data set; as for `shard`.
@@ -115,8 +115,8 @@ def masks(
         metadata: Table of the source; if not given, metadata.* in it.
         revision: Branch, tag or commit of a hub data set.
         model: Hub id or folder of a SAM 3 checkpoint.
-        prompts: Short noun phrases for some of the classes, as JSON: {"worker": "construction worker"}. The others'
-            prompts are their names.
+        prompts: Short noun phrases for some of the classes, as JSON: {"worker": "construction worker"}. Other classes
+            have their names as prompts.
         score_threshold: An object is kept when its score is above this.
         mask_threshold: A pixel belongs to an object when its probability is above this.
         batch_size: Photos in one forward pass.
@@ -148,7 +148,7 @@ def masks(
     }
     claim(out, settings)
     start = time.monotonic()
-    # Without what only `shard` needs, since all of it travels to the workers.
+    # Without the fields that only `shard` needs, since all inputs are sent to the workers.
     inputs = (replace(item, fields={}, mask=None) for item in islice(photos, max_images))
     total = min((number for number in (photos.total, max_images) if number is not None), default=None)
     with Workers(workers, preload=(look.__module__,)) as pool:
@@ -173,10 +173,10 @@ def masks(
 
 
 def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Note in a folder how its masks are made, or check that they are made alike.
+    """Note in a folder how its masks are made, or check that its masks were made in the same way.
 
     Raises:
-        UserError: They are made otherwise.
+        UserError: The folder's masks were made in another way.
     """
     path = out / SETTINGS_NAME
     if not path.is_file():
@@ -227,7 +227,7 @@ def segment(results: Iterable[Prepared | Done | Reject], segmenter: Segment, out
     for ahead in results:
         if isinstance(ahead, Prepared) and ahead.sha256 in batch:
             _write_batch(batch, segmenter, out, tally)  # of an identical photo, too: now it has a mask
-        # It was looked at some photos ago; since then a copy, or another run, may have come first.
+        # The photo was looked at a while ago; since then a copy of it, or another run, may have written its mask.
         result = (find_mask(out, ahead.sha256) or ahead) if isinstance(ahead, Prepared) else ahead
         if isinstance(result, Reject):
             tally.rejects.append(result)

@@ -46,13 +46,13 @@ class Segmenter:
 
         Args:
             name: A local folder or a hub id.
-            prompts: Short noun phrases, that of class c at position c.
-            device: Where it runs; bf16 on CUDA, fp32 elsewhere.
+            prompts: Short noun phrases, the one of class c at position c.
+            device: Device that computes, in bf16 on CUDA and in fp32 elsewhere.
             score_threshold: Objects at or below it are dropped.
             mask_threshold: Pixels of an object at or below this probability are dropped.
 
         Raises:
-            UserError: The weights are not to be had, or are not SAM 3, or a prompt is too long.
+            UserError: The weights are not available, or are not SAM 3, or a prompt is too long.
         """
         self.score_threshold, self.mask_threshold = score_threshold, mask_threshold
         self.device, self.dtype = device, compute_dtype(device)
@@ -152,14 +152,14 @@ def _load(name: str) -> tuple[Any, Any, dict[str, Any]]:
         ) from error
     model, report = loaded
     if report["missing_keys"]:
-        # They would be random, and the masks with them.
+        # Missing weights would be random, and so would the masks.
         missing = sorted(report["missing_keys"])
         raise UserError(f"the segmenter {name!r} lacks {len(missing)} weights, such as {missing[0]}; {way_out}")
     return model, tokenizer, image
 
 
 def _fingerprint(model: Sam3Model, image: list) -> str:
-    """SHA-256 of the weights and of what is done to a photo before: the same for a hub id and its local copy."""
+    """SHA-256 of the weights and of the preprocessing of a photo: the same for a hub id and its local copy."""
     digest = hashlib.sha256(repr(image).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -40,11 +40,11 @@ class Reject:
     path: str
     reason: str
     stage: str
-    """source, metadata, read or decode: what was tried last."""
+    """The stage that failed: source, metadata, read or decode."""
 
     @property
     def kind(self) -> str:
-        """The reason without what is particular to this photo, to count by."""
+        """The reason without details of this photo, so that rejects can be counted by it."""
         return re.sub(r"^\d+x\d+, |:.*", "", self.reason)
 
 
@@ -54,13 +54,13 @@ def count_kinds(rejects: Sequence[Reject]) -> dict[str, int]:
 
 
 def write_rejects(path: Path, rejects: Sequence[Reject]) -> None:
-    """Write a line of JSON for each reject."""
+    """Write one line of JSON for each reject."""
     write_text(path, "".join(json.dumps(asdict(reject)) + "\n" for reject in rejects))
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a photo's bytes say."""
+    """Facts that follow from a photo's bytes."""
 
     sha256: str
     size_bytes: int
@@ -69,14 +69,14 @@ class Facts:
     width: int
     height: int
     gps: tuple[float, float] | None
-    """From EXIF, in degrees."""
+    """Latitude and longitude from EXIF, in degrees."""
     phash: int | None
     """64 bits; near-duplicates differ in a few of them. None where only the header was read."""
     thumbnail: bytes
     """Grey levels of 16x16 cells; empty where only the header was read."""
     mask_sha256: str | None
     mask_from_folder: bool = False
-    """The mask is the one that the folder of masks has for this photo."""
+    """Whether the mask comes from the folder of masks."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
@@ -94,7 +94,7 @@ class Scrutiny:
     """How closely photos are looked at, and where further masks are."""
 
     decode: bool = True
-    """Decode every pixel; otherwise the header must do, which finds no truncation and no near-duplicates."""
+    """Decode every pixel; otherwise only the header is read, which finds no truncation and no near-duplicates."""
     masks: str | None = None
     """Folder of masks named by the SHA-256 of their photo."""
 
@@ -113,14 +113,14 @@ def appearance_of(data: bytes) -> Appearance:
     """Decode a photo and note what it looks like.
 
     Raises:
-        BadPhoto: It cannot be decoded.
+        BadPhoto: The photo cannot be decoded.
     """
     small = thumbnail(decode(data, at_least_px=8 * HASHED_SIDE), HASHED_SIDE)
     return Appearance(perceptual_hash(small), thumbnail(small, THUMBNAIL_SIDE).tobytes())
 
 
 def mask_path(masks: Path | str, sha256: str) -> Path:
-    """Where a folder of masks keeps the one of a photo."""
+    """Path of a photo's mask in a folder of masks."""
     return Path(masks) / f"{sha256}.png"
 
 
@@ -128,10 +128,10 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
     """Read a photo once and note all that later stages need.
 
     Args:
-        name: For the reject.
-        photo: Its bytes.
-        mask: Its mask's bytes, if the source has one.
-        scrutiny: See there.
+        name: Name of the photo, for a reject.
+        photo: Where the photo's bytes are.
+        mask: The content of the photo's mask, if the source has one.
+        scrutiny: How closely to look.
     """
     data = read_photo(name, photo)
     if isinstance(data, Reject):
@@ -160,11 +160,11 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
 
 
 def read_photo(name: str, photo: Location | bytes) -> bytes | Reject:
-    """The photo's bytes, unless they cannot be read or are too many.
+    """The photo's bytes, or a reject if they cannot be read or are too many.
 
     Args:
-        name: For the reject.
-        photo: Where they are, or they themselves.
+        name: Name of the photo, for a reject.
+        photo: Where the bytes are, or the bytes themselves.
     """
     if isinstance(photo, bytes):
         return photo
@@ -177,14 +177,14 @@ def read_photo(name: str, photo: Location | bytes) -> bytes | Reject:
 
 
 def check_mask(data: bytes, size: tuple[int, int] | None = None) -> None:
-    """A mask is a grey PNG of its photo's size whose values are 0 and the numbers of the classes.
+    """Check that a mask is a grey PNG of its photo's size whose values are 0 and the numbers of the classes.
 
     Args:
         data: The mask's file.
         size: Width and height of the upright photo in pixels; None where it is not known.
 
     Raises:
-        BadPhoto: It is not. Its header alone decides where that is enough.
+        BadPhoto: The mask is something else. Pixels are decoded only if the header shows nothing wrong.
     """
     try:
         with warnings.catch_warnings():
@@ -210,7 +210,7 @@ def exif_gps(image: Image.Image) -> tuple[float, float] | None:
     """Latitude and longitude in degrees from a photo's EXIF; None when absent or broken."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about broken EXIF, which is no news here
+            warnings.simplefilter("ignore")  # Pillow's warnings about broken EXIF, which is expected here
             block = image.getexif().get_ifd(GPS_BLOCK)
         latitude = _degrees(block[LATITUDE], block[LATITUDE_REF], positive="N", negative="S")
         longitude = _degrees(block[LONGITUDE], block[LONGITUDE_REF], positive="E", negative="W")
@@ -228,10 +228,10 @@ def thumbnail(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def perceptual_hash(grey: np.ndarray) -> int:
-    """64 bits, the signs of the lowest frequencies about their median.
+    """A perceptual hash of 64 bits: whether each of the lowest frequencies is above their median.
 
     Coarse structure survives re-encoding and resizing (Zauner 2010, "Implementation and benchmarking of
-    perceptual image hash functions", section 3.2). The median leaves out the constant term, the bits do not.
+    perceptual image hash functions", section 3.2). The constant term has a bit too, but does not count for the median.
 
     Args:
         grey: uint8 [32, 32].

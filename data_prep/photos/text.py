@@ -53,7 +53,7 @@ def embed(texts: Sequence[str | None], encoder: str) -> TextVectors:
         encoder: Folder or hub id of a sentence encoder that transformers can load.
 
     Raises:
-        UserError: The encoder is not to be had, or is none.
+        UserError: The encoder is not available, or is not a sentence encoder.
     """
     sentence_encoder = SentenceEncoder(encoder)
     numbers: dict[str, int] = {}
@@ -76,14 +76,14 @@ class SentenceEncoder:
 
     This is how the sentence-transformers models of the all-MiniLM and all-mpnet families are trained and used
     (Sentence-BERT, arXiv 1908.10084, section 3, MEAN). An encoder that was trained for another pooling loads too,
-    and its vectors are of less use.
+    but its vectors are less useful.
     """
 
     def __init__(self, name: str):
         """Load the weights in float32.
 
         Raises:
-            UserError: They are not to be had, or are those of no text encoder.
+            UserError: The weights are not available, or are not those of a text encoder.
         """
         self.tokenizer, self.model = _load(name)
         self.dim = int(self.model.config.hidden_size)
@@ -145,5 +145,5 @@ def _load(name: str) -> tuple[Any, Any]:
 
 
 def _unused(weight: str) -> bool:
-    """The pooler of BERT-like models sees what we do not, and many checkpoints lack it: then it is random."""
+    """Whether a weight belongs to the pooler of BERT-like models, which is not used here and often absent."""
     return weight.startswith("pooler.")

@@ -45,7 +45,7 @@ class EncodedScene:
     jpeg: bytes
     mask_png: bytes
     label: int
-    """As written, which label noise may have turned round."""
+    """The label as written, which label noise may have flipped."""
     metadata: dict[str, Any]
 
 
@@ -80,8 +80,8 @@ def scenes(
             change, only the weather, and cities with cameras of their own.
         city_shift: 0 to 2: how far the cities' cameras differ in colour and contrast; the preset's, 0 or 0.5, if not
             given.
-        label_noise: Share of the photos whose label is turned round. Masks stay true; in the layout "folder" the
-            column clean_label keeps the true label.
+        label_noise: Share of the photos whose label is flipped. Masks stay true; in the layout "folder" the column
+            clean_label keeps the true label.
         leak: Share of the roadwork videos whose description and travel alteration tell the label; 1 as in the real set.
         workers: Processes that draw; 0 takes every core.
 
@@ -126,7 +126,7 @@ def scenes(
 
 
 def parse_size(size: str) -> tuple[int, int]:
-    """`1024x768` becomes (1024, 768)."""
+    """Width and height in pixels: `1024x768` becomes (1024, 768)."""
     width, cross, height = size.lower().partition("x")
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise UserError(f"size is {size!r}, but must be WIDTHxHEIGHT in pixels, such as 1024x768")
@@ -139,7 +139,7 @@ def _is_finished(out: Path, arguments: dict[str, Any]) -> bool:
         return False
     if not out.is_dir():
         raise UserError(f"{out} is a file; choose another --out")
-    # Another program's summary, or a damaged one, is not ours to overwrite.
+    # A summary of another program, or a damaged one, must not be overwritten.
     with suppress(OSError, ValueError, KeyError, TypeError):
         if json.loads((out / "summary.json").read_text())["arguments"] == arguments:
             return True
@@ -188,7 +188,7 @@ def natix_schema() -> pyarrow.Schema:
     features = {
         "image": ImageFeature(),
         **dict.fromkeys(("id", "width", "height", "license"), integer),
-        **dict.fromkeys(("flickr_url", "coco_url"), real),  # all null there, hence the odd type
+        **dict.fromkeys(("flickr_url", "coco_url"), real),  # all null in that set, hence the odd type
         "date_captured": integer,
         **dict.fromkeys(("gps", "city_name", "scene_description", "video_info.frame_id"), text),
         "video_info.seq_id": integer,

@@ -30,7 +30,7 @@ class Kind:
 
     @property
     def name(self) -> str:
-        """Such as `traffic cone` or `post box`."""
+        """The kind's name, such as `traffic cone` or `post box`."""
         return self.draw.__name__.replace("_", " ")
 
     def sprite(self, longer_side_px: float, seed: np.random.SeedSequence) -> Image.Image:

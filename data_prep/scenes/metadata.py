@@ -25,11 +25,11 @@ COMPANIONS = {"Rainy": "Wet", "Snowy": "Icy", "Foggy": "Cloudy"}
 
 
 def raw_metadata(plan: ScenePlan, index: int) -> dict[str, Any]:
-    """Every column of the NATIX set but the image and the label, by its name there.
+    """Every column of the NATIX set except the image and the label, by its name in that set.
 
     Labels leak as in the real set: `scene_description` is non-empty exactly where the label is 1, and
-    `travel_alteration` nearly so. With `leak` below 1 the other roadwork videos have neither more often than the rest
-    has. All other gaps are drawn without regard to the label.
+    `travel_alteration` nearly so. With `leak` below 1, the other roadwork videos have both columns no more often than
+    videos without roadwork. All other gaps are drawn without regard to the label.
     """
     rng = plan.rng(TAGS)
     leaks = bool(plan.label) and plan.rng(LEAK).random() < plan.config.leak

@@ -99,7 +99,7 @@ class Slot:
     """Longer side in the video's first frame."""
     x_m: float
     z_m: float
-    """Place right of and in front of the camera."""
+    """Metres to the right of the camera (`x_m`) and in front of it."""
     seed: np.random.SeedSequence
 
 
@@ -117,7 +117,7 @@ class ScenePlan:
 
     config: SceneConfig
     video: tuple[int, int]
-    """Block and number in it."""
+    """Number of a block of photos, and the video's number in the block."""
     frame: int
     city: str
     style: CityStyle

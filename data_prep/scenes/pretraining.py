@@ -1,9 +1,9 @@
 """Pretrain `scenes-tiny`, the small DINOv3 backbone of the project: `python -m data_prep.scenes.pretraining`.
 
-The frozen backbone of the real system is 840 M gated parameters. Machines without them need a stand-in that plays the
-same part: patch tokens that tell roadwork from its look-alikes, learned elsewhere. So this trains the same
-architecture, some 1,250 times smaller, to name the object under every patch of procedural scenes, whose seed and cities
-no data set shares.
+The frozen backbone of the full model has 840 M parameters, whose weights are gated. Machines without them need a
+stand-in for the same purpose: patch tokens that tell roadwork from its look-alikes, learned elsewhere. So this trains
+the same architecture, some 1,250 times smaller, to name the object under every patch of procedural scenes, whose seed
+and cities no data set shares.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Canvases:
     """Photos as the views see them, with a kind for every pixel."""
 
     pixels: torch.Tensor
-    """uint8 [N, 3, 320, 320]."""
+    """Pixels, uint8 [N, 3, 320, 320]."""
     kinds: torch.Tensor
     """uint8 [N, 320, 320]: index into `KINDS`, or `BACKGROUND`."""
     centres: torch.Tensor
@@ -107,14 +107,14 @@ def pretrain(
     lr: float = 2e-3,
     muon_lr: float = 1e-2,
 ) -> Path:
-    """Train `scenes-tiny` from nothing and write it with its provenance.
+    """Train `scenes-tiny` from random weights and write it with its provenance.
 
     Args:
         out: Folder for config.json, model.safetensors and provenance.json.
-        seed: Decides about the scenes, the weights and the crops.
+        seed: Seed of the scenes, the weights and the crops.
         images: Photos to draw; one in twenty is held out.
         steps: Optimizer steps of 32 crops.
-        difficulty: The scenes', 0 to 1.
+        difficulty: Difficulty of the scenes, 0 to 1.
         lr: Peak learning rate of AdamW, for embeddings, norms, biases and heads.
         muon_lr: Peak learning rate of Muon, for the matrices of the layers.
 
@@ -184,7 +184,7 @@ def draw_canvas(config: SceneConfig, index: int) -> tuple[np.ndarray, list[tuple
 def fit(
     model: Tagger, canvases: Canvases, train_images: int, steps: int, rates: dict[str, float], rng: np.random.Generator
 ) -> None:
-    """Cross-entropy of the centre's kind and of every patch's kind.
+    """Train by the cross-entropy of the centre's kind and of every patch's kind.
 
     The matrices of the layers learn by Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), the rest by AdamW.
     """

@@ -29,14 +29,14 @@ class Scene:
     """One procedural photo with everything that is known about it."""
 
     image: np.ndarray
-    """uint8 [H, W, 3]."""
+    """The photo, uint8 [H, W, 3], RGB."""
     mask: np.ndarray
     """uint8 [H, W]: 0 is background and look-alikes, c + 1 class c of `MASK_CLASSES`."""
     label: int
     """1 if and only if at least one object is roadwork."""
     objects: tuple[SceneObject, ...]
     metadata: dict[str, Any]
-    """The NATIX set's columns, as raw as there."""
+    """The columns of the NATIX set, as raw as in that set."""
 
 
 def render(config: SceneConfig, index: int) -> Scene:

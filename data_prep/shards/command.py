@@ -52,19 +52,19 @@ def shard(
         distance_m: Photos closer than this, in metres, stay in one split.
         clusters: GPS clusters for the sampling weights; 0 finds their number by silhouette.
         temper: How far weights even out the clusters, from 0, not at all, to 1, completely.
-        target_gps: Table with the GPS of places where the model will be used; clusters then weigh what they weigh
-            there. Without it all clusters have the same target share.
+        target_gps: Table with the GPS of places where the model will be used; each cluster's target share is then its
+            share of these places. Without it all clusters have the same target share.
         text_encoder: Sentence encoder, a hub id or a folder, that turns descriptions into vectors.
         masks: Folder of masks that the command masks made.
         check: decode looks at every pixel; header is faster and finds neither truncated photos nor near-duplicates.
         shard_mb: A tar is closed when it has grown to this many megabytes.
-        seed: Decides between equally good splits, about the clusters, and the order of training samples.
+        seed: Seed of the choice between equally good splits, of the clusters, and of the order of training samples.
         workers: Processes; 0 takes every core. The result is the same.
         max_rejects: Stop at more rejects than this: a share below 1, or a number. Unlimited if not given.
         plan: Stop when it is decided where each photo goes, so that parts can be written elsewhere.
         part: Write a part of a planned run, as i/n: every n-th tar from the i-th on. The command merge ends the run.
-        work: Folder for what is under way, on a disk that all parts see; if not given, the folder that out is in, or
-            the current one for a URL.
+        work: Folder for unfinished work, on a disk that all parts see; if not given, the folder that out is in, or the
+            current folder if out is a URL.
     """
     options = Options(metadata, revision, target_gps, text_encoder, masks, workers, max_rejects, work, plan, part)
     arguments = Arguments(splits, val_share, test_share, distance_m, clusters, temper, "", "", check, shard_mb, seed)

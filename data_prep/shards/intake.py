@@ -28,7 +28,7 @@ GPS_FIELDS = frozenset({"gps", "latitude", "longitude"})
 
 @dataclass(frozen=True)
 class Photo:
-    """An accepted input: where its bytes are and all that is known of it."""
+    """An accepted input: where its bytes are, and all that is known of the photo."""
 
     number: int
     """Position among the source's inputs."""
@@ -36,14 +36,14 @@ class Photo:
     location: Location
     mask: Content | None
     status: list[int] | None
-    """The status of its file, before it was read; see `status_of`."""
+    """The status of the photo's file before it was read; see `status_of`."""
     facts: Facts
     parsed: Parsed
 
 
 @dataclass
 class Intake:
-    """Everything that the source gave. Photos stay on the disk; about two kilobytes are held for each."""
+    """Everything that the source gave. Photos stay on the disk; memory holds about two kilobytes for each."""
 
     photos: list[Photo] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
@@ -65,19 +65,19 @@ class Intake:
 
 @dataclass(frozen=True)
 class Candidate:
-    """An input whose metadata was read; one that was rejected for them has nothing but the reject."""
+    """An input whose metadata was read. If the metadata was rejected, only the reject is filled in."""
 
     name: str
     fields: dict[str, Any]
     known: Facts | Reject | None
-    """What there is to say of it without reading its photo: what the journal has, or why it is rejected."""
+    """The result without reading the photo: what the journal has, or why the input is rejected."""
     location: Location | None = None
     parsed: Parsed | None = None
     mask: Content | None = None
     status: list[int] | None = None
     """The status of the photo's file."""
     key: str | None = None
-    """Its name in the journal."""
+    """The photo's key in the journal."""
 
 
 class Spool:
@@ -88,7 +88,7 @@ class Spool:
         self._stream = path.open("wb")
 
     def keep(self, content: Content) -> Content:
-        """Where the content can be read again."""
+        """Keep a content; returns where it can be read again."""
         if not isinstance(content, bytes):
             return content
         offset = self._stream.tell()
@@ -108,9 +108,9 @@ def take_in(
 
     Args:
         source: Where inputs come from.
-        folder: For the journal, by which the next run resumes, and for the photos of a source that streams.
-        workers: Look at photos in parallel.
-        scrutiny: How closely.
+        folder: Folder for the journal, from which the next run resumes, and for the photos of a source that streams.
+        workers: The processes that look at photos.
+        scrutiny: How closely they look.
         max_rejects: More rejects end the work: a share of the inputs below 1, a number from 1 on.
 
     Raises:
@@ -174,7 +174,7 @@ def _accept(intake: Intake, number: int, item: Candidate, facts: Facts, scrutiny
     if facts.mask_from_folder and scrutiny.masks is not None:
         mask = Location(str(mask_path(scrutiny.masks, facts.sha256)))
     if not GPS_FIELDS & item.fields.keys():
-        # Where a table has a GPS column, an empty cell means unknown; otherwise the camera is asked.
+        # Where a table has a GPS column, an empty cell means unknown; without one the photo's EXIF is used.
         parsed = replace(parsed, metadata=replace(parsed.metadata, gps=facts.gps))
     for name, word in parsed.unknown:
         intake.unknown_words.setdefault(name, Counter())[word] += 1
@@ -191,7 +191,7 @@ def _identity(item: Candidate, result: Facts | Reject) -> bytes:
 
 def _check_limit(intake: Intake, max_rejects: float | None, total: int | None) -> None:
     if max_rejects is None or (max_rejects < 1 and total is None):
-        return  # a share of what nobody knows yet
+        return  # the limit is a share of a number that is not known yet
     if len(intake.rejects) > (max_rejects if max_rejects >= 1 else max_rejects * (total or 0)):
         raise UserError(f"more rejects than --max_rejects {max_rejects:g} allows: {_why(intake)}")
 
@@ -208,7 +208,7 @@ def _check_usable(intake: Intake) -> None:
 
 
 def _tell_oddities(intake: Intake, source: Source, scrutiny: Scrutiny) -> None:
-    """Say what may be meant, and may be a slip."""
+    """Mention what may be intended, and may be a mistake."""
     if all(photo.parsed.label is None for photo in intake.photos):
         why = source.explain_unlabelled()
         if why:

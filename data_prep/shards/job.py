@@ -1,8 +1,8 @@
 """How the command `shard` makes shards.
 
-Three steps. The first reads every photo and keeps a few facts of each (`intake`). From these, splits, clusters, weights
-and the tar of every sample are decided once (`planning`). The third copies bytes (`writer`), here or in parts on
-several machines. What is done stays when a step is cut off.
+There are three steps. The first reads every photo and keeps a few facts of each (`intake`). From these, the second
+decides splits, clusters, weights and the tar of every sample, once (`planning`). The third copies bytes (`writer`), on
+one machine or in parts on several. If a step is interrupted, what is done is kept.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def make_shards(source: str | Path, out: str | Path, arguments: Arguments, optio
 
     Args:
         source: See the command `shard`.
-        out: See there.
-        arguments: What decides the content, but for the digests of files, which are filled in here.
+        out: See the command `shard`.
+        arguments: What decides the content, without the digests of files, which are filled in here.
         options: Where the inputs are, and how the work is done.
     """
     start, workplace = time.monotonic(), Workplace(str(out), options.work)
@@ -95,7 +95,7 @@ def make_shards(source: str | Path, out: str | Path, arguments: Arguments, optio
 
 
 def kind_of(source: str | Path) -> str:
-    """What the photos are, as the summary of the command that made them says; else just photographs."""
+    """What the photos are: what the summary of the command that made them says, or else just photographs."""
     try:
         return str(json.loads((Path(source) / SUMMARY_NAME).read_text())["kind"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -103,7 +103,7 @@ def kind_of(source: str | Path) -> str:
 
 
 def _identify(options: Options, workplace: Workplace) -> str:
-    """The encoder's name and fingerprint; a part, on a node without network perhaps, takes them from its plan."""
+    """The encoder's name and fingerprint; a part, whose node may have no network, takes them from its plan."""
     if not options.text_encoder:
         return ""
     if options.share is not None:
@@ -115,15 +115,15 @@ def _identify(options: Options, workplace: Workplace) -> str:
 
 
 def _first_difference(index: Index, arguments: Arguments) -> str | None:
-    """The name of an argument that an index was made with another value of."""
+    """The first argument whose value differs from the index's; None if all agree."""
     return next((name for name, value in asdict(arguments).items() if index.arguments.get(name) != value), None)
 
 
 def _read_finished(workplace: Workplace, arguments: Arguments) -> dict[str, Any] | None:
-    """The summary of a finished output, or None if it can be made.
+    """The summary of a finished output; None if there is no output yet.
 
     Raises:
-        UserError: It has other content, or tars are missing.
+        UserError: The output has other content, or tars are missing.
     """
     index = workplace.finished(read_index, "shards")
     if index is None:
@@ -141,14 +141,14 @@ def _read_finished(workplace: Workplace, arguments: Arguments) -> dict[str, Any]
 
 
 def _is_wanted(workplace: Workplace, index: Index, wanted: Wanted) -> bool:
-    """Whether an assembled output is what a run is asked for."""
+    """Whether an assembled output is the one that a run was asked for."""
     stamp = json.loads((workplace.path / SUMMARY_NAME).read_text()).get("source_stamp")
     same = (index.version, stamp) == (wanted.version, wanted.source_stamp)
     return same and _first_difference(index, wanted.arguments) is None
 
 
 def _compare(workplace: Workplace, finished: dict[str, Any], intake: Intake, stamp: str) -> Path | str:
-    """The source's files look touched: are the photos still those of the finished output?"""
+    """Check that the photos are still those of the finished output, since the source's files seem to have changed."""
     if finished["source_sha256"] != intake.sha256:
         workplace.remove()
         raise workplace.refused("holds shards of other photos or masks than the source has")
@@ -160,7 +160,7 @@ def _compare(workplace: Workplace, finished: dict[str, Any], intake: Intake, sta
 
 
 def _make_plan(workplace: Workplace, wanted: Wanted, intake: Intake, target_gps: Path | None) -> Plan:
-    """Decide, and put what was decided on the disk."""
+    """Make all decisions, and write them to the disk as a plan."""
     target = None if target_gps is None else read_target(target_gps)
     texts = None
     if wanted.text_encoder:

@@ -1,4 +1,4 @@
-"""What was found out about photos, on the disk, so that a run that was killed does not look at them again."""
+"""A journal on the disk of what was found out about photos: after a run was killed, they are not looked at again."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from data_prep.sources.content import Content, Location, content_to_json
 
 
 class Journal:
-    """Facts and rejects of photos that are whole files, a line for each, found again by name and status.
+    """Facts and rejects of photos that are whole files, one line each, found again by name and status.
 
-    Lines reach the system one by one, so a killed process loses none that it wrote; one that a power cut tore
-    ends the reading, and what stood behind it is looked at again.
+    Lines are handed to the system one by one, so a killed process loses none that it wrote. A line that a power cut
+    left incomplete ends the reading, and the photos after it are looked at again.
     """
 
     def __init__(self, path: Path, conditions: dict[str, Any]):
         """Open a journal.
 
         Args:
-            path: Made if absent.
-            conditions: What the facts depend on beside the photos; a journal of others is begun anew.
+            path: The journal's file; it is made if absent.
+            conditions: What the facts depend on beside the photos; a journal with other conditions is started anew.
         """
         self._known: dict[str, Facts | Reject] = {}
         header = json.dumps(conditions, sort_keys=True)
@@ -37,7 +37,7 @@ class Journal:
             self._stream.write(f"{header}\n".encode())
 
     def _read(self, path: Path, header: str) -> int:
-        """Take in the lines of a journal; returns the bytes up to the end of the last good one."""
+        """Read the lines of a journal; returns the number of bytes up to the end of the last good line."""
         with path.open("rb") as stream:
             first = stream.readline()
             if first != f"{header}\n".encode():
@@ -60,7 +60,7 @@ class Journal:
         return None if key is None else self._known.get(key)
 
     def add(self, key: str | None, found: Facts | Reject) -> None:
-        """Note what was found; nothing where the photo has no key or is known."""
+        """Note what was found, unless the photo has no key or is known already."""
         if key is None or key in self._known:
             return
         known = {"facts": found.to_json()} if isinstance(found, Facts) else {"facts": None, "reject": asdict(found)}
@@ -68,12 +68,12 @@ class Journal:
         self._stream.flush()
 
     def close(self) -> None:
-        """End writing."""
+        """Close the journal's file."""
         self._stream.close()
 
 
 def status_of(content: Content) -> list[int] | None:
-    """Size, times of modification and of change, and inode of a whole file; None for what is none, or is not there.
+    """Size, times of modification and of change, and inode of a file; None for other content and for a missing file.
 
     Nobody can write to a file and leave all four as they were.
     """
@@ -87,13 +87,13 @@ def status_of(content: Content) -> list[int] | None:
 
 
 def key_of(name: str, photo: Content, status: list[int] | None, mask: Content | None) -> str | None:
-    """What a photo is found by again; None for one that is no whole file.
+    """The key by which a photo is found again; None for a photo that is not a whole file.
 
     Args:
-        name: The input's.
-        photo: Where its bytes are.
-        status: The photo's; see `status_of`.
-        mask: Where its mask is, if it has one.
+        name: Name of the input.
+        photo: Where the photo's bytes are.
+        status: Status of the photo's file; see `status_of`.
+        mask: Where the photo's mask is, if it has one.
     """
     if status is None or isinstance(mask, bytes):
         return None

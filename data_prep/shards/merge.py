@@ -1,4 +1,4 @@
-"""The command `merge`, and the end of every `shard`: written tars get their one index and are published."""
+"""The command `merge`, and the end of every `shard`: write one index for all tars, and publish them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_summary, write_text
 from pipeline.progress import say
 
-# What an index has from its plan as it is.
+# The fields that an index takes unchanged from its plan.
 FROM_PLAN = ("clusters", "fields", "version", "source_sha256", "rejected", "unknown_words")
 
 

@@ -11,7 +11,7 @@ from pipeline.errors import UserError, require
 
 @dataclass(frozen=True)
 class Arguments:
-    """What decides the content of the shards, beside the source; the index holds it."""
+    """The arguments that decide the content of the shards, beside the source; the index holds them."""
 
     splits: str
     val_share: float

@@ -1,7 +1,7 @@
 """What a run decides before it writes: a header, and one list of samples for each tar.
 
-It lies on the disk, so that any process on any machine that sees the folder can write a tar, and so that a run that was
-killed can be resumed.
+The plan is on the disk, so that any process on any machine that sees the folder can write a tar, and so that a run that
+was killed can be resumed.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class PlannedTar:
     split: str
     samples: int
     bytes: int
-    """About; the header of a plan is written before the tar."""
+    """Approximate size; the header of a plan is written before the tar."""
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a run is asked for; a plan of anything else is of no use to it."""
+    """What a run is asked for; a plan for anything else does not fit."""
 
     arguments: Arguments
     version: str
-    """The program's."""
+    """Version of the program."""
     source: str
     source_stamp: str
     """Digest of the source's files, without their bytes."""
@@ -60,7 +60,7 @@ class Plan(Wanted):
     """What the summary says of the decisions; the written tars are added at the end."""
 
     def answers(self, wanted: Wanted) -> bool:
-        """Whether this is the plan that a run is asked for."""
+        """Whether this plan fits what a run is asked for."""
         return all(getattr(self, field.name) == getattr(wanted, field.name) for field in fields(wanted))
 
     def to_json(self) -> dict[str, Any]:
@@ -87,6 +87,6 @@ def entries_path(folder: Path, tar: str) -> Path:
 
 
 def read_entries(folder: Path, tar: str) -> list[dict[str, Any]]:
-    """The samples that a tar shall hold, as `planning` describes them."""
+    """The samples that a tar is to hold, as `planning` describes them."""
     entries: list[dict[str, Any]] = json.loads(entries_path(folder, tar).read_text())
     return entries

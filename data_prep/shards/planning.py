@@ -1,4 +1,4 @@
-"""What is decided once about all photos: groups, splits, clusters, weights, and which tar each one goes to."""
+"""The decisions about all photos, made once: groups, splits, clusters, weights, and the tar of each photo."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Decisions:
 
     assignment: Assignment
     points: np.ndarray
-    """Degrees, [N, 2], NaN where the GPS is NULL."""
+    """Latitude and longitude in degrees, [N, 2], NaN where the GPS is NULL."""
     labels: np.ndarray
     """0, 1 or -1 for unknown, [N]."""
     groups: np.ndarray
@@ -47,11 +47,11 @@ class Decisions:
 
 
 def decide(photos: list[Photo], arguments: Arguments, target: np.ndarray | None = None) -> Decisions:
-    """Groups, splits, clusters and weights from the facts of all photos.
+    """Decide groups, splits, clusters and weights from the facts of all photos.
 
     Args:
-        photos: In the source's order.
-        arguments: See there.
+        photos: All photos, in the source's order.
+        arguments: How to split, cluster and weigh.
         target: Places of the deployment in degrees, [M, 2]; None gives every cluster the same target share.
     """
     points = np.array([photo.parsed.metadata.gps or (np.nan, np.nan) for photo in photos])
@@ -97,15 +97,15 @@ def _assign(
 def write_plan(
     folder: Path, wanted: Wanted, source_kind: str, intake: Intake, decisions: Decisions, texts: TextVectors | None
 ) -> Plan:
-    """Lay the samples out in tars and put the plan on the disk, its header last.
+    """Distribute the samples over tars, and write the plan to the disk, its header last.
 
     Args:
-        folder: To write into.
+        folder: Folder to write into.
         wanted: What the run is asked for.
         source_kind: What the photos are, for reports.
         intake: The photos.
-        decisions: About them.
-        texts: Embeddings of their descriptions, if wanted.
+        decisions: The decisions about the photos.
+        texts: Embeddings of the photos' descriptions, if wanted.
     """
     tars = []
     for number, split in enumerate(SPLITS):

@@ -1,4 +1,4 @@
-"""`./launch.sh slurm prep`: shards from a cluster. One job plans, an array of jobs writes, a last one merges."""
+"""`slurm prep`: shards from a cluster. One job plans, an array of jobs writes, a last one merges."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from data_prep.shards.options import Arguments, Options
 from data_prep.sources.opening import open_source
 from pipeline.cli import Parser, parse
 from pipeline.data.storage import is_url
-from pipeline.errors import require, run
+from pipeline.errors import require, run, typed
 from pipeline.launch.slurm import Job, Resources, python_command, submit
 
-PROG = "./launch.sh slurm prep"
+PROG = typed("slurm prep")
 MODULE = "data_prep"
-OF_THE_JOBS = ("options", "plan", "part")  # what is no option: the jobs' own, and what differs between them
+OF_THE_JOBS = ("options", "plan", "part")  # parameters that are no options here, since the jobs set them
 
 
 def prep(
@@ -39,18 +39,18 @@ def prep(
     what a failed job left. Scripts and logs come to a folder beside --out, which ends in .slurm.
 
     Args:
-        options: Those of `shard`, by name, without `plan` and `part`.
+        options: Options of `shard`, by name, without `plan` and `part`.
         parts: Tasks of the array that writes the tars.
         cpus_per_task: Processor cores for the plan and for each part; --workers follows.
         mem: Memory of each job, such as 8G; this and what follows is the cluster's default if not given.
-        time: Limit of each job, such as 04:00:00.
-        partition: Where the jobs run.
-        account: Whom they are charged to.
+        time: Time limit of each job, such as 04:00:00.
+        partition: Partition in which the jobs run.
+        account: Account that the jobs are charged to.
         qos: Quality of service.
         dry_run: Print the scripts and how they would be submitted, and do nothing.
     """
     require(parts >= 1, "--parts", parts, "1 or more")
-    # What these refuse is refused here, and not by a job that waited in the queue.
+    # Wrong values are refused here, and not by a job that waited in the queue.
     for kind in (Options, Arguments):
         kind(**{name: options[name] for name in signature(kind).parameters if name in options})
     open_source(options["source"], options["metadata"], options["revision"])
@@ -82,7 +82,7 @@ def main(words: list[str]) -> Path | None:
     """Read the command line, whose options are those of `prep` and of `shard` together, and submit.
 
     Args:
-        words: What stands behind `./launch.sh slurm prep`.
+        words: What follows `slurm prep` on the command line.
     """
     parser = Parser(prog=PROG, description=(prep.__doc__ or "").partition("\n\n    Args:")[0])
     values = parse(parser, [prep, shard], words or ["--help"], skip=OF_THE_JOBS)

@@ -40,7 +40,7 @@ def verify(shards: str, out: Path | None = None, workers: int = 0) -> Path:
     The exit status is 3 when something differs.
 
     Args:
-        shards: Folder that `shard` made, or its URL.
+        shards: Folder of shards, or its URL.
         out: Folder for summary.json; `verify` inside the shards' folder if not given.
         workers: Processes; 0 takes every core.
     """
@@ -75,7 +75,7 @@ def check_shard(check: Check) -> list[str]:
     """Every difference between a tar and its description, one sentence each.
 
     Raises:
-        UserError: The tar is there and may not be read, or its store does not answer: that says nothing about it.
+        UserError: The tar is there but cannot be read, for want of rights or since its store does not answer.
     """
     name, folder = check.expected.name, open_folder(check.place)
     try:
@@ -96,28 +96,28 @@ class Hashed:
     """A stream that is hashed while it is read."""
 
     def __init__(self, stream: BinaryIO, place: str):
-        """Begin.
+        """Start to hash a stream.
 
         Args:
             stream: A file, open at its beginning.
-            place: The folder, for what is said when it cannot be read.
+            place: The file's folder or URL, for messages.
         """
         self._stream, self._place, self._sha256 = stream, place, hashlib.sha256()
 
     def read(self, size: int) -> bytes:
-        """The next bytes. Raises UserError and FileNotFoundError as folders do."""
+        """Read the next bytes. Raises UserError and FileNotFoundError, as folders do."""
         with explained(self._place):
             data = self._stream.read(size)
         self._sha256.update(data)
         return data
 
     def skip(self, size: int) -> None:
-        """Read over some bytes, which may be more than memory holds, or than there are."""
+        """Skip this many bytes, which may be more than fit in memory, or more than there are."""
         while size > 0 and (data := self.read(min(size, READ_BYTES))):
             size -= len(data)
 
     def finish(self) -> str:
-        """Read what is left; the SHA-256 of everything, in hexadecimal."""
+        """Read the rest; returns the SHA-256 of the whole stream, in hexadecimal."""
         while self.read(READ_BYTES):
             pass
         return self._sha256.hexdigest()
@@ -131,7 +131,7 @@ class Scan:
         self.awaited = {f"{s.key}.{extension}": (s, extension) for s in check.samples for extension in s.members}
         self.seen: set[str] = set()
         self.parts: dict[str, dict[str, bytes]] = {}
-        """Key to members, of samples that are not complete yet."""
+        """Members that were read of samples that are not complete yet, by key and extension."""
 
     def problems(self, stream: Hashed) -> Iterator[str]:
         """Read a tar to its end."""
@@ -148,7 +148,7 @@ class Scan:
                 yield f", {sample.key}: {name} is missing"
 
     def _members(self, stream: Hashed) -> Iterator[str]:
-        """Go from header to header. Whatever extends the format is a member too, and none that the index names."""
+        """Go from header to header. One that extends the format counts as a member that the index does not name."""
         offset = 0
         while any(block := stream.read(tarfile.BLOCKSIZE)):
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
@@ -167,7 +167,7 @@ class Scan:
             yield f": {damage}"
 
     def _problem_of(self, header: tarfile.TarInfo, offset: int) -> str | None:
-        """Why a member is not one that the index names, if so."""
+        """Why a member is not one that the index names; None if it is."""
         if header.name not in self.awaited:
             return f" holds {header.name!r}, which the index does not name"
         sample, extension = self.awaited[header.name]

@@ -1,4 +1,4 @@
-"""Writing one tar from its plan, and the receipt that says it is whole."""
+"""Write one tar from its plan, and note with a receipt that it is whole."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
 from pipeline.files import sync
 
-OWNER, MODE = "roadwork", 0o444  # a fixed owner and time, or two equal runs differ
+OWNER, MODE = "roadwork", 0o444  # owner and time are fixed, or two equal runs would differ
 COPIED_AT_ONCE = 4 << 20
 
 
@@ -31,10 +31,10 @@ class Job:
     """One tar to be written."""
 
     folder: str
-    """Where the plan lies and the tar goes."""
+    """Folder of the plan, in which the tar is written."""
     tar: PlannedTar
     upload: str | None
-    """Where finished tars go instead of staying in the folder."""
+    """Folder or URL that finished tars are moved to; None leaves them in `folder`."""
 
 
 class HashingStream(io.BufferedIOBase):
@@ -49,15 +49,15 @@ class HashingStream(io.BufferedIOBase):
         return self.stream.write(data)
 
     def tell(self) -> int:
-        """Bytes written."""
+        """The number of bytes written so far."""
         return self.stream.tell()
 
 
 def write_tar(job: Job) -> bool:
     """Write one tar, unless a receipt says that it is there; the same plan gives the same bytes.
 
-    The tar gets its name when it is whole and on the disk, its receipt after that, so a tar with a receipt is never
-    written again and one without is.
+    The tar gets its name once it is whole and on the disk, and its receipt after that. A tar with a receipt is never
+    written again; one without a receipt is.
 
     Returns:
         Whether it had to be written.
@@ -95,12 +95,12 @@ def _write(job: Job) -> None:
             sync(folder)
     finally:
         temporary.unlink(missing_ok=True)
-    # With it, where the members of each sample lie.
+    # The receipt also has the offset and size of each sample's members.
     Receipts(folder).write(name, {"bytes": size, "sha256": stream.digest.hexdigest(), "members": members})
 
 
 def _members(entry: dict[str, Any]) -> dict[str, bytes]:
-    """Extension to bytes, in the order in which they come to lie in the tar."""
+    """The members of a sample by extension, in the order of the tar."""
     record = entry["record"]
     photo = _read(entry["photo"], record["sha256"], entry["status"], f"the photo {record['source']}")
     members = {entry["extension"]: photo, "json": json.dumps(record, allow_nan=False).encode()}
@@ -110,16 +110,16 @@ def _members(entry: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _read(content: dict[str, Any], sha256: str, status: list[int] | None, what: str) -> bytes:
-    """Bytes, if they are still those that were looked at.
+    """Read bytes, and check that they are still those that were looked at.
 
     Args:
-        content: Where they are.
+        content: Where the bytes are.
         sha256: Hash of the bytes that were looked at.
-        status: The file's status then; one whose status is the same after it was read need not be hashed once more.
-        what: Its name for the user.
+        status: The file's status then; a file whose status is the same after it was read need not be hashed again.
+        what: Name of the content for the user.
 
     Raises:
-        UserError: They are others, or gone.
+        UserError: The bytes have changed, or are gone.
     """
     source, data = content_from_json(content), b""
     with suppress(FileNotFoundError, BadPhoto):
@@ -131,7 +131,7 @@ def _read(content: dict[str, Any], sha256: str, status: list[int] | None, what: 
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int]:
-    """Add a file to a tar; returns where its data lie and how many they are."""
+    """Add a file to a tar; returns the offset and the size of its data in bytes."""
     header = tarfile.TarInfo(name)
     header.size, header.mode, header.mtime = len(data), MODE, 0
     header.uname = header.gname = OWNER

@@ -22,7 +22,7 @@ from pipeline.names import MASK_CLASSES
 from pipeline.progress import say
 
 CONE, BARRIER, SIGN, WORKER, VEHICLE, EQUIPMENT = MASK_CLASSES
-# Category to class; None is what the masks leave out. Beside the classes' own names, the categories of CMU ROADWork
+# Category to class; None is left out of the masks. Beside the classes' own names, the categories of CMU ROADWork
 # (Ghosh et al. 2024, arXiv 2406.07661). Drums and arrow boards count as equipment, as in the procedural scenes; a
 # message board is a sign, as the Manual on Uniform Traffic Control Devices has it.
 CATEGORIES: dict[str, str | None] = {
@@ -40,9 +40,9 @@ class CocoSource:
     """A folder of photos and a COCO file, whose `file_name` is relative to the folder.
 
     Keys of an image other than COCO's own are metadata, as CMU ROADWork has them: gps, city_name, scene_description,
-    scene_level_tags, video_info; or those of a table. The label is the image's own where it has one, else 1 if an
-    object of the six classes is annotated, and unknown if only objects are that no category here stands for. Photos
-    that the file does not name are rejected.
+    scene_level_tags, video_info; or those of a table. The label is the image's own where it has one. Otherwise it is 1
+    if an object of the six classes is annotated, unknown if there are only objects of unknown categories, and else 0.
+    Photos that the file does not name are rejected.
 
     Ids are compared as text: some tools write the same id as a number in one list and as a string in another.
     """
@@ -70,7 +70,7 @@ class CocoSource:
         return stamp_files(self.folder.path, [*files, self.file])
 
     def explain_unlabelled(self) -> str:
-        """What keeps every label from being known."""
+        """Why no photo has a label."""
         return f"the images in {self.file} have an empty label each, or only objects of unknown categories"
 
     def __iter__(self) -> Iterator[Input]:
@@ -108,16 +108,16 @@ class CocoSource:
             fields["category"] = unknown
         drawn = [(value, counts) for value, counts in objects if counts is not None]
         mask = None
-        # What is not drawn would be background in the mask: an object with a box only, one of a category that may
-        # be any of the classes, and, where the label is not 0, what nobody annotated.
+        # The mask would show as background what is not drawn: an object with a box only, one of a category that may be
+        # any of the classes, and, where the label is not 0, objects that nobody annotated.
         if len(drawn) == len(objects) and not unknown and (objects or _says_none(fields["label"])):
-            # The smaller ones over the larger ones, or a worker vanishes behind the excavator.
+            # Smaller objects are drawn over larger ones, or a worker would vanish behind the excavator.
             drawn.sort(key=lambda one: area(one[1], width, height), reverse=True)
             mask = CocoMask(location.path, width, height, tuple(drawn))
         return Input(file, location, fields, mask)
 
     def _outline(self, annotations: list[dict[str, Any]], width: int, height: int) -> list[tuple[int, str | None]]:
-        """Values in the mask and outlines of the objects of the six classes; None for one with a box only."""
+        """Mask value and outline of each object of the six classes; the outline is None where there is only a box."""
         objects = []
         for annotation in annotations:
             category, number = annotation["category_id"], annotation.get("id")
@@ -133,7 +133,7 @@ class CocoSource:
         return objects
 
     def _number_categories(self, categories: list[dict[str, Any]]) -> tuple[dict[str, int | None], dict[str, str]]:
-        """Category id to value in the mask, None for none, and to the names that nobody knows, which are told."""
+        """Category ids to mask values, None for none, and to the names of unknown categories, which are reported."""
         values: dict[str, int | None] = {}
         unknown: dict[str, str] = {}
         for category in categories:
@@ -163,7 +163,7 @@ def _read(file: Path) -> Any:
 
 
 def _slim(entry: dict[str, Any]) -> dict[str, Any]:
-    """Keep of an annotation what is needed, as it is read: plain lists of numbers take four times the memory."""
+    """Keep only what is needed of an annotation while it is read: plain lists of numbers take four times the memory."""
     if "segmentation" not in entry:
         return entry
     outline = entry["segmentation"]
@@ -205,14 +205,14 @@ def _size(image: dict[str, Any]) -> tuple[int, int]:
 
 
 def _implied_label(objects: list[tuple[int, str | None]], unknown: list[str]) -> int | None:
-    """1 where there is roadwork, 0 where there is nothing, NULL where nobody can tell what is there."""
+    """1 where there is roadwork, 0 where there are no objects, None where the objects' categories are unknown."""
     if objects:
         return 1
     return None if unknown else 0
 
 
 def _says_none(label: Any) -> bool:
-    """Whether a photo without objects has a mask that is empty, and not one that nobody drew."""
+    """Whether the label says that a photo without objects has an empty mask, and not one that nobody drew."""
     with suppress(BadLabel):  # its photo is rejected, for the label
         return parse_label(label) == 0
     return False

@@ -18,21 +18,21 @@ class Location:
     size: int | None = None
 
     def read(self) -> bytes:
-        """The bytes. Raises OSError."""
+        """Read the bytes. Raises OSError."""
         with open(self.path, "rb") as stream:
             stream.seek(self.offset)
             return stream.read(-1 if self.size is None else self.size)
 
 
 Content = Location | CocoMask | bytes
-"""What can be read again at will, in any process, or, from a source that streams, the bytes themselves.
+"""Content that any process can read again, or, from a source that streams, the bytes themselves.
 
 Photos are never a `CocoMask`.
 """
 
 
 def content_to_json(content: Content) -> dict[str, Any]:
-    """Plain values for `json.dumps`; of what can be read again, not of bytes."""
+    """Plain values for `json.dumps`; only for content that can be read again, not for bytes."""
     assert not isinstance(content, bytes)
     return {"kind": "coco_mask" if isinstance(content, CocoMask) else "location", **vars(content)}
 
@@ -47,12 +47,12 @@ def content_from_json(values: dict[str, Any]) -> Location | CocoMask:
 
 @dataclass(frozen=True)
 class Input:
-    """One input, not yet looked into."""
+    """One input of a source, whose photo was not looked at yet."""
 
     name: str
     """Path or address relative to the source; the same wherever the source lies."""
     photo: Location | bytes | None
-    """None where `problem` says why."""
+    """The photo; None where `problem` says why there is none."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Raw metadata by the names of `metadata.COLUMNS`."""
     mask: Content | None = None
@@ -63,14 +63,14 @@ class Source(Protocol):
     """An ordered stream of inputs."""
 
     total: int | None
-    """Inputs that iterating yields; None where that shows only at the end."""
+    """Number of inputs; None where it is known only at the end."""
 
     def stamp(self) -> str:
         """A digest that changes when the source changes, computed without reading the photos."""
         ...
 
     def explain_unlabelled(self) -> str:
-        """Why no photo has a label, asked where none has; empty where the user expects no other."""
+        """Why no photo has a label, asked where none has one; empty where the user expects no labels."""
         ...
 
     def __iter__(self) -> Iterator[Input]: ...

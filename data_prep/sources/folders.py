@@ -27,17 +27,17 @@ class PhotoFolder:
         self.path = path
         self.files = list_files(path)
         self.photos = [name for name in self.files if PurePosixPath(name).suffix.lower() in PHOTO_SUFFIXES]
-        # Tables and file systems spell accented letters in either of Unicode's two ways; the very name comes first.
+        # Tables and file systems spell accented letters in either of Unicode's two ways; the exact name is tried first.
         normal = {unicodedata.normalize("NFC", name): name for name in self.files}
         self._by_name = normal | {name: name for name in self.files}
         self._roots = dict.fromkeys((os.path.abspath(path), os.path.realpath(path)))
 
     def find(self, name: Any) -> str | None:
-        """The file that a cell names; none outside the folder, whatever the cell says."""
+        """The file that a cell names, or None; never a file outside the folder."""
         if is_null(name):
             return None
         text = str(name)
-        # Blanks around a name are a slip of whoever wrote the table, unless a file is really called so.
+        # Blanks around a name are taken for a mistake in the table, unless a file really has that name.
         found = (self._by_name.get(path) for spelled in (text, text.strip()) for path in self._paths(spelled))
         return next((file for file in found if file is not None), None)
 
@@ -102,7 +102,7 @@ class TableSource:
         return stamp_files(self.folder.path, [*files, self.table])
 
     def explain_unlabelled(self) -> str:
-        """Whether there is a column for labels."""
+        """Why no photo has a label; see `metadata.explain_unlabelled`."""
         columns = dict.fromkeys(name for row in scan_rows(self.table) for name in _cells_of(row))
         return explain_unlabelled(str(self.table), columns)
 
@@ -126,7 +126,7 @@ class TableSource:
             yield Input(file, None, problem=f"no row in {self.table.name}")
 
     def _rows(self) -> Iterator[tuple[Any, dict[str, Any], str]]:
-        """For each row, the photo's name, the fields, and why it cannot be used, if so."""
+        """For each row the photo's name, the fields, and why the row cannot be used; the reason is empty if it can."""
         for row in scan_rows(self.table):
             cells = _cells_of(row)
             column = next((name for name in cells if name.strip().lower() in FILE_COLUMNS), None)

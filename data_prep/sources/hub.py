@@ -1,4 +1,4 @@
-"""Data sets in the layout of the Hugging Face hub, photos inside: streamed from there, or in a folder here."""
+"""Data sets in the layout of the Hugging Face hub, with photos in their tables: streamed, or in a local folder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Table:
     """The rows of a split, or of one file of it."""
 
     address: str
-    """What the names of its inputs start with."""
+    """The start of the names of the table's inputs."""
     split: str | None
     features: Mapping[str, Any]
     """Columns and their types, as `datasets` has them."""
@@ -52,10 +52,10 @@ class HubSource:
         """Check the columns; read nothing yet.
 
         Args:
-            name: What the user calls the data set.
-            tables: In order.
+            name: Name of the data set for the user.
+            tables: The tables, in their order.
             stamp: Digest of the data set.
-            fetch: Find the file that a cell names instead of holding it; None if it is not of this data set.
+            fetch: Finds the file that a cell names instead of holding it; None if the file is not of this data set.
         """
         self._name, self._tables, self._stamp, self._fetch = name, tables, stamp, fetch
         for table in tables:
@@ -72,7 +72,7 @@ class HubSource:
         return self._stamp
 
     def explain_unlabelled(self) -> str:
-        """Whether there is a column for labels."""
+        """Why no photo has a label; see `metadata.explain_unlabelled`."""
         return explain_unlabelled(self._name, dict.fromkeys(name for one in self._tables for name in one.features))
 
     def __iter__(self) -> Iterator[Input]:
@@ -96,7 +96,7 @@ class HubSource:
         return Input(name, photo, fields, mask)
 
     def _content(self, cell: Any) -> Location | bytes | None:
-        """What a cell of the image type, a path or bytes stand for; an empty file is one too, for others to refuse."""
+        """The content that a cell (of the image type, a path, or bytes) stands for; an empty file is refused later."""
         if isinstance(cell, dict):
             cell = cell.get("path") if cell.get("bytes") is None else cell["bytes"]
         if isinstance(cell, str):
@@ -143,11 +143,11 @@ def open_hub(name: str, revision: str | None) -> HubSource:
     """A data set on the hub, streamed: nothing is downloaded but what is read.
 
     Args:
-        name: Its id, `owner/name`.
+        name: The data set's id, `owner/name`.
         revision: Branch, tag or commit; None for the main branch.
 
     Raises:
-        UserError: It cannot be reached, does not exist, or may not be read.
+        UserError: The data set cannot be reached, does not exist, or may not be read.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -155,7 +155,7 @@ def open_hub(name: str, revision: str | None) -> HubSource:
     try:
         commit = HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_S).sha
         splits = datasets.load_dataset(name, revision=commit, streaming=True)
-    except Exception as error:  # half a dozen libraries raise their own kinds here, and all mean the same to the user
+    except Exception as error:  # several libraries raise errors of their own, and all mean the same to the user
         raise _unreachable(name, error) from error
     tables = []
     for split, rows in splits.items():
@@ -204,7 +204,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _class_name(value: Any, names: list[str]) -> str | None:
-    """A class number means what its name says; -1 is the hub's own mark for a hidden label."""
+    """The name of a class number; None for -1, the hub's mark for a hidden label."""
     if value is None or value < 0:
         return None
     return names[value] if value < len(names) else str(value)
@@ -215,14 +215,14 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _fetch_below(folder: Path, path: str) -> Location | None:
-    """A file that lies below the data set's folder, by the path alone: links there are the user's own."""
+    """A file below the data set's folder, judged by its path alone: links there are the user's own."""
     root = os.path.abspath(folder)
     file = os.path.normpath(os.path.join(root, path))
     return Location(file) if file.startswith(root + os.sep) and os.path.isfile(file) else None
 
 
 def _fetch_from_hub(name: str, path: str) -> bytes | None:
-    """The bytes of a file of the same repository, also out of a zip there."""
+    """The bytes of a file in the data set's repository, which may be in a zip file there."""
     import fsspec
 
     same_repository = rf"(zip://[^:]+::)?hf://datasets/{re.escape(name)}[@/][^:]+"

@@ -29,7 +29,7 @@ COLUMNS = {
     "sequence": ("sequence", "seq_id", "video_info.seq_id"),
     "split": ("split",),
     "mask": ("mask",),
-    # Of the objects whose category nobody knows. COCO sources fill it; there is no such column.
+    # Names of unknown categories of objects. COCO sources fill this in; no column has it.
     "category": (),
 }
 VOCABULARIES = {"weather": WEATHER, "daytime": DAYTIME, "scene": SCENE}
@@ -52,21 +52,21 @@ class BadLabel(ValueError):
 
 @dataclass(frozen=True)
 class Parsed:
-    """A row, typed."""
+    """The typed values of a row."""
 
     metadata: Metadata
     label: int | None
     video: str | None
     """Frames with the same name are near-duplicates."""
     split: str | None
-    """Where the source itself puts the photo."""
+    """The split that the source gives the photo."""
     unknown: tuple[tuple[str, str], ...]
     """Field and word, for each word that our vocabulary lacks."""
     gps_problem: str | None
     """Why coordinates that were given became NULL."""
     travel_alteration: tuple[str, ...] | None
-    """How the traffic is led past an obstacle, in the source's words, sorted. It all but states the label: it is read
-    to be measured and named, and no record holds it."""
+    """How the traffic is led past an obstacle, in the source's words, sorted. It nearly states the label, so it is only
+    measured and reported, and no record holds it."""
 
 
 def select_fields(row: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +80,8 @@ def explain_unlabelled(table: str, columns: Iterable[str]) -> str:
     """Why a table gives no photo a label.
 
     Args:
-        table: What the user calls it.
-        columns: Their names in the table.
+        table: Name of the table for the user.
+        columns: Names of the table's columns.
     """
     if "label" in select_fields(dict.fromkeys(columns)):
         return f"the column 'label' of {table} is empty"
@@ -112,7 +112,7 @@ def parse(fields: dict[str, Any]) -> Parsed:
 
 
 def is_null(value: Any) -> bool:
-    """None, NaN, and the words that tables use for them."""
+    """Whether a value is None, NaN, or one of the words that tables use for them."""
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or (isinstance(value, str) and value.strip().lower() in NULL_WORDS)
@@ -161,7 +161,7 @@ def check_gps(latitude: float, longitude: float) -> tuple[tuple[float, float] | 
 
 
 def _video(fields: dict[str, Any]) -> str | None:
-    """Name of the video; a sequence stands for it where the video is unknown."""
+    """Name of the video; where the video is unknown, name of the sequence."""
     for kind in ("video", "sequence"):
         name = fields.get(kind)
         if not is_null(name):
@@ -180,7 +180,7 @@ def _words(value: Any) -> tuple[str, ...] | None:
 
 
 def _match(value: Any, vocabulary: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Words of `value` that the vocabulary holds, in its order, and those it lacks."""
+    """The words of `value` that the vocabulary has, in the vocabulary's order, and the words that it lacks."""
     words = {_normalise(str(part)): str(part).strip() for part in _as_list(value) if not is_null(part)}
     known = [word for word in vocabulary if word in words]
     return known, [original for word, original in words.items() if word not in known]

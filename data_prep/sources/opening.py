@@ -1,4 +1,4 @@
-"""Which kind of source the user means."""
+"""Find out which kind of source the user means, and open it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
 
 
 def open_source(source: str | Path, metadata: Path | None = None, revision: str | None = None) -> Source:
-    """Find out what kind of source is meant.
+    """Open a source, whatever its kind.
 
     Args:
         source: Folder of photos, of a hub data set's Parquet files or of `save_to_disk`; or, where there is no such

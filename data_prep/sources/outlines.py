@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from pipeline.data.photo import ORIENTATION_TAG, BadPhoto, orientation_of, probe
 
 FARTHEST_PX = 1e9  # a coordinate beyond it is damage
-# Around the photo, where the edges lie that clipping adds, so that they are not drawn.
+# Margin around the photo that holds the edges which clipping adds, so that they are not drawn.
 CLIP_MARGIN_PX = 1.0
 QUARTER_TURN = 5  # EXIF orientations from here on swap width and height
 ZLIB_LEVEL = 1  # areas of one value: higher levels save little and take longer
@@ -38,11 +38,11 @@ class CocoMask:
     """Value in the mask and run lengths in COCO's compressed form; later objects lie over earlier ones."""
 
     def read(self) -> bytes:
-        """A grey PNG, upright like the decoded photo.
+        """Draw the mask as a grey PNG, upright like the decoded photo.
 
         COCO counts pixels as they are stored, but many tools annotate what a viewer shows, which EXIF may have
-        turned. Where the two differ in size, the annotations' size tells which it was. Where they do not, nothing
-        does, and the photo is refused unless no object is drawn.
+        turned. Where the two differ in size, the annotations' size tells which was annotated. Where they have the same
+        size, nothing tells, and the photo is refused unless no object is drawn.
 
         Raises:
             OSError: The photo cannot be read.
@@ -84,14 +84,14 @@ def encode_outline(segmentation: Any, width: int, height: int) -> str | None:
     Args:
         segmentation: List of polygons [x1, y1, x2, y2, ...], or {"size": [height, width], "counts": ...} with run
             lengths as numbers or compressed.
-        width: The photo's, in pixels.
-        height: The photo's, in pixels.
+        width: Width of the photo in pixels.
+        height: Height of the photo in pixels.
 
     Returns:
         None if there is no outline.
 
     Raises:
-        BadOutline: It is malformed.
+        BadOutline: The outline is malformed.
     """
     if isinstance(segmentation, dict):
         return _encode_runs(segmentation, width, height)
@@ -188,7 +188,7 @@ def _clip(points: np.ndarray, width: int, height: int) -> np.ndarray:
         crosses = (depth >= 0) != (next_depth >= 0)
         share = np.divide(depth, depth - next_depth, out=np.zeros_like(depth), where=crosses)
         cuts = points + share[:, None] * (following - points)
-        # Of each edge, its first point where that is inside, then the point where it crosses the side.
+        # For each edge, the first point if it is inside, then the point where the edge crosses the side.
         both = np.stack([points, cuts], axis=1).reshape(-1, 2)
         points = both[np.stack([depth >= 0, crosses], axis=1).ravel()]
     return points

@@ -28,9 +28,9 @@ class TornRow:
     """A row of a CSV file with more or fewer cells than the header: any of them may be of another column."""
 
     line: int
-    """In the file, from 1 on; where the row begins."""
+    """Line of the file in which the row begins, from 1."""
     cells: Row
-    """By position, None where they are missing."""
+    """The cells by column, filled in from the left; None where they are missing."""
     problem: str
 
 
@@ -47,7 +47,7 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def scan_rows(path: Path) -> Iterator[Row | TornRow]:
-    """The rows of a table as `read_rows` has them, and also those that cannot be used.
+    """The rows of a table as `read_rows` gives them, and also the rows that cannot be used.
 
     Raises:
         UserError: The file is absent, of another kind, or malformed beyond single rows.
@@ -95,14 +95,14 @@ def _read_csv(path: Path) -> Iterator[Row | TornRow]:
 
 
 def _sniff_delimiter(stream: TextIO) -> str:
-    """The most frequent delimiter in the header; the stream stands at its beginning afterwards."""
+    """The most frequent delimiter in the header; afterwards the stream is at its beginning again."""
     header = next((line for line in stream if line.strip()), "")
     stream.seek(0)
     return max(DELIMITERS, key=re.sub(r'"[^"]*"', "", header).count)
 
 
 def _read_cells(stream: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are no blank lines, and the lines where they begin; cells in quotes may hold line breaks."""
+    """The rows that are not blank, with the lines where they begin; cells in quotes may hold line breaks."""
     reader = csv.reader(stream, delimiter=delimiter)
     line = 1
     for cells in reader:
@@ -112,7 +112,7 @@ def _read_cells(stream: TextIO, delimiter: str) -> Iterator[tuple[int, list[str]
 
 
 def _check_names(names: Iterable[str], path: Path) -> None:
-    """Refuse columns of which only one would be read; those without a name are read by nobody."""
+    """Refuse several columns with the same name, of which only one would be read; nameless columns are ignored."""
     counts = Counter(name.strip().lower() for name in names)
     doubled = next((name for name, count in counts.items() if name and count > 1), None)
     if doubled is not None:

@@ -44,13 +44,13 @@ class Workers:
         return self
 
     def _start(self) -> None:
-        """Start all processes, deaf to Ctrl-C, which a terminal sends to every one of them: this one ends the others.
+        """Start all processes, which ignore Ctrl-C: a terminal sends it to every process, and this one ends the others.
 
-        It waits with that until they are there, or they would find it gone and complain.
+        A Ctrl-C takes effect only once they have started; else they would find this process gone, and print an error.
         """
         assert self._pool is not None
         came: list[int] = []
-        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the server inherits, and all whom it forks
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server inherits this, and so do its forks
         forkserver.ensure_running()
         signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
         for _ in range(self.count):
@@ -81,7 +81,7 @@ class Workers:
 
 
 def _end_with_parent() -> None:
-    """Let this process end when the one that asks for its work is killed, instead of waiting for ever."""
+    """Let this process end when its parent is killed, instead of waiting for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,4 +1,4 @@
-"""Receipts: notes beside the files of an unfinished output that say which of them are whole."""
+"""Receipts: notes beside the files of an unfinished output that say which of the files are whole."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Receipts:
         write_text(self._path(name), json.dumps(receipt))
 
     def is_whole(self, name: str) -> bool:
-        """Whether a file is there with the bytes that its receipt says; an uploaded one is judged by its length."""
+        """Whether a file has the bytes that its receipt says; an uploaded file is judged by its length."""
         try:
             receipt = self.read(name)
             if self.upload is not None:
@@ -56,7 +56,7 @@ class Receipts:
             return False
 
     def missing(self, names: Sequence[str]) -> list[str]:
-        """Those of some files that have no receipt, or are not there, or not as long as it says."""
+        """The files among `names` that have no receipt, are absent, or have another length than their receipt says."""
         sizes = open_folder(self.upload or self.folder).sizes(names)
         found = zip(names, sizes, strict=True)
         return [name for name, size in found if not self.exists(name) or self.read(name)["bytes"] != size]
@@ -70,7 +70,7 @@ def explain_full_disk(folder: Path | str, what: str) -> Iterator[None]:
     """Turn the error of a full disk into one sentence.
 
     Args:
-        folder: Where something is written.
+        folder: Folder or URL that is written to.
         what: The kind of files, in a word.
 
     Raises:

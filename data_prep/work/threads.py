@@ -1,4 +1,4 @@
-"""One thread of torch, where the number of threads would change what is computed, or how long it takes."""
+"""Let torch use one thread where the number of threads would change what is computed, or how long it takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Threads share out sums, and how they do so changes the last bits from machine to machine."""
+    """Let torch use one thread in the block: how threads divide a sum changes the last bits from machine to machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,4 +1,4 @@
-"""Where an output is made, how far it is, and how it becomes the finished one."""
+"""The folder in which an output is made, how far the output is, and how it is published."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ Found = TypeVar("Found")
 
 
 class Workplace:
-    """Where the work for one output is done, and where the output goes.
+    """The folder in which one output is made, and the folder or URL of the output.
 
-    An output that is a folder is made in a hidden one beside it, which is renamed at the end. A URL gets each file when
-    it is finished, and the index last. So an output is in one of these states, the furthest first:
+    An output that is a folder is made in a hidden folder beside it, which is renamed at the end. A URL gets each file
+    when it is finished, and the index last. So an output is in one of these states, the furthest first:
 
-    - finished: it is there, with its index;
-    - assembled: the hidden folder holds the whole of it, and only the renaming is missing;
+    - finished: the output is there, with its index;
+    - assembled: the hidden folder holds the whole output, and only the renaming is missing;
     - planned: the hidden folder holds a plan, and perhaps some of the files, each with a receipt;
-    - otherwise nothing is decided yet, or something else is in its way, and is refused.
+    - otherwise nothing is decided yet, or something else is in the output's folder, which is refused.
     """
 
     def __init__(self, out: str, work: Path | None):
@@ -63,7 +63,7 @@ class Workplace:
         return Path(self.out) / SUMMARY_NAME if self.upload is None else f"{self.out}/{SUMMARY_NAME}"
 
     def is_finished(self) -> bool:
-        """Whether the output is there: its index is the last file to come."""
+        """Whether the output is there: its index is the last file to be written."""
         folder = open_folder(self.out)
         return folder.exists(INDEX_NAME) and folder.exists(SUMMARY_NAME)
 
@@ -75,7 +75,7 @@ class Workplace:
             what: The kind of output, in a word.
 
         Raises:
-            UserError: Something else is in the output's way, or its index cannot be read.
+            UserError: Something else is in the output's folder, or its index cannot be read.
         """
         if self.is_finished():
             return read(self.out)
@@ -85,7 +85,7 @@ class Workplace:
         return None
 
     def assembled(self, read: Callable[[str], Found]) -> Found | None:
-        """The index of an output that a run made and could not rename any more; None where there is none.
+        """The index of an output that a run completed but did not rename; None where there is none.
 
         Args:
             read: Reads the index in a folder.
@@ -98,14 +98,14 @@ class Workplace:
             return None
 
     def planned(self, from_json: Callable[[dict[str, Any]], Found]) -> Found | None:
-        """The plan that lies in the hidden folder; None where there is none that can be read."""
+        """The plan in the hidden folder; None where there is no plan that can be read."""
         try:
             return from_json(json.loads((self.path / HEADER_NAME).read_text()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def check_whole(self, files: Iterable[Shard | FeatureShard]) -> None:
-        """Refuse a finished output of which something is gone.
+        """Refuse a finished output that lacks a file.
 
         Raises:
             UserError: A file that the index lists is missing, or has another length.
@@ -116,21 +116,21 @@ class Workplace:
                 raise self.refused(f"is damaged, {file.name} is missing or not {file.bytes} bytes long")
 
     def refused(self, why: str) -> UserError:
-        """The sentence about an output that must not be overwritten; `why` is its predicate."""
+        """The error about an output that must not be overwritten; `why` says what the output is or holds."""
         return UserError(f"{self.out} {why}; choose another --out or remove it")
 
     @contextmanager
     def locked(self, shared: bool = False) -> Iterator[Path]:
-        """Hold the folder while it is worked in; the lock ends with the process.
+        """Lock the folder while it is worked in; the lock ends with the process.
 
-        Whatever ends the work leaves what is done for the next run; a user's mistake before anything is planned leaves
-        what was found out about photos, if anything was.
+        However the work ends, what is done is kept for the next run. After a user's mistake before there is a plan,
+        only what was found out about photos is kept.
 
         Args:
-            shared: Others may hold it too, each for its own part.
+            shared: Others may hold the lock too, each for its own part.
 
         Raises:
-            UserError: Another run holds it.
+            UserError: Another run holds the lock.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.path, os.O_RDONLY)
@@ -156,7 +156,7 @@ class Workplace:
             os.close(lock)
 
     def clear(self, keep: frozenset[str] = frozenset()) -> None:
-        """Remove everything in the folder but the named files; the plan first, which would vouch for the rest."""
+        """Remove everything in the folder but the named files; the plan first, since it would vouch for the rest."""
         (self.path / HEADER_NAME).unlink(missing_ok=True)
         for left in self.path.iterdir():
             if left.name in keep:
@@ -172,7 +172,7 @@ class Workplace:
         self.path.rmdir()
 
     def check_space(self, needed: int) -> None:
-        """Refuse to begin what the disk cannot hold.
+        """Refuse an output that the disk cannot hold.
 
         Raises:
             UserError: Less than `needed` bytes are free.
@@ -188,13 +188,13 @@ class Workplace:
                 )
 
     def publish(self, files: Iterable[Shard | FeatureShard]) -> Path | str:
-        """Make the finished output appear, after everything in it is on the disk; then remove what was for the work.
+        """Make the finished output appear once all of it is on the disk; then remove what only the work needed.
 
         Args:
-            files: Those that the index lists.
+            files: The files that the index lists.
 
         Returns:
-            See `summary_path`.
+            The path or URL of the summary, see `summary_path`.
         """
         beside = (MAP_NAME, REJECTS_NAME, SUMMARY_NAME)
         if self.upload is not None:
@@ -208,7 +208,7 @@ class Workplace:
         return self.summary_path
 
     def _move(self, out: Path) -> None:
-        """Make the hidden folder the output; on another disk, its copy."""
+        """Rename the hidden folder to the output; on another disk, copy it."""
         out.parent.mkdir(parents=True, exist_ok=True)
         if self.path.stat().st_dev == out.parent.stat().st_dev:
             sync(self.path)
@@ -228,7 +228,7 @@ def check_apart(source: str | Path, *folders: Path) -> None:
     """Refuse to write inside the source, where the output would be a part of its own input the next time.
 
     Raises:
-        UserError: A folder lies in the source, or is it.
+        UserError: A folder is the source, or lies in it.
     """
     inside = Path(source).resolve()
     for folder in folders:
@@ -237,7 +237,7 @@ def check_apart(source: str | Path, *folders: Path) -> None:
 
 
 def report_folder(shards: str, out: Path | None, name: str) -> Path:
-    """The folder for a report about shards, made and tried before the work rather than after it.
+    """Make the folder for a report about shards, and check that it can be written to, before the work begins.
 
     Args:
         shards: Folder or URL of the shards.
@@ -245,7 +245,7 @@ def report_folder(shards: str, out: Path | None, name: str) -> Path:
         name: The folder's name inside that of the shards, if none was chosen.
 
     Raises:
-        UserError: Nothing was chosen for shards at a URL, or nothing can be written there.
+        UserError: No folder was chosen for shards at a URL, or the folder cannot be written to.
     """
     require(out is not None or not is_url(shards), "--out", out, "a folder of this machine when the shards are not")
     folder = out or Path(shards) / name

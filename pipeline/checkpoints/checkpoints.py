@@ -5,7 +5,7 @@ checkpoints stay, and `sync` copies them to a URL.
 
 No random state is stored, since none outlives a step: the order of samples follows from the seed and the epoch, and
 dropout and exploration of a step from (seed, step, rank). So any number of processes may resume from any checkpoint,
-and the same number resumes bit for bit.
+and on a CPU the same number resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Checkpoints:
     def restore(self, engine: Any, average: WeightAverage) -> dict[str, Any] | None:
         """Restore the newest valid checkpoint. Collective: all ranks call it.
 
-        The first call also looks at the URL of `checkpoint.resume`, or else of `checkpoint.sync`, and starts the upload
-        of what is missing at the latter.
+        The first call also looks for a newer checkpoint at `checkpoint.resume`, or else at `checkpoint.sync`, and
+        starts to upload what `checkpoint.sync` lacks.
 
         Returns:
             The trainer's state, or None when there is no checkpoint.
@@ -100,7 +100,7 @@ class Checkpoints:
         return state
 
     def best_average(self) -> dict[str, Any] | None:
-        """The averaged weights of the best validation, from here or from the URL; None if they are lost."""
+        """The averaged weights of the best validation, from this machine or the URL; None if they are lost."""
         if self.retention.best is None:
             return None
         path = self.folder / files.name_of(self.retention.best)
@@ -181,13 +181,13 @@ class Checkpoints:
         os.rename(self.folder / name, aside)
 
     def _fetch_newer(self, than: str | None) -> str | None:
-        """Fetch the newest valid checkpoint at the URL if it is newer than the one here; returns its name."""
+        """Fetch the newest valid checkpoint at the URL if it is newer than this machine's; returns its name."""
         try:
             return Remote(self.source).fetch_newest(self.folder, -1 if than is None else files.step_of(than))
         except UserError as error:
             if than is None or self.settings.resume:
                 raise
-            say(f"going on from what is here: {error}")
+            say(f"only this machine's checkpoints are used: {error}")
             return None
 
     def _names(self) -> list[str]:

@@ -10,17 +10,17 @@ from pipeline.checkpoints.files import name_of, newest_first, step_of
 
 @dataclass
 class Retention:
-    """Keeps the latest checkpoints, one every so many steps for good, and the one of the best validation."""
+    """Keeps the latest checkpoints, those of every n-th step for good, and the one of the best validation."""
 
     latest: int
     """How many of the latest stay."""
     every: int
-    """Checkpoints of steps that this divides stay for good; 0 for none."""
+    """Checkpoints whose step is a multiple of this stay for good; 0 keeps none for good."""
     best: int | None = None
     """Step of the best validation so far."""
 
     def kept(self, names: Iterable[str]) -> set[str]:
-        """Those of `names` that stay."""
+        """The checkpoints among `names` that stay."""
         ordered = newest_first(names)
         for_good = {name for name in ordered if self.every and step_of(name) % self.every == 0}
         best = {name for name in ordered if name == self._best_name}

@@ -196,7 +196,7 @@ class Uploader:
         """Start the thread, first with what an earlier process left undone.
 
         Args:
-            new: Whether this is a new run, which a wrong URL should end now.
+            new: Whether this is a new run; a wrong URL ends it at once.
 
         Raises:
             UserError: A new run cannot write to the URL.
@@ -263,7 +263,7 @@ class Uploader:
             return missing[0] if missing else None
 
     def _local(self) -> list[tuple[Path, bytes]]:
-        """Checkpoints here with their markers, newest first."""
+        """Checkpoints on this machine with their markers, newest first."""
         paths = [self.folder / name for name in files.newest_first(path.name for path in self.folder.iterdir())]
         return [(path, (path / files.MARKER).read_bytes()) for path in paths]
 

@@ -1,4 +1,7 @@
-"""Altered copies of a photo: what the live client sends of it, and mild ones for training."""
+"""Altered copies of a photo: copies like those of the NATIX challenge in its older form, and mild ones for training.
+
+The challenge stopped sending work in May 2026.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 CLIENT_SIDE = 224
-"""Side of the image that the client sends, in pixels."""
+"""Side of a `streetvision` copy in pixels."""
 LEVELS = 4
-"""Levels of `streetvision`; the client draws each of them equally often."""
+"""Levels of `streetvision`; each of them is drawn equally often."""
 MAX_ROTATION_DEG = 20.0
 CROP_AREA = (0.2, 1.0)
 SATURATION = (0.3, 1.0)
@@ -85,12 +88,12 @@ class Placement:
 
 
 def streetvision(image: np.ndarray, level: int, rng: np.random.Generator) -> np.ndarray:
-    """The copy that the live client sends of a photo.
+    """A copy of a photo as the NATIX challenge sent it in its older form.
 
     Args:
         image: uint8 [H, W, 3], RGB.
         level: 0 is the centre square; 1 turns, crops and flips it; 2 also removes colour and compresses; 3 also adds
-            noise and blurs. The strengths are ours.
+            noise and blurs. How strongly is this project's own choice.
         rng: Random generator whose state determines the copy.
 
     Returns:

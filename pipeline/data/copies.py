@@ -18,14 +18,14 @@ from pipeline.data.augment import (
 
 @dataclass(frozen=True)
 class Kind:
-    """Copies of one kind, which share every second number."""
+    """One of the two kinds of copies: one has the odd numbers, the other the even ones."""
 
     name: str
     first: int
     """The lowest number of a copy of this kind."""
 
     def number(self, place: int) -> int:
-        """Number of the copy of this kind that comes after `place` others."""
+        """The number of the copy that has `place` copies of its kind before it."""
         return self.first + 2 * place
 
     def count(self, copies: int) -> int:
@@ -34,13 +34,13 @@ class Kind:
 
 
 STREETVISION = Kind("streetvision", 1)
-"""Copies as the live client sends them: 224 px at one of its levels, without metadata."""
+"""Copies in the older form of the NATIX challenge: 224 px, at one of four levels of degradation, without metadata."""
 AUGMENTED = Kind("augmented", 2)
 """Mild copies, which keep the photo's resolution."""
 
 
 def is_streetvision(copy: int) -> bool:
-    """Whether a copy is as the live client sends it; 0 is the photo itself."""
+    """Whether the copy of this number is of the kind `STREETVISION`; 0 is the photo itself."""
     return copy % 2 == STREETVISION.first
 
 
@@ -62,11 +62,11 @@ def make_copy(image: np.ndarray, sha256: str, copy: int) -> np.ndarray:
 
 
 def placement_of(width: int, height: int, sha256: str, copy: int) -> Placement:
-    """Which part of the photo `make_copy` shows, for its mask; see there.
+    """The part of the photo that `make_copy` shows, to cut the same part out of the photo's mask.
 
     Args:
         width: Width of the photo, or of a mask in another resolution, in pixels.
-        height: Height of the same.
+        height: Height of the photo or mask in pixels.
         sha256: SHA-256 of the photo's bytes, in hexadecimal.
         copy: Number of the copy, 1 or more.
     """

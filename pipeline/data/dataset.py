@@ -215,11 +215,11 @@ class ShardDataset(CheckedFiles, Dataset[dict[str, torch.Tensor]]):
         return {**views, "mask_targets": mask_targets(mask, self.spec.mask_side)}
 
     def about(self, row: int, record: Record, copy: int = 0) -> dict[str, torch.Tensor]:
-        """A sample's tensors beside those from photo and mask.
+        """The tensors of a sample that come neither from its photo nor from its mask.
 
         Returns:
             Metadata, `labels` int64 [], -1 where unknown, `row` int64 [], its position in the split, and
-            `null_metadata` bool [], whether the metadata is a target only: the live client sends none.
+            `null_metadata` bool [], whether the metadata is a target only, and no input, as in `STREETVISION` copies.
         """
         label = self.split.samples[row].label
         return {

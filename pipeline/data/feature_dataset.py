@@ -18,8 +18,8 @@ from pipeline.model.config import InputSpec
 class FeatureDataset(ShardDataset):
     """A split of the shards with tokens from a feature cache; photos and masks are never opened.
 
-    A photo has several rows in the cache, itself and its augmented copies. Of the numbers that `ShardDataset` takes,
-    only those up to `copies * len(self) - 1` exist.
+    The cache has a row for each photo and each of its augmented copies, so there are no numbers from
+    `copies * len(self)` on.
     """
 
     def __init__(self, *shards: Any, cache: FeatureCache, **options: Any):

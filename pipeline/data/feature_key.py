@@ -42,9 +42,9 @@ class FeatureKey:
     """Type of the stored tokens."""
 
     def difference(self, wanted: FeatureKey) -> str | None:
-        """Why tokens with this key do not serve `wanted`, in a few words; None if they do.
+        """Why tokens with this key cannot be used where `wanted` is needed, in a few words; None if they can.
 
-        A cache with more views serves a model with fewer: their numbers are the same.
+        A cache with more views also fits a model with fewer: the views have the same numbers.
         """
         for field in fields(self):
             mine, other = getattr(self, field.name), getattr(wanted, field.name)

@@ -19,7 +19,7 @@ import torch
 from pipeline.data.feature_key import FeatureKey
 from pipeline.data.index import INDEX_NAME, Index
 from pipeline.data.storage import open_folder
-from pipeline.errors import UserError
+from pipeline.errors import UserError, typed
 
 FORMAT = "roadwork features 2"
 MASK_DTYPE = torch.float16
@@ -111,15 +111,15 @@ class PhotoTokens:
     """The backbone's tokens of one photo, or of one augmented copy."""
 
     cls: torch.Tensor
-    """[V, D]."""
+    """CLS tokens of the views, [V, D]."""
     cells: torch.Tensor
-    """[V, g*g, 2D], see `pool_cells`."""
+    """Pooled patch tokens of each cell, [V, g*g, 2D], see `pool_cells`."""
     regions: torch.Tensor
-    """[V, D], mean of the global view's tokens under each view's box, see `pool_regions`."""
+    """Means of the global view's patch tokens under each view's box, [V, D], see `pool_regions`."""
     boxes: torch.Tensor
-    """float32 [V, 4]."""
+    """Boxes of the views as x0, y0, x1, y1 in [0, 1], float32 [V, 4]."""
     view_mask: torch.Tensor
-    """bool [V]; views that add nothing are zeros in `cls` and `cells`."""
+    """Which views are useful, bool [V]; the others are zeros in `cls` and `cells`."""
 
 
 def open_cache(place: str, shards: Index) -> FeatureCache | None:
@@ -145,7 +145,7 @@ def read_features(place: Path | str) -> FeatureIndex:
         values = json.loads(open_folder(place).read(INDEX_NAME))
     except FileNotFoundError as error:
         raise UserError(
-            f"no finished feature cache in {place}: there is no {INDEX_NAME}; `./launch.sh prep features` makes one, "
+            f"no finished feature cache in {place}: there is no {INDEX_NAME}; `{typed('prep features')}` makes one, "
             "and resumes where it was cut off"
         ) from error
     except ValueError as error:
@@ -171,7 +171,7 @@ def stale(place: str, why: str) -> UserError:
 def remedy(place: str) -> str:
     """What to do about a cache that cannot be used."""
     return (
-        f"remove {place} and make it anew with `./launch.sh prep features`, or do without it: --data.features '' in "
+        f"remove {place} and make it anew with `{typed('prep features')}`, or do without it: --data.features '' in "
         "training, --features '' in evaluate"
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.storage import open_folder
-from pipeline.errors import UserError
+from pipeline.errors import UserError, typed
 
 PHOTO_EXTENSIONS = ("jpg", "png", "webp")
 HEADER_BYTES = tarfile.BLOCKSIZE  # right before a member's data
@@ -26,7 +26,7 @@ SAFE_SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar."""
+    """One tar of a split."""
 
     name: str
     bytes: int
@@ -146,7 +146,7 @@ def read_index(folder: Path | str) -> Index:
     except FileNotFoundError as error:
         raise UserError(
             f"no shards in {folder}: there is no {INDEX_NAME}; make them with "
-            "`./launch.sh prep shard --source PHOTOS --out FOLDER`"
+            f"`{typed('prep shard')} --source PHOTOS --out FOLDER`"
         ) from error
     try:
         values = json.loads(text)

@@ -1,4 +1,4 @@
-"""The mixture that training sees: photos, mild copies of them, and copies as the live client would send them."""
+"""The mixture that training sees: photos, mild copies of them, and copies in the older form of the NATIX challenge."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Mixture:
     augment_share: float = 0.0
     """Share of samples that are mild copies."""
     streetvision_share: float = 0.0
-    """Share of samples that are copies as the live client sends them."""
+    """Share of samples that are copies of the kind `STREETVISION`."""
     copies: int | None = None
     """Number of stored copies of each photo, see `make_copy`; None where copies are made on demand."""
 

@@ -9,11 +9,12 @@ from torch.utils.data import Sampler
 
 
 def order(seed: int, epoch: int, weights: np.ndarray, samples: int) -> np.ndarray:
-    """Rows of one epoch, drawn without replacement in proportion to their weights.
+    """Rows of one epoch, drawn one after the other, without replacement, in proportion to the weights that are left.
 
     Efraimidis & Spirakis 2006: row i gets the key u_i ** (1 / w_i) with u_i uniform, and the rows with the largest keys
-    are taken, largest first. Computed in logarithms, since u ** (1 / w) underflows for a small w. An epoch shorter than
-    the split leaves out mostly rows of low weight, others each time; with equal weights it is a shuffle.
+    are taken. They come largest key first, so rows of high weight tend to come early in the epoch. An epoch shorter
+    than the split leaves out mostly rows of low weight, other ones each time. With equal weights this is a shuffle.
+    Keys are computed as logarithms, since u ** (1 / w) underflows for a small w.
 
     Args:
         seed: The run's seed.

@@ -20,7 +20,7 @@ MOST_OPEN_FILES = 256  # per process and folder, far under the usual limit of 1,
 
 
 class Folder(Protocol):
-    """A flat folder: names have no slashes. They are trusted, so names from a file must be checked before.
+    """A flat folder: names have no slashes. Names are trusted, so check those that come from a file before.
 
     An absent file is a `FileNotFoundError`; all other failures are a `UserError`.
     """

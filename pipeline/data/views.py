@@ -51,7 +51,7 @@ def view_boxes(width: int, height: int, side: int) -> torch.Tensor:
 
 
 def useful_views(width: int, height: int, side: int, num_views: int = NUM_VIEWS) -> torch.Tensor:
-    """Which views show pixels that no coarser view shows unshrunk already: bool [num_views].
+    """Which views show pixels that no coarser view shows at full scale: bool [num_views].
 
     From coarse to fine:
 
@@ -90,8 +90,8 @@ def extract_views(
     """Cut the useful views from the photo, which is resized once, to the canvas.
 
     Tiles are slices of the canvas; the other views are resized from it. All nine tiles share one scale, so none of
-    their pixels is resampled twice. Those of the global view and the crops are: they match a resize from the photo
-    itself at 52 dB PSNR or better, in a sixth of the time.
+    their pixels is resampled twice. The global view and the crops are resampled twice: they match a resize from the
+    photo itself at 52 dB PSNR or better, in a sixth of the time.
 
     Args:
         image: uint8 [H, W, 3], RGB, contiguous.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ROOT, Config, TrainConfig
+from pipeline.config import Config, TrainConfig, find_configuration
 from pipeline.distributed.experts import expert_settings, resolve_expert_parallel
 from pipeline.errors import UserError
 
@@ -76,7 +76,7 @@ class EngineSettings:
     file: Path
     """The DeepSpeed file that was read."""
     deepspeed: dict[str, Any]
-    """Its configuration with the recipe's values filled in, all of them numbers."""
+    """The file's configuration with the recipe's values filled in, all of them numbers."""
     batching: Batching
     sharding: Sharding
     precision: str
@@ -91,7 +91,7 @@ def engine_settings(config: Config, file: Path, world_size: int, precision: str)
     Args:
         config: The run's configuration.
         file: DeepSpeed's JSON file. Batch size, accumulation, clipping and precision are the recipe's and are filled
-            in here, so that one file serves every recipe and world size.
+            in here, so that one file fits every recipe and world size.
         world_size: Processes of the run.
         precision: "bf16" or "fp32", see `resolve_precision`.
 
@@ -108,7 +108,7 @@ def engine_settings(config: Config, file: Path, world_size: int, precision: str)
     experts = config.model.experts if config.model.head == "roadwork" else None
     wanted = config.train.expert_parallel
     size = resolve_expert_parallel(wanted, experts, world_size, stage, config.optim.grad_clip)
-    notes = [f"{key} of {file.name} gives way to the recipe's" for key in RECIPE_KEYS if key in deepspeed]
+    notes = [f"{key} of {file.name} is not used: the recipe decides it" for key in RECIPE_KEYS if key in deepspeed]
     if size < wanted:
         notes.append(f"train.expert_parallel is {wanted}, but one process alone keeps all experts")
     deepspeed |= {
@@ -145,19 +145,15 @@ def launched_file() -> Path:
 
 
 def find_deepspeed(name: str) -> Path:
-    """The DeepSpeed file that an accelerate configuration names.
-
-    A relative path is looked up from the working directory first, then from the project's root.
-    """
-    path = Path(name)
-    return path if path.exists() else ROOT / path
+    """The DeepSpeed file that an accelerate configuration names; see `find_configuration`."""
+    return find_configuration(Path(name))
 
 
 def read_deepspeed(file: Path) -> dict[str, Any]:
     """Read a DeepSpeed JSON file.
 
     Raises:
-        UserError: It is missing, or not a JSON object.
+        UserError: The file is missing, or not a JSON object.
     """
     try:
         values = json.loads(file.read_text())
@@ -167,12 +163,12 @@ def read_deepspeed(file: Path) -> dict[str, Any]:
             "the accelerate configuration"
         ) from error
     if not isinstance(values, dict):
-        raise UserError(f"the DeepSpeed configuration {file} is not a JSON object; see ds_configs/")
+        raise UserError(f"the DeepSpeed configuration {file} is not a JSON object, as {DEFAULT_DEEPSPEED} is")
     zero = values.get("zero_optimization", {})
     for name in SECTIONS:
         section = values.get(name, zero.get(name, {}) if isinstance(zero, dict) else {})
         if not isinstance(section, dict):
-            raise UserError(f"{file}: {name} is {section!r}, but must be an object; see ds_configs/")
+            raise UserError(f"{file}: {name} is {section!r}, but must be an object, as in {DEFAULT_DEEPSPEED}")
     return values
 
 
@@ -192,7 +188,7 @@ def deepspeed_problems(deepspeed: dict[str, Any]) -> Iterator[str]:
         yield "fp16 is enabled, whose loss scaling would skip steps unseen; train.precision is bf16 or fp32"
     automatic = [key for key, value in {**zero, **deepspeed}.items() if value == "auto" and key not in RECIPE_KEYS]
     if automatic:
-        yield f"{automatic[0]} is 'auto', which nobody resolves here; write a number"
+        yield f"{automatic[0]} is 'auto', which is not resolved here; write a number"
     if zero.get("offload_param", {}).get("device", "none") != "none" and stage != 3:
         yield f"offload_param needs stage 3, and this is stage {stage}"
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
@@ -275,7 +271,7 @@ def describe_engine(engine: EngineSettings, config: Config) -> Iterator[tuple[st
         2: "gradients and optimizer state are spread over the processes",
         3: "weights, gradients and optimizer state are spread over the processes",
     }[sharding.stage]
-    where = "; it waits in the host's memory" if sharding.offload else ""
+    where = "; it is kept in the host's memory" if sharding.offload else ""
     yield "zero", f"stage {sharding.stage}: {spread}{where}"
     if config.model.head == "roadwork":
         experts, size = config.model.experts, sharding.expert_parallel

@@ -8,6 +8,7 @@ import socket
 import sys
 from datetime import timedelta
 from typing import NoReturn
+from unittest.mock import patch
 
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from transformers.integrations import unset_hf_deepspeed_config
@@ -15,7 +16,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from pipeline.data.allocator import keep_freed_memory
 from pipeline.devices import gpu_count, refuse_idle_gpu, uses_gpu
 from pipeline.distributed.settings import EngineSettings
-from pipeline.errors import UserError
+from pipeline.errors import UserError, typed
 
 COLLECTIVES_LATER_MINUTES = 2.0
 
@@ -32,7 +33,7 @@ def start(engine: EngineSettings, log_with: list[str], hang_minutes: float) -> A
     Raises:
         UserError: There is a GPU that torch cannot use, or there are fewer GPUs than processes.
     """
-    refuse_idle_gpu("--cpu to ./launch.sh")
+    refuse_idle_gpu(f"--cpu to `{typed('train')}`")
     on_gpu = uses_gpu()
     if on_gpu:
         refuse_shared_gpu()
@@ -40,6 +41,7 @@ def start(engine: EngineSettings, log_with: list[str], hang_minutes: float) -> A
         keep_freed_memory()
         _skip_shared_memory_kernel()
     _without_launcher()
+    _leave_muon_uncompiled()
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=engine.deepspeed, zero3_init_flag=False),
         kwargs_handlers=[
@@ -106,3 +108,11 @@ def _skip_shared_memory_kernel() -> None:
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _leave_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon optimizer as the engine would, but uncompiled: it is not used, and that takes seconds."""
+    from deepspeed.runtime import compiler
+
+    with patch.object(compiler, "compile", lambda: compiler.dummy_decorator):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401

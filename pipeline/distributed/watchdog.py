@@ -23,7 +23,7 @@ LATER_S = 20.0
 class Watchdog:
     """Waits for signs of life; once they fail to come, writes `rank-N.txt` and ends the process with status 1.
 
-    It has status 1 and no message of `pipeline.errors`, so the launcher may restart the run.
+    The process leaves no message of `pipeline.errors`, so the launcher may restart the run.
     """
 
     def __init__(self, minutes: float, folder: Path | None, rank: int):

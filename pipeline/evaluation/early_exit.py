@@ -38,9 +38,9 @@ class Photos:
     source: TokenSource
     """Where the photos' tokens are read."""
     boxes: torch.Tensor
-    """[B, V, 4]."""
+    """Boxes of the views as x0, y0, x1, y1 in [0, 1], [B, V, 4]."""
     view_mask: torch.Tensor
-    """bool [B, V]."""
+    """Which views exist, bool [B, V]."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,9 @@ def open_validation(
     index = read_index(shards)
     labels = index.split("val").labels
     if not has_both(labels):
-        raise UserError(f"the validation split of {shards} has not both classes among its labels; shard one that has")
+        raise UserError(
+            f"the validation split of {shards} does not have labels of both classes; name other shards with --shards"
+        )
     cache = find_cache(given, features, index, model)
     dataset = open_split(shards, index, "val", model.config.input_spec, cache)
     labelled = Subset(dataset, np.flatnonzero(labels >= 0).tolist())

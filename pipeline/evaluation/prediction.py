@@ -100,14 +100,14 @@ def score(model: RoadworkModel, views: dict[str, torch.Tensor]) -> list[Row]:
 
 
 def csv_writer(stream: TextIO) -> Callable[[Row], object]:
-    """Write a CSV header now; returns what writes a row. Views are joined by semicolons."""
+    """Write a CSV header, and return a function that writes a row. Views are joined by semicolons."""
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
     return lambda row: writer.writerow({**row, "kept_views": ";".join(row["kept_views"] or ())})
 
 
 def jsonl_writer(stream: TextIO) -> Callable[[Row], object]:
-    """Returns what writes a row as one line of JSON. Views are a list."""
+    """Return a function that writes a row as one line of JSON. Views are a list."""
     return lambda row: stream.write(json.dumps(row) + "\n")
 
 

@@ -82,7 +82,7 @@ def answers(
 ) -> Iterator[tuple[str, float, float, list[str]]]:
     """The source, the probability with metadata NULL, that with metadata, and the kept views of each photo.
 
-    One pass of the backbone serves both. The decision bias is not in the probabilities, so that an exported model gets
+    One pass of the backbone gives both. The decision bias is not in the probabilities, so that an exported model gets
     the same evaluation.
     """
     for batch, sources in loader:

@@ -22,15 +22,15 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, DINOv3ViTConfig
 
-from pipeline.config import ACCELERATE_CONFIGS, RECIPES, ROOT, Config, read_config
+from pipeline.config import ACCELERATE_CONFIGS, RECIPES, Config, read_config
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import Index, read_index
 from pipeline.data.inputs import check_inputs, fields_read, leaking_inputs
 from pipeline.data.photo import simplejpeg
 from pipeline.data.storage import is_url
 from pipeline.devices import gpu_count, has_bf16, refuse_idle_gpu, uses_gpu
-from pipeline.distributed.settings import describe_engine, read_deepspeed, resolve_precision
-from pipeline.errors import UserError
+from pipeline.distributed.settings import describe_engine, find_deepspeed, read_deepspeed, resolve_precision
+from pipeline.errors import UserError, in_checkout, typed
 from pipeline.launch.launcher import choose_launch
 from pipeline.launch.plan import LaunchPlan, resolve
 from pipeline.model.backbone import SCENES_TINY, VITH16PLUS, vith16plus_config
@@ -108,7 +108,7 @@ def machine() -> Iterator[Finding]:
 
 
 def installation() -> Iterator[Finding]:
-    """Check Python, and every dependency against pyproject.toml."""
+    """Check Python, and the version of every dependency."""
     yield Finding(GOOD, "python", platform.python_version())
     wrong = []
     for line in requires("roadwork") or []:
@@ -123,18 +123,19 @@ def installation() -> Iterator[Finding]:
         if not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement.name} is {found}, not {requirement.specifier}")
     text = "; ".join(wrong) or f"complete (torch {torch.__version__}, deepspeed {version('deepspeed')})"
-    yield Finding(BAD if wrong else GOOD, "packages", text + ("; ./launch.sh setup installs them" if wrong else ""))
+    remedy = f"`{typed('setup')}` installs them" if in_checkout() else "install roadwork again with pip"
+    yield Finding(BAD if wrong else GOOD, "packages", f"{text}; {remedy}" if wrong else text)
     if simplejpeg is None:
         yield Finding(NOTE, "jpeg", "simplejpeg is missing: Pillow decodes, at about half the speed")
 
 
 def configurations() -> Iterator[Finding]:
-    """Check every file in accelerate_configs, ds_configs and recipes."""
+    """Check every accelerate configuration, its DeepSpeed file, and every recipe."""
     problems = []
     for path in sorted(ACCELERATE_CONFIGS.glob("*.yaml")):
         settings = yaml.safe_load(path.read_text())
         try:
-            read_deepspeed(ROOT / settings["deepspeed_config"]["deepspeed_config_file"])
+            read_deepspeed(find_deepspeed(settings["deepspeed_config"]["deepspeed_config_file"]))
         except (UserError, KeyError) as error:
             problems.append(f"{path.name}: {error}")
     recipes = sorted(RECIPES.glob("*.yaml"))
@@ -164,7 +165,7 @@ def data(config: Config) -> Iterator[Finding]:
     """Check the index, and decode one sample of each split into its views."""
     folder = config.data.shards
     if not is_url(folder) and not Path(folder).exists():
-        yield Finding(NOTE, "data", f"no shards at {folder} yet; `./launch.sh prep shard` makes them from photos")
+        yield Finding(NOTE, "data", f"no shards at {folder} yet; `{typed('prep shard')}` makes them from photos")
         return
     try:
         index = read_index(folder)
@@ -196,7 +197,7 @@ def cards() -> list[Any]:
 
 
 def plan(config: Config, launch: LaunchPlan) -> Iterator[Finding]:
-    """What `./launch.sh train` would do with the recipe and the configurations."""
+    """What `train` would do with the recipe and the configurations."""
     yield Finding(GOOD, "launch", str(launch))
     yield from (Finding(GOOD, *line) for line in describe_engine(launch.engine, config))
     yield from (Finding(NOTE, "launch", note) for note in launch.engine.notes)

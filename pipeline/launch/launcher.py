@@ -1,7 +1,4 @@
-"""Start training on the hardware at hand, and turn its outcome into an exit status: `./launch.sh train RECIPE`.
-
-`./launch.sh prep features` is started in the same way.
-"""
+"""`train`, and `prep features`: start processes on the hardware at hand, and turn their outcome into an exit status."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ from types import FrameType
 import yaml
 
 from pipeline.cli import help_of, parse_own
-from pipeline.config import ACCELERATE_CONFIGS, ROOT, find_recipe, print_help
+from pipeline.config import ACCELERATE_CONFIGS, ROOT, find_configuration, find_recipe, print_help
 from pipeline.devices import CPU_ONLY, gpu_count, refuse_idle_gpu, uses_gpu
 from pipeline.errors import (
     EXIT_FAILED,
@@ -32,13 +29,14 @@ from pipeline.errors import (
     STARTED_VARIABLE,
     STATE_FILE_VARIABLE,
     UserError,
+    typed,
 )
 from pipeline.launch.rank_logs import LOG_FOLDER_VARIABLE
 from pipeline.progress import say
 
 # After a request to stop, workers have this long to reach a step boundary and save.
 SHUTDOWN_S = 120
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 # Starts of the last line of `pipeline.errors.run`. The lines around it are the launcher's, about its workers' end.
 OUTCOMES = ("error: ", "stopped: ", "failed: ")
 # The second appears where machine 0 ends before this one, which is no fault.
@@ -56,7 +54,7 @@ class LaunchOptions:
     num_processes: int | None = None
     """Processes over all machines; by default the accelerate configuration decides."""
     max_restarts: int = 0
-    """Restart up to so many times from the last checkpoint, after a process died or hung."""
+    """Largest number of restarts from the last checkpoint, after a process died or hung."""
     num_machines: int = 1
     """Machines, each with a launcher of its own."""
     machine_rank: int = 0
@@ -70,8 +68,8 @@ class LaunchOptions:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run `accelerate launch pipeline/train.py` for a recipe; returns the exit status that `launch.sh` promises."""
-    prog = "./launch.sh train"
+    """Run `accelerate launch pipeline/train.py` for a recipe; returns the exit status that `--help` promises."""
+    prog = typed("train")
     if {"-h", "--help"} & set(arguments):
         print(help_of(LaunchOptions, prog, f"{prog} RECIPE [options] [--epochs N] [--dry-run] [--room.key VALUE ...]"))
         print_help(prog)
@@ -92,7 +90,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def prep(arguments: Sequence[str]) -> int:
     """Run `accelerate launch -m data_prep COMMAND` for a command that runs in several processes; see `main`."""
-    prog = f"./launch.sh prep {arguments[0]}"
+    prog = typed(f"prep {arguments[0]}")
     if {"-h", "--help"} & set(arguments):
         print(help_of(LaunchOptions, prog, f"{prog} [options]"), flush=True)
         return subprocess.run([sys.executable, "-m", "data_prep", arguments[0], "--help"], check=False).returncode
@@ -110,7 +108,7 @@ def launch_words(config_file: Path | None, num_processes: int | None, cpu: bool 
     if cpu:
         os.environ |= CPU_ONLY
     config_file, num_processes = choose_launch(config_file, num_processes)
-    words = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config_file)]
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_file)]
     words += ["--num_processes", str(num_processes)] if num_processes else []
     # Accelerate's usual port would be taken for the second of two launches on one machine. A configuration for several
     # machines names a port that all of them know.
@@ -152,10 +150,11 @@ def choose_launch(
     """
     if not idle_gpu:
         refuse_idle_gpu()
-    if config_file is not None and not config_file.is_file():
-        raise UserError(f"there is no accelerate configuration {config_file}; see accelerate_configs/")
     if config_file is not None:
-        return config_file, num_processes
+        found = find_configuration(config_file)
+        if not found.is_file():
+            raise UserError(f"there is no accelerate configuration {config_file}; see {ACCELERATE_CONFIGS}")
+        return found, num_processes
     if uses_gpu():
         return ACCELERATE_CONFIGS / "gpu.yaml", num_processes or gpu_count()
     cores = len(os.sched_getaffinity(0))
@@ -184,7 +183,8 @@ class StopRequest:
         self.while_stopping, self.asked = while_stopping, False
         self.process: subprocess.Popen[str] | None = None
         for number in SIGNALS:
-            signal.signal(number, self._hand_on)
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # what nohup wants
+                signal.signal(number, self._hand_on)
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
         if self.process is None:  # between two attempts
@@ -230,7 +230,7 @@ def supervise(
 def _launch_once(command: list[str], stop: StopRequest) -> tuple[int, str | None]:
     """Run a launch once; returns its status, and which worker was the first to fail and how.
 
-    The latter is None where a worker has given the reason: a new attempt would then end in the same way.
+    The second value is None where a worker has given the reason: a new attempt would then end in the same way.
 
     Accelerate's launcher loses the workers' exit status: it returns 1 and prints a traceback of its own. So workers
     leave their status in a file. Where that file, or the launcher's line about the first worker to fail, explains the
@@ -285,7 +285,7 @@ def cause_of(words: str) -> str | None:
     host, rank, status = found.group(1), found.group(2), int(found.group(3))
     if status >= 0:
         return f"rank {rank} on {host} ended with status {status}, for the reason that it gives above"
-    reason = " (by the system, for want of memory, unless somebody did)" if -status == signal.SIGKILL else ""
+    reason = " (probably by the system, which had no memory left)" if -status == signal.SIGKILL else ""
     return f"rank {rank} on {host} was killed by {signal.Signals(-status).name}{reason}"
 
 

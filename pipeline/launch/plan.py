@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import Config
+from pipeline.config import ACCELERATE_CONFIGS, Config
 from pipeline.distributed.settings import EngineSettings, engine_settings, find_deepspeed
 from pipeline.errors import UserError
 
@@ -24,7 +24,7 @@ class LaunchPlan:
     engine: EngineSettings
 
     def __str__(self) -> str:
-        """One readable line."""
+        """The launch in one readable line."""
         per_machine = self.world_size // self.machines
         files = f"{self.accelerate.name} and {self.engine.file.name}"
         return f"{self.machines} machines x {per_machine} processes, by {files}"
@@ -38,8 +38,8 @@ def resolve(
     Args:
         config: The run's configuration.
         accelerate: The accelerate configuration.
-        num_machines: Number of machines; None for the file's.
-        num_processes: Number of processes over all machines; None for the file's.
+        num_machines: Number of machines; None takes it from the accelerate configuration.
+        num_processes: Number of processes over all machines; None takes it from the accelerate configuration.
         precision: "bf16" or "fp32".
 
     Raises:
@@ -70,7 +70,7 @@ def read_accelerate(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"cannot read the accelerate configuration {path}: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"the accelerate configuration {path} is not a mapping; see accelerate_configs/")
+        raise UserError(f"the accelerate configuration {path} is not a mapping, as those in {ACCELERATE_CONFIGS} are")
     return settings
 
 
@@ -83,11 +83,11 @@ def accelerate_problems(launch: dict[str, Any]) -> Iterator[str]:
         yield "use_cpu is true, with which accelerate turns DeepSpeed off; set it to false, even without GPUs"
     deepspeed = launch.get("deepspeed_config") or {}
     if "deepspeed_config_file" not in deepspeed:
-        yield "deepspeed_config has no deepspeed_config_file, which says what ZeRO does; name one of ds_configs/"
+        yield "deepspeed_config has no deepspeed_config_file, which says what ZeRO does, such as ds_configs/zero2.json"
     own = [key for key in ("zero_stage", "gradient_clipping", "gradient_accumulation_steps") if key in deepspeed]
     own += ["mixed_precision"] if launch.get("mixed_precision", "no") != "no" else []
     if own:
-        yield f"{own[0]} stands here, where accelerate refuses it beside a deepspeed_config_file; the recipe decides it"
+        yield f"{own[0]} must not stand beside a deepspeed_config_file; remove it, since the recipe decides it"
     remote = deepspeed.get("deepspeed_multinode_launcher", "standard") != "standard"
     if int(launch.get("num_machines", 1)) > 1 and remote:
         yield "deepspeed_multinode_launcher starts processes over ssh, past the launcher; set it to standard"

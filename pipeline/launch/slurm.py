@@ -103,7 +103,7 @@ def submit(jobs: Sequence[Job], folder: Path, dry_run: bool) -> Path | None:
     """Write the scripts of a chain of jobs and submit them: each starts when the one before it has succeeded.
 
     Args:
-        jobs: In their order.
+        jobs: The jobs, in their order.
         folder: Folder of scripts and logs, on a disk that the nodes share.
         dry_run: Only print what would be written and submitted.
 
@@ -142,7 +142,7 @@ def submit(jobs: Sequence[Job], folder: Path, dry_run: bool) -> Path | None:
 def _sbatch(script: Path, before: list[str]) -> str:
     """Submit a script to run after the last of the jobs before it; returns its job number.
 
-    If it is refused, those jobs are cancelled.
+    If the script is refused, the jobs before it are cancelled.
     """
     waits = [_dependency(before[-1])] if before else []
     done = subprocess.run(["sbatch", "--parsable", *waits, script], capture_output=True, text=True, check=False)

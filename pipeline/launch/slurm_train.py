@@ -1,4 +1,4 @@
-"""`./launch.sh slurm RECIPE`: train on several nodes of a cluster, resuming after preemptions and time limits."""
+"""`slurm RECIPE`: train on several nodes of a cluster, resuming after preemptions and time limits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cli import help_of, parse_own
-from pipeline.config import ACCELERATE_CONFIGS, Config, find_recipe, parse_config
-from pipeline.errors import EXIT_STOPPED, EXIT_USER, UserError, require, run
+from pipeline.config import ACCELERATE_CONFIGS, Config, find_configuration, find_recipe, parse_config
+from pipeline.errors import EXIT_STOPPED, EXIT_USER, UserError, require, run, typed
 from pipeline.files import render
 from pipeline.launch.slurm import Job, Resources, submit
 from pipeline.progress import say
 
-PROG = "./launch.sh slurm"
+PROG = typed("slurm")
 # SLURM gives notice this long before the time limit or a preemption; a step and a checkpoint must fit into it.
 NOTICE_S = 300
 # Once the first launcher has ended, the others have this long to end: they may wait for something that never comes.
@@ -61,7 +61,7 @@ def main(words: Sequence[str]) -> Path | None:
     """Check all that would end the job only after its wait in the queue, then submit it.
 
     Args:
-        words: The arguments of `./launch.sh slurm`.
+        words: The arguments of `slurm`.
 
     Returns:
         Path of the summary, which has the job's number; None after a dry run.
@@ -69,7 +69,7 @@ def main(words: Sequence[str]) -> Path | None:
     if not words or {"-h", "--help"} & set(words):
         usage = f"{PROG} RECIPE --nodes N --gpus-per-node G [options] [--room.key VALUE ...]\n       {PROG} prep --help"
         print(help_of(SlurmOptions, PROG, usage))
-        print("All other options are the configuration's; ./launch.sh train --help lists them.")
+        print(f"All other options are the configuration's; `{typed('train')} --help` lists them.")
         return None
     from pipeline.distributed.settings import resolve_precision  # seconds that --help does not wait for
     from pipeline.launch.plan import resolve
@@ -81,7 +81,8 @@ def main(words: Sequence[str]) -> Path | None:
     processes = own.gpus_per_node or own.processes_per_node
     require(processes >= 1, "--processes_per_node", processes, "1 or more")
     config, _ = parse_config(["--config", str(recipe), *overrides], PROG)
-    accelerate = own.config_file or ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus_per_node else "cpu_2.yaml")
+    usual = ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus_per_node else "cpu_2.yaml")
+    accelerate = find_configuration(own.config_file) if own.config_file else usual
     precision = resolve_precision(config.train.precision, bf16=own.gpus_per_node > 0)
     resolve(config, accelerate, own.nodes, own.nodes * processes, precision)
     for problem in find_problems(config, own.gpus_per_node):

@@ -30,7 +30,7 @@ class GatedAttention(nn.Module):
         self.k_norm = nn.RMSNorm(width // heads)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """Attend.
+        """Let every token attend to the tokens of its photo.
 
         Args:
             x: [B, T, H], already normed.

@@ -54,8 +54,8 @@ class ModelConfig:
     expert_width: int = 2048
     """Hidden width of one SwiGLU expert."""
     fusion: str = "gated"
-    """`gated` fuses the kept views under learned gates, which are their importance; `mean` takes their mean, so that
-    the pruner learns through its own gates alone."""
+    """`gated` fuses the kept views under learned gates, which are the views' importance; `mean` takes the mean of the
+    views, which has no importance to teach the pruner with."""
     fusion_heads: int = 8
     """Attention heads of the gated fusion."""
     dropout: float = 0.1
@@ -148,7 +148,7 @@ class LossConfig:
     focal_alpha: float = 0.25
     """Focal weight of the class roadwork; the class none has 1 - focal_alpha."""
     focal_gamma: float = 2.0
-    """Focal exponent: the larger, the less a sample counts of which the model is sure; 0 turns it off."""
+    """Focal exponent: the larger, the less those samples count that the model is sure of; 0 turns it off."""
     label_smoothing: float = 0.1
     """Share of a label that is spread evenly over both classes."""
     mixup_alpha: float = 0.0

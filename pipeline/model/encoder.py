@@ -20,20 +20,21 @@ class Encoded:
     """The kept views of B photos."""
 
     cls: torch.Tensor
-    """[B, K, D]."""
+    """CLS tokens, [B, K, D]."""
     cells: torch.Tensor
-    """[B, K, g*g, 2D], mean and max of the patch tokens of each cell."""
+    """Mean and max of the patch tokens of each cell, [B, K, g*g, 2D]."""
     boxes: torch.Tensor
-    """[B, K, 4]."""
+    """Boxes as x0, y0, x1, y1 in [0, 1], [B, K, 4]."""
     mask: torch.Tensor
-    """bool [B, K], False for views that do not exist or were not kept."""
+    """Which views exist and were kept, bool [B, K]."""
     indices: torch.Tensor
-    """int64 [B, K], which views these are; the global one first."""
+    """Numbers of the kept views, int64 [B, K]; the global view comes first."""
     scores: torch.Tensor | None
-    """[B, V], the pruner's scores; None where nothing is ever pruned."""
+    """The pruner's scores, [B, V]; None where nothing is ever pruned."""
     gates: torch.Tensor
-    """[B, K], factors of the views' tokens: sigmoid(score), through which the pruner learns, and 1 for the global view,
-    which is always kept."""
+    """Factors of the views' tokens before the first layer, [B, K]: sigmoid(score), and 1 for the global view. A layer's
+    RMSNorm removes the factor from what is attended to. It stays in the residual stream, and only there does it give
+    the pruner a gradient; distillation teaches the pruner directly."""
     mix: Mix | None = None
     """How the photos' tokens are mixed, None if they are not; the head mixes their metadata."""
 
@@ -42,11 +43,11 @@ class Tokens(NamedTuple):
     """All that the head needs of the backbone, for B photos."""
 
     cls: torch.Tensor
-    """[B, V, D], zeros for views that do not exist."""
+    """CLS tokens, [B, V, D]; zeros for views that do not exist."""
     cells: torch.Tensor
-    """[B, V, g*g, 2D], likewise."""
+    """Mean and max of the patch tokens of each cell, [B, V, g*g, 2D]; zeros for views that do not exist."""
     regions: torch.Tensor
-    """[B, V, D], means of the global view's patch tokens under each view's box."""
+    """Means of the global view's patch tokens under each view's box, [B, V, D]."""
 
 
 def all_tokens(
@@ -72,7 +73,7 @@ def all_tokens(
 def spread(
     shape: Sequence[int], where: tuple[Any, Any], cls: torch.Tensor, cells: torch.Tensor, regions: torch.Tensor
 ) -> Tokens:
-    """Tokens with space for all views, of which some have theirs already.
+    """Tokens of all views: the given ones at their positions, zeros elsewhere.
 
     Args:
         shape: Photos B and views V.
@@ -116,7 +117,7 @@ class TokenSource(Protocol):
     tokens: Tokens
     """Tokens so far: the global view and the regions from the start, other views once they were taken."""
     global_cls: torch.Tensor
-    """[B, D], the global view's CLS token, which does not change when others are taken."""
+    """The global view's CLS token, [B, D], which does not change when other views are taken."""
 
     def take(self, wanted: torch.Tensor) -> None:
         """Make the tokens of the views in bool [B, V] available."""
@@ -136,7 +137,7 @@ class OnlineTokens:
         self.taken[:, 0] = True
 
     def take(self, wanted: torch.Tensor) -> None:
-        """Encode those of the wanted views that are new, in one pass of the backbone over all photos."""
+        """Encode the wanted views that are not encoded yet, in one pass of the backbone over all photos."""
         photo, view = (wanted & ~self.taken).nonzero(as_tuple=True)
         if len(photo):
             cls, patches = self.backbone(self.views[photo.to(self.views.device), view.to(self.views.device)])

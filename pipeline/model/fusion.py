@@ -24,7 +24,7 @@ class GatedFusion(nn.Module):
         self.refine = nn.MultiheadAttention(width, heads, batch_first=True)
 
     def forward(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fuse.
+        """Fuse the views of each photo.
 
         Args:
             views: [B, K, H], one vector per view.

@@ -23,7 +23,7 @@ class ClassifierHead(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., H] to logits [..., classes]."""
+        """Classify vectors [..., H]; returns logits [..., classes]."""
         logits: torch.Tensor = self.layers(x)
         return logits
 
@@ -54,7 +54,7 @@ class SegmentationHead(nn.Module):
         nn.init.constant_(self.classify.bias, math.log(PRIOR / (1 - PRIOR)))
 
     def forward(self, cells: torch.Tensor, boxes: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Stitch.
+        """Stitch the cells of all views to one grid over each photo, and classify its points.
 
         Args:
             cells: [B, K, g*g, H].

@@ -26,11 +26,11 @@ class Targets:
     """The targets of a batch."""
 
     labels: torch.Tensor
-    """int64 [B]: 1 roadwork, 0 none, -1 unknown."""
+    """Labels, int64 [B]: 1 roadwork, 0 none, -1 unknown."""
     weather: torch.Tensor
-    """float [B, 8], multi-hot; a row of NaN where unknown."""
+    """Weather words, float [B, 8], multi-hot; a row of NaN where unknown."""
     masks: torch.Tensor
-    """float [B, 6, m, m], the share of each cell's area that each class covers; all NaN where unknown."""
+    """Share of each cell's area that each class covers, float [B, 6, m, m]; all NaN where unknown."""
 
     @classmethod
     def from_batch(cls, batch: Mapping[str, torch.Tensor]) -> Targets:
@@ -118,7 +118,7 @@ def loss_terms(
 def mixed(loss: Callable[[Targets], torch.Tensor], targets: Targets, mix: Mix | None) -> torch.Tensor:
     """A loss of mixed photos that is linear in its targets: the same mix of the losses for both photos' targets.
 
-    A target that one of a pair lacks drops out with its share. The shares of each target add up to 1 over the two
+    If one photo of a pair lacks a target, its share drops out. The shares of each target add up to 1 over the two
     photos that have it, so `count_targets` need not know which photos are mixed.
 
     Args:

@@ -73,7 +73,7 @@ class MetadataEncoder(nn.Module):
             fields: gps [B, 2], weather [B, 8] and text [B, n] with NaN rows for NULL; daytime and scene int64
                 [B] with 0 for NULL; a missing field is NULL for all.
             batch: Number of samples B.
-            null_metadata: Treat everything as NULL, or where bool [B] is true.
+            null_metadata: True treats everything as NULL; bool [B] does so for the samples where it is true.
             mix: How the photos are mixed. Fields are mixed before they drop out, so that dropout keeps its rate.
 
         Returns:

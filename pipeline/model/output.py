@@ -1,4 +1,4 @@
-"""The model's output."""
+"""The output of the model and of the baseline heads."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ class RoadworkOutput(ModelOutput):
     loss: torch.Tensor | None = None
     """Scalar loss, if it was asked for."""
     logits: torch.Tensor | None = None
-    """[B, 2]."""
+    """Logits of none and roadwork, [B, 2]."""
     weather_logits: torch.Tensor | None = None
-    """[B, 8]."""
+    """Logits of the weather words, [B, 8]."""
     mask_logits: torch.Tensor | None = None
-    """[B, 6, m, m]."""
+    """Logits of the six object classes on a grid over the photo, [B, 6, m, m]."""
     view_logits: torch.Tensor | None = None
-    """[B, K, 2], each kept view's own prediction."""
+    """Logits of each kept view's own prediction, [B, K, 2]."""
     view_scores: torch.Tensor | None = None
-    """[B, V], the pruner's scores."""
+    """The pruner's scores, [B, V]."""
     view_importance: torch.Tensor | None = None
-    """[B, K], the gates of the fusion."""
+    """The gates of the fusion, [B, K]."""
     router_logits: tuple[torch.Tensor, ...] | None = None
-    """[B, T, E] for each layer."""
+    """The routers' logits, [B, T, E] for each layer."""
     view_indices: torch.Tensor | None = None
-    """int64 [B, K], which views were kept."""
+    """Numbers of the kept views, int64 [B, K]."""
     view_mask: torch.Tensor | None = None
-    """bool [B, K], which of the kept views exist."""
+    """Which of the kept views exist, bool [B, K]."""
     token_mask: torch.Tensor | None = None
-    """bool [B, T], which tokens exist."""
+    """Which tokens exist, bool [B, T]."""
     loss_terms: dict[str, torch.Tensor] | None = None
-    """[B] by term, before weighting."""
+    """Values per sample, [B], by loss term, before weighting."""
 
     @property
     def kept_all(self) -> bool:

@@ -28,7 +28,7 @@ class InputProjection(nn.Module):
         self.box = nn.Linear(4 * 2 * BOX_FREQUENCIES, width)
 
     def forward(self, cls: torch.Tensor, cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-        """Project.
+        """Project tokens of B photos with K views.
 
         Args:
             cls: [B, K, D].

@@ -126,9 +126,9 @@ class StoppingRule:
     cut: float
     """Log-odds of roadwork at which the answer changes."""
     margins_none: Sequence[float]
-    """Log-odds below the cut from which on *none* is certain, for each round but the last."""
+    """Distance below the cut, in log-odds, from which on *none* is certain, for each round but the last."""
     margins_roadwork: Sequence[float]
-    """Log-odds above the cut from which on *roadwork* is certain, for each round but the last."""
+    """Distance above the cut, in log-odds, from which on *roadwork* is certain, for each round but the last."""
 
     def certain(self, log_odds: torch.Tensor, number: int) -> torch.Tensor:
         """Whether to stop after round `number`, counted from 0: bool, in the shape of the log-odds."""

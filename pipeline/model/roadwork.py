@@ -301,8 +301,8 @@ class RoadworkModel(PreTrainedModel):
                 `gps`, `weather`, `daytime`, `scene`, `text`, as far as they are known.
                 For a loss: `labels` int64 [B], -1 where unknown; optional `mask_targets` [B, 6, m, m], NaN where
                 unknown; and `weather`.
-            null_metadata: Treat all metadata as NULL, or where bool [B] is true. By default the batch's own
-                `null_metadata`, if it has one.
+            null_metadata: True treats all metadata as NULL; bool [B] does so for the photos where it is true. By
+                default the batch's own `null_metadata`, if it has one.
             keep_all: Prune nothing, whatever the configuration says.
             with_loss: Compute the loss too; in training this mixes photos where `loss.mixup_alpha` is above 0.
             target_counts: float [terms], the divisor of each term's sum, see `count_targets`; by default the counts of

@@ -26,7 +26,7 @@ class BestModel:
     def averaged(self) -> RoadworkModel:
         """A whole model with the averaged weights, however the one in training is sharded. Collective.
 
-        Its forward pass needs no other rank: one that has fewer photos to validate keeps nobody waiting.
+        The model's forward pass needs no other rank, so ranks may validate different numbers of photos.
         """
         model = self._whole(self.average.gathered()).attach(self.model.backbone)
         return model.to(self.model.backbone.device).to(self.model.dtype)

@@ -20,7 +20,7 @@ from pipeline.data.sampler import PositionSampler
 from pipeline.data.stand_in import StandIn
 from pipeline.data.streaming import StreamedSplit, inclusion
 from pipeline.devices import uses_gpu
-from pipeline.errors import UserError
+from pipeline.errors import UserError, typed
 from pipeline.progress import say
 from pipeline.training.plan import plan_schedule, sampling_weights
 
@@ -94,7 +94,7 @@ def mixture_of(config: Config, data: ShardDataset) -> Mixture:
         if share and copies is not None and not kind.count(copies):
             raise UserError(
                 f"data.{key} is {share:g}, but the feature cache {config.data.features} holds no {kind.name} copies; "
-                f"make it anew with `./launch.sh prep features --copies {kind.first}` or more, or set data.{key} to 0"
+                f"make it anew with `{typed('prep features')} --copies {kind.first}` or more, or set data.{key} to 0"
             )
     return Mixture(config.train.seed, config.data.augment_share, config.data.streetvision_share, copies)
 

@@ -36,7 +36,7 @@ class Parameters:
 
     @classmethod
     def of(cls, head: nn.Module, frozen: int) -> Parameters:
-        """Count those of a head; `frozen` are the backbone's."""
+        """Count the parameters of a head; `frozen` is the number of the backbone's."""
         trained = sum(p.numel() for p in head.parameters() if p.requires_grad)
         experts = sum(p.numel() for block in expert_blocks(head) for p in block.parameters())
         return cls(trained - experts, experts, frozen)
@@ -56,7 +56,7 @@ class Need:
     buffers: float
     """Buffers of communication."""
     backbone: float
-    """Frozen weights."""
+    """Weights of the frozen backbone."""
     activations: float
     host: float
     """Offloaded state, in the host's memory."""
@@ -72,7 +72,7 @@ def state_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> t
 
     ZeRO (arXiv 1910.02054, section 3) with W processes: stage 1 cuts fp32 master weights and both moments into W
     pieces, 2 the gradients too, 3 the weights and here the average as well. Experts are spread over `expert_parallel`
-    processes first, and their pieces over those that hold the same ones. Stage 0 in fp32 needs no master weights.
+    processes first, and their pieces over those that hold the same experts. Stage 0 in fp32 needs no master weights.
     """
     low = 2 if precision == "bf16" else 4
     device = host = 0.0

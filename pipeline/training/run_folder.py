@@ -17,9 +17,9 @@ import torch
 
 from pipeline.config import ROOT, Config, differences, read_config, to_yaml
 from pipeline.data.index import Index
-from pipeline.errors import UserError
+from pipeline.errors import UserError, in_checkout
 from pipeline.evaluation.inference import load_model
-from pipeline.evaluation.report.page import read_results
+from pipeline.evaluation.results import read_results
 from pipeline.files import write_json, write_text
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.names import Profile
@@ -153,6 +153,8 @@ def hardware(world_size: int) -> dict[str, Any]:
 
 def git_revision() -> str | None:
     """The project's commit, with `+` when the tree has changes; None outside a checkout."""
+    if not in_checkout():
+        return None  # the environment that holds the wheel may lie in a repository of the user's
     try:
         revision = _git(ROOT, "rev-parse", "HEAD")
         return revision + ("+" if _git(ROOT, "status", "--porcelain") else "")

@@ -73,9 +73,9 @@ FAULTS = {
     "fp16": ({"fp16": {"enabled": True}}, r"fp16 is enabled, whose loss scaling .* train\.precision is bf16 or fp32"),
     "auto in ZeRO": (
         {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
-        "reduce_bucket_size is 'auto', which nobody resolves here; write a number",
+        "reduce_bucket_size is 'auto', which is not resolved here; write a number",
     ),
-    "auto beside ZeRO": ({"steps_per_print": "auto"}, "steps_per_print is 'auto', which nobody resolves here"),
+    "auto beside ZeRO": ({"steps_per_print": "auto"}, "steps_per_print is 'auto', which is not resolved here"),
     "offloaded weights": (
         {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
         "offload_param needs stage 3, and this is stage 2",
@@ -188,7 +188,8 @@ def test_training_gives_the_engine_the_files_values_and_the_recipes_numbers(begi
     }  # fmt: skip
     assert engine.sharding == Sharding(world_size=4, stage=1, bucket=2000, live=10**9)
     assert engine.notes == (
-        "gradient_clipping of zero.json gives way to the recipe's", "bf16 of zero.json gives way to the recipe's",
+        "gradient_clipping of zero.json is not used: the recipe decides it",
+        "bf16 of zero.json is not used: the recipe decides it",
     )  # fmt: skip
     assert json.loads((tmp_path / "zero.json").read_text())["gradient_clipping"] == 5.0
 

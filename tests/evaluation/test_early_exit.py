@@ -160,7 +160,7 @@ def test_wrong_use_ends_in_one_sentence(run, trained, tmp_path):
     with pytest.raises(UserError, match="no run at"):
         early_exit(tmp_path / "nowhere")
     make_shards(tmp_path / "one_class", {"val": [1, 1, None]})
-    with pytest.raises(UserError, match="not both classes"):
+    with pytest.raises(UserError, match="not have labels of both classes"):
         early_exit(run, shards=str(tmp_path / "one_class"), workers=0)
     baseline = make_model(load_model(run / "model", torch.device("cpu")).config.backbone, head="mean_pool")
     with pytest.raises(UserError, match="prunes no views"):

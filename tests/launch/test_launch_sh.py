@@ -82,7 +82,7 @@ def test_a_signal_to_the_demo_ends_the_step_at_hand_and_gives_75(tmp_path, numbe
     process.send_signal(number)
     _, err = process.communicate(timeout=180)
     assert process.returncode == 75, err
-    assert "stopped: ./launch.sh demo resumes here" in err
+    assert "stopped: ./launch.sh demo --quick resumes here" in err
     assert "== shards" not in err
     psutil.wait_procs(children, timeout=10)
     assert not [child for child in children if child.is_running()]

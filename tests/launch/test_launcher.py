@@ -25,6 +25,7 @@ def test_a_recipe_is_found_by_name_or_path(tmp_path):
 
 
 def test_the_hardware_decides_unless_the_user_does(monkeypatch):
+    monkeypatch.setattr("pipeline.devices.may_use_gpu", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     assert launch_words(None, None)[-4:-1] == [str(ROOT / "accelerate_configs" / "gpu.yaml"), "--num_processes", "4"]
@@ -109,7 +110,8 @@ def test_a_request_to_stop_is_handed_on_once():
     assert time.monotonic() - start < 20
 
 
-def test_a_launch_that_is_asked_to_stop_before_its_workers_listen_is_resumable():
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGHUP])
+def test_a_launch_that_is_asked_to_stop_before_its_workers_listen_is_resumable(number):
     """Nothing has been taken from the last checkpoint, so a queue may start it again."""
     code = "import sys, time; print('ready', file=sys.stderr, flush=True); time.sleep(60)"
     script = "import sys; from pipeline.launch.launcher import supervise; "
@@ -117,7 +119,18 @@ def test_a_launch_that_is_asked_to_stop_before_its_workers_listen_is_resumable()
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stderr.readline() == "ready\n"
-    process.send_signal(signal.SIGUSR2)
+    process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75
     assert "stopped: before it began" in err
+
+
+def test_a_launch_under_nohup_outlives_its_terminal():
+    script = """if True:
+        import os, signal, sys
+        from pipeline.launch.launcher import supervise
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        sys.exit(supervise([sys.executable, "-c", "import os, signal; os.kill(os.getppid(), signal.SIGHUP)"]))
+    """
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

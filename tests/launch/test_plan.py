@@ -67,7 +67,7 @@ def test_what_gives_way_is_said(tmp_path):
     plan = resolve(config, pair(tmp_path, {"num_processes": 1}, {"gradient_clipping": 5}), None, None, "fp32")
     assert plan.engine.deepspeed["gradient_clipping"] == config.optim.grad_clip
     assert plan.engine.notes == (
-        "gradient_clipping of zero.json gives way to the recipe's",
+        "gradient_clipping of zero.json is not used: the recipe decides it",
         "train.expert_parallel is 4, but one process alone keeps all experts",
     )
 
@@ -78,7 +78,7 @@ def test_what_gives_way_is_said(tmp_path):
         ({"distributed_type": "MULTI_GPU"}, {}, "distributed_type is 'MULTI_GPU'"),
         ({"use_cpu": True}, {}, "turns DeepSpeed off"),
         ({"deepspeed_config": {}}, {}, "no deepspeed_config_file"),
-        ({"mixed_precision": "bf16"}, {}, "mixed_precision stands here"),
+        ({"mixed_precision": "bf16"}, {}, "mixed_precision must not stand"),
         ({"num_machines": 2, "num_processes": 3}, {}, "3 processes cannot be shared evenly among the 2 machines"),
         ({"num_processes": 3}, {}, "choose 63 or 66"),
         ({}, {"zero_optimization": {"stage": 4}}, "stage is 4"),

@@ -12,6 +12,7 @@ from data_prep.scenes.data_set import scenes
 from data_prep.shards.command import shard
 from tests.data_prep.examples import content
 from tests.slurm.cluster import JOB_TIMEOUT_S, Cluster, wait_until
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 ODD = """it's "my" 50%u $HOME #1"""  # %u is the name of the user to SLURM
@@ -34,7 +35,7 @@ def slurm_prep(cluster: Cluster, place: Path, out: str, parts: int) -> subproces
     words = ["--source", f"{ODD} photos", "--out", out, "--shard_mb", "0.08"]
     words += ["--parts", str(parts), "--cpus-per-task", "1", "--time", "10"]
     return subprocess.run(
-        [ROOT / "launch.sh", "slurm", "prep", *words],
+        [python(), "-m", "pipeline", "slurm", "prep", *words],
         cwd=place, env=cluster.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ import pytest
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
 from tests.slurm.cluster import JOB_TIMEOUT_S, Cluster, wait_until
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
+from tests.warm import python
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -34,14 +35,14 @@ def place(tmp_path_factory) -> Path:
     (folder / "recipe.yaml").write_text(to_yaml(recipe))
     accelerate = ROOT / "accelerate_configs" / "cpu_2.yaml"
     words = ["train", "recipe.yaml", "--config_file", str(accelerate), "--run", "local"]
-    subprocess.run([ROOT / "launch.sh", *words], cwd=folder, capture_output=True, check=True)
+    subprocess.run([python(), "-m", "pipeline", *words], cwd=folder, capture_output=True, check=True)
     return folder
 
 
 def submit(cluster: Cluster, place: Path, run: str, *words: str) -> str:
     """Returns the number of the job."""
     done = subprocess.run(
-        [ROOT / "launch.sh", "slurm", "recipe.yaml", "--run", run, *NODES, *words],
+        [python(), "-m", "pipeline", "slurm", "recipe.yaml", "--run", run, *NODES, *words],
         cwd=place, env=cluster.environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -145,9 +146,9 @@ def test_the_deadline_saves_and_ends_with_the_status_of_a_resumable_stop(world):
 
 
 def test_usr2_saves_through_the_launcher_and_where_accelerate_itself_is_launched(world, uninterrupted):
-    """A bare `accelerate launch` dies of the signal; its processes save before they end."""
+    """A bare `accelerate launch` dies of the signal; its processes, whose parent it is, save before they end."""
     run, log = world / "bare", world / "bare.txt"
-    words = [python(), "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
+    words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     words += [str(ROOT / "accelerate_configs" / "cpu_2.yaml"), str(ROOT / "pipeline" / "train.py")]
     words += ["--config", str(world / "recipe.yaml"), "--run", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

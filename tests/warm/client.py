@@ -17,7 +17,7 @@ LIMITS = (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)
 
 def starts_cold(words, at_import):
     """Whether these words, or the environment, ask for a new Python."""
-    words = words[1:] if words[:1] == ["-u"] else words
+    words = words[1:] if words[:1] in (["-u"], ["-P"]) else words
     if not words or (words[0].startswith("-") and words[0] not in ("-m", "-c")):
         return True
     return any(os.environ.get(name) != value for name, value in at_import.items())
@@ -55,6 +55,8 @@ def main(words):
     socket.send_fds(connection, [len(text).to_bytes(4, "big")], [0, 1, 2])
     connection.sendall(text)
     process = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big")
+    if not process:
+        sys.exit("the server of warm Pythons has ended; its traceback is among the output of pytest")
     for number in early:
         os.kill(process, number)
     answer = connection.recv(4, socket.MSG_WAITALL)

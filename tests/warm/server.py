@@ -88,7 +88,7 @@ def keep(connection: socket.socket) -> dict[str, Any]:
 
 
 def become(request: dict[str, Any]) -> None:
-    """Give this process what a new one has, and run the module, the code or the script that was asked for."""
+    """Give this process what a new one would have, and run what was asked for."""
     os.setsid()
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -103,24 +103,27 @@ def become(request: dict[str, Any]) -> None:
 
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
-    words = request["words"]
-    if words[0] == "-u":
+    run(request["words"])
+
+
+def run(words: list[str]) -> None:
+    """Run what Python would run with these words."""
+    option = words.pop(0) if words[0] in ("-u", "-P") else None
+    if option == "-u":
         sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]
-        words = words[1:]
-    sys.path[:] = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), *sys.path[1:]]
-    sys.path[:] = [entry for entry in sys.path if entry]
+    given = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.path[:] = [*given, *sys.path[1:]]  # the first is this file's folder
+    if option != "-P":
+        sys.path.insert(0, {"-m": os.getcwd(), "-c": ""}.get(words[0], str(Path(words[0]).resolve().parent)))
     if words[0] == "-m":
         sys.argv = words[1:]
-        sys.path.insert(0, os.getcwd())
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
-        sys.path.insert(0, "")
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(compile(words[1], "<string>", "exec"), sys.modules["__main__"].__dict__)
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), main.__dict__)
     else:
         sys.argv = words
-        sys.path.insert(0, str(Path(words[0]).resolve().parent))
         runpy.run_path(words[0], run_name="__main__")
 
 

@@ -104,7 +104,7 @@ def test_variables_that_libraries_read_while_they_are_imported_make_it_start_ane
 
 def test_the_server_ends_with_the_tests(tmp_path):
     """Whether they end by themselves or are killed."""
-    code = "import sys, time\nfrom tests.warm import WarmPython\nprint(WarmPython().server.pid, flush=True)\ntime.sleep(60)"
+    code = "import time; from tests.warm import *; print(WarmPython().server.pid, flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
     ) as process:

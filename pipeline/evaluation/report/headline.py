@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pipeline.cli import command
 from pipeline.errors import UserError
-from pipeline.evaluation.report.page import read_results, sent_by_the_client
+from pipeline.evaluation.results import read_results, streetvision_results
 from pipeline.progress import say
 
 
@@ -24,15 +24,17 @@ def headline(run: Path) -> Path:
     say(f"result    MCC {test['mcc_null_metadata']:.3f} (95 % {low:.3f} to {high:.3f}) on {test['n']} test photos")
     say(f"          {summary['evaluation']['data']}, in places absent from training, all metadata NULL")
     say(f"          accuracy {test['accuracy']:.3f}, AUROC {test['auroc']:.3f}; MCC with metadata {test['mcc']:.3f}")
-    client = sent_by_the_client(run)
-    if "test" in client:
-        sent = client["test"]
-        say(f"client    MCC {sent['mcc_null_metadata']:.3f} on what the live client would send of them")
+    streetvision = streetvision_results(run)
+    if "test" in streetvision:
+        small = streetvision["test"]
+        say(f"224 px    MCC {small['mcc_null_metadata']:.3f} on the same photos in the profile `streetvision`")
     if "baseline" in summary:
         other = summary["baseline"]
         say(f"baseline  MCC {other['mcc']:.3f} ({other['head']}, the same backbone and photos)")
     say(f"report    {run.resolve() / 'report.html'}")
     say(f"model     {run.resolve() / 'model'}")
+    drawn = "scenes and seed" if summary["evaluation"]["data"] == "procedural scenes" else "the seed"
+    say(f"note      one run is one draw of {drawn}; other draws and other machines give somewhat different figures")
     return (run / "summary.json").resolve()
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from pipeline.data.index import SPLITS
 from pipeline.data.photo import decode
 from pipeline.evaluation.report import plots
+from pipeline.evaluation.results import read_results, streetvision_results
 from pipeline.files import write_text
 from pipeline.names import TILE_GRID, VIEW_NAMES, Profile
 
@@ -38,21 +39,6 @@ COLUMNS = (
 Photo = Callable[[str, int], bytes]
 
 
-def read_results(run: Path, profile: Profile) -> dict[str, Any]:
-    """The summary.json of a profile; empty where nothing was measured.
-
-    Args:
-        run: The run folder.
-        profile: The profile; `native` includes what training wrote.
-    """
-    path = run / "summary.json" if profile == "native" else run / profile / "summary.json"
-    if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    # Version 0.1 kept other profiles as a part of the native summary.
-    return {} if profile == "native" else read_results(run, "native").get(profile, {})
-
-
 def write_report(run: Path, profile: Profile, predictions: pd.DataFrame, photo: Photo) -> Path:
     """Render the evaluation of a run as one page that loads nothing from elsewhere.
 
@@ -69,15 +55,15 @@ def write_report(run: Path, profile: Profile, predictions: pd.DataFrame, photo: 
     names = [str(name) for name in predictions["split"].unique() if name in summary]
     headline = "test" if "test" in names else names[-1]
     rows = predictions[predictions["split"] == headline].reset_index(drop=True)
-    client, environment = sent_by_the_client(run) if native else {}, templates()
+    streetvision, environment = streetvision_results(run) if native else {}, templates()
     page = environment.get_template("report.html").render(
         run=run.resolve().name if native else f"{run.resolve().name}, {profile}",
         data=summary["evaluation"]["data"],
         headline=headline,
         scores=summary[headline],
         splits={name: summary[name] for name in names}
-        | {f"{name}, streetvision": client[name] for name in SPLITS if name in client},
-        client=client,
+        | {f"{name}, streetvision": streetvision[name] for name in SPLITS if name in streetvision},
+        streetvision=streetvision,
         columns=COLUMNS,
         summary=summary,
         curves=_curves(run),
@@ -152,13 +138,6 @@ def view_shares(rows: pd.DataFrame) -> dict[str, float]:
     shares = {name: float(kept.get(name, 0.0)) for name in VIEW_NAMES}
     pruned = any(0 < share < 1 for share in shares.values())
     return shares if pruned else {}
-
-
-def sent_by_the_client(run: Path) -> dict[str, Any]:
-    """The scores in the profile `streetvision`; empty where they were measured on other shards than the native ones."""
-    found, native = read_results(run, "streetvision"), read_results(run, "native")
-    same = found and found["evaluation"]["source_sha256"] == native["evaluation"]["source_sha256"]
-    return found if same else {}
 
 
 def _drawings(rows: pd.DataFrame, threshold: float) -> list[str]:
