@@ -8,6 +8,7 @@ import pickle
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -23,6 +24,8 @@ from pipeline.progress import silence_libraries
 
 Found = TypeVar("Found")
 
+LIBRARIES = ("deepspeed", "accelerate", "transformers", "pipeline.trainer")
+
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
@@ -33,11 +36,21 @@ def on_cpu() -> Iterator[None]:
 
 def run_apart(work: Callable[..., Found], processes: int, *arguments: Any) -> Found:
     """Call a function of a module in fresh processes that know of one another; returns what rank 0's call returns."""
-    with tempfile.TemporaryDirectory(prefix="roadwork-benchmark-") as place, on_cpu():
+    with tempfile.TemporaryDirectory(prefix="roadwork-benchmark-") as place:
         answer = Path(place) / "answer"
-        multiprocessing.spawn(_process, (free_port(), processes, work, arguments, answer), processes)
+        start(_process, (free_port(), processes, work, arguments, answer), processes)
         found: Found = pickle.loads(answer.read_bytes())
     return found
+
+
+def start(function: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
+    """Call `function(rank, *arguments)` in each of some processes without a GPU, and wait for their ends.
+
+    They are forks of a server that has imported the libraries once; starting anew, each would take seconds for that.
+    """
+    with on_cpu():
+        set_forkserver_preload(list(LIBRARIES))
+        multiprocessing.start_processes(function, arguments, processes, start_method="forkserver")
 
 
 def _process(

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 
 from benchmarks.parity_cells import (
     BATCH,
@@ -20,7 +19,7 @@ from benchmarks.parity_cells import (
     make_trainer,
     micro_batches,
 )
-from benchmarks.processes import free_port, join, on_cpu
+from benchmarks.processes import free_port, join, start
 from pipeline.distributed.engine_tensors import base_optimizer, gather_tensors
 from pipeline.distributed.startup import end_process
 from pipeline.model.metadata import MetadataEncoder
@@ -155,8 +154,7 @@ def worker(rank, port, folder):
 def found(tmp_path_factory):
     """What each rank saw in each cell."""
     folder = tmp_path_factory.mktemp("sophia")
-    with on_cpu():
-        multiprocessing.spawn(worker, (free_port(), folder), 2)
+    start(worker, (free_port(), folder), 2)
     return {
         cell: [json.loads((folder / f"{number}-{rank}.json").read_text()) for rank in range(2)]
         for number, cell in enumerate(CELLS)
