@@ -27,6 +27,7 @@ class Checkout:
             path = folder / ".venv" / "bin" / name
             path.write_text(STAND_IN.replace("{folder}", str(folder)))
             path.chmod(0o755)
+        self.environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         self.configure("")
         self.let_fail("nothing")
 
@@ -41,7 +42,8 @@ class Checkout:
     def run(self, *words: str, status: int = 0) -> list[str]:
         """Run launch.sh; returns what was called to install, without paths."""
         (self.folder / "calls").write_text("")
-        done = subprocess.run([self.folder / "launch.sh", *words], capture_output=True, text=True, check=False)
+        command = [self.folder / "launch.sh", *words]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
         assert done.returncode == status, done.stderr
         calls = (self.folder / "calls").read_text().replace(f"{self.folder}/", "").replace(str(self.folder), ".")
         return [call for call in calls.splitlines() if " install " in call]
@@ -61,7 +63,7 @@ def by_uv(options="", what="."):
 
 
 def by_pip(what="."):
-    return [f"python -m pip install --no-compile --disable-pip-version-check -c constraints.txt -e {what}"]
+    return [f"python -m pip install --disable-pip-version-check -c constraints.txt -e {what}"]
 
 
 def test_the_tests_packages_come_with_the_first_test_and_stay(checkout):
@@ -96,6 +98,11 @@ def test_uv_is_told_what_pip_is_configured_to(checkout):
         "--index https://a/simple --index https://b/simple "
     )
     assert checkout.run("setup") == by_uv(told)
+
+
+def test_bytecode_comes_with_the_installation_where_python_may_not_write_it(checkout):
+    checkout.environment["PYTHONDONTWRITEBYTECODE"] = "1"
+    assert checkout.run("setup") == by_uv("--compile-bytecode ")
 
 
 @pytest.mark.parametrize(

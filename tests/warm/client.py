@@ -47,7 +47,7 @@ def main(words):
             os.kill(process, number)
 
     ignored = [number for number in HANDED_ON if signal.getsignal(number) == signal.SIG_IGN]
-    for number in set(HANDED_ON) - set(ignored):
+    for number in HANDED_ON:  # those that are ignored too: the process may yet listen to them
         signal.signal(number, hand_on)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.connect(settings["socket"])

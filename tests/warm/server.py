@@ -25,10 +25,10 @@ from typing import Any
 
 # What processes of training, evaluation and data preparation import, and nothing that may be what is run.
 LIBRARIES = (
-    "torch", "torch.distributed.run", "torch.utils.data", "deepspeed", "accelerate.commands.launch", "transformers",
-    "transformers.models.dinov3_vit.modeling_dinov3_vit", "sklearn.metrics", "sklearn.cluster", "pandas",
-    "matplotlib.pyplot", "jsonargparse", "webdataset", "fsspec", "simplejpeg", "PIL.Image", "rich.progress", "tenacity",
-    "yaml", "psutil", "safetensors.torch", "jinja2", "pipeline.trainer", "pipeline.training.validation",
+    "torch", "torch.distributed.launcher.api", "torch.utils.data", "deepspeed", "accelerate.commands.config",
+    "transformers", "transformers.models.dinov3_vit.modeling_dinov3_vit", "sklearn.metrics", "sklearn.cluster",
+    "pandas", "matplotlib.pyplot", "jsonargparse", "webdataset", "fsspec", "simplejpeg", "PIL.Image", "rich.progress",
+    "tenacity", "yaml", "psutil", "safetensors.torch", "jinja2", "pipeline.trainer", "pipeline.training.validation",
     "pipeline.evaluation.report.page",
 )  # fmt: skip
 
