@@ -6,6 +6,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -43,9 +44,11 @@ def world(tmp_path_factory):
     return folder
 
 
-def launch(world: Path, run: Path, *words: str, processes: int = 2) -> subprocess.Popen[str]:
+def launch(
+    world: Path, run: Path, *words: str, processes: int = 2, program: str | None = None
+) -> subprocess.Popen[str]:
     command = [
-        python(), "-m", "pipeline.launch.launcher", str(world / "recipe.yaml"),
+        program or python(), "-m", "pipeline.launch.launcher", str(world / "recipe.yaml"),
         "--config_file", str(ROOT / "accelerate_configs" / f"cpu_{processes}.yaml"), "--run", str(run), *words,
     ]  # fmt: skip
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -151,7 +154,7 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same_losses(world, uninterrupted):
 
 def test_a_killed_run_falls_back_to_the_checkpoint_that_is_whole(world, uninterrupted):
     run = world / "killed"
-    process = launch(world, run)
+    process = launch(world, run, program=sys.executable)  # all of whose processes are below it
     while len(list((run / "checkpoints").glob("step-*"))) < 2:
         assert process.poll() is None
         time.sleep(0.05)

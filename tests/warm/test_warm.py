@@ -20,6 +20,14 @@ print(json.dumps([sys.argv, os.getcwd(), sys.path[0], os.environ.get("MARK"), to
                   resource.getrlimit(resource.RLIMIT_FSIZE), os.getpid() == os.getsid(0)]))
 """
 
+WAITS = """
+import time
+try:
+    print("ready", flush=True)
+    time.sleep(60)
+except KeyboardInterrupt:
+    exit(3)
+"""
 # A signal that is ignored at first does nothing, and arrives once the process listens to it.
 LISTENS = """
 import signal, sys, time
@@ -81,7 +89,9 @@ def test_its_end_is_the_same(program, code, status, said):
 
 
 def test_signals_arrive(program):
-    code = "import time\nprint('ready', flush=True)\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    exit(3)"
+    code = (
+        "import time\ntry:\n    print('ready', flush=True)\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    exit(3)"
+    )
     with subprocess.Popen([program, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"ready\n"
         process.send_signal(signal.SIGINT)

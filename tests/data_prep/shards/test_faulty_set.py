@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from collections import Counter
 
@@ -14,14 +15,13 @@ from data_prep.shards.verify import verify
 from pipeline.data.index import read_index
 from tests.data_prep.examples import read
 from tests.data_prep.shards.faults import make_faulty_set
-from tests.warm import python
 
 MOST_BYTES = 1_500_000_000
 
 
 def run_and_watch(words: list[str]) -> int:
     """Run a command; returns the most memory that it and its processes held at one time, in bytes."""
-    process = subprocess.Popen([python(), "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     root, most = psutil.Process(process.pid), 0
     while process.poll() is None:
         held = 0
