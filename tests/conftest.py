@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep tests off the GPUs of this machine, but for those that are about them."""
     if config.getoption("markexpr") != "gpu":
         os.environ |= CPU_ONLY
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            # In the background, or under nohup: children would inherit that, but not a handler that does nothing.
+            signal.signal(number, lambda number, frame: None)
     if VARIABLE not in os.environ:  # workers of xdist have it from the process that starts them
         config.add_cleanup(WarmPython().close)
 

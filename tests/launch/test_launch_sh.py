@@ -25,14 +25,6 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Let children have SIGINT, which they would inherit as ignored where the tests run in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
     """A recipe that would train for hours."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 VARIABLE = "ROADWORK_TESTS_PYTHON"
 # What libraries read while they are imported: a process that has other values starts cold.
-AT_IMPORT = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "HF_HOME", "HF_HUB_OFFLINE", "MPLBACKEND")
+AT_IMPORT = ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "HF_HOME", "MPLBACKEND")
 
 
 def python() -> str:

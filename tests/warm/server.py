@@ -100,9 +100,10 @@ def become(request: dict[str, Any]) -> None:
         signal.signal(number, signal.SIG_IGN if ignored else usual)
     sys.executable = request["program"]
     import torch
+    from huggingface_hub import constants
 
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", cores)))
+    constants.HF_HUB_OFFLINE = os.environ.get("HF_HUB_OFFLINE") == "1"
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", len(os.sched_getaffinity(0)))))
     run(request["words"])
 
 

@@ -16,8 +16,10 @@ from tests.warm import python
 
 ABOUT = """
 import json, os, resource, sys, torch
-print(json.dumps([sys.argv, os.getcwd(), sys.path[0], os.environ.get("MARK"), torch.get_num_threads(), __name__,
-                  resource.getrlimit(resource.RLIMIT_FSIZE), os.getpid() == os.getsid(0)]))
+from huggingface_hub import constants
+found = [sys.argv, os.getcwd(), sys.path[0], os.environ.get("MARK"), torch.get_num_threads(), __name__]
+limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+print(json.dumps([*found, constants.HF_HUB_OFFLINE, limit, os.getpid() == os.getsid(0)]))
 """
 
 WAITS = """
@@ -54,7 +56,7 @@ def test_it_has_the_words_folder_environment_limits_and_threads_that_it_is_given
     script = tmp_path / "folder" / "script.py"
     script.write_text(ABOUT)
     (tmp_path / "module.py").write_text(ABOUT)
-    environment = {**os.environ, "MARK": "here", "OMP_NUM_THREADS": "2"}
+    environment = {**os.environ, "MARK": "here", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     limit = (10**6, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
     expected = {
         "-c": (["-c", "a"], "", ["-c", ABOUT, "a"]),
@@ -66,7 +68,7 @@ def test_it_has_the_words_folder_environment_limits_and_threads_that_it_is_given
             program, *words, cwd=tmp_path, env=environment, start_new_session=True,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
         )  # fmt: skip
-        assert json.loads(done.stdout) == [argv, str(tmp_path), first, "here", 2, "__main__", list(limit), True]
+        assert json.loads(done.stdout) == [argv, str(tmp_path), first, "here", 2, "__main__", True, list(limit), True]
 
 
 @pytest.mark.parametrize(
