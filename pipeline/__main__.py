@@ -36,7 +36,7 @@ COMMANDS = {
     ),
     "train": (
         "pipeline.launch.launcher",
-        "train a recipe: RECIPE [--config_file ACCELERATE.yaml] [--epochs N] [--dry-run] [--room.key VALUE ...]",
+        "train a recipe: RECIPE [--config_file ACCELERATE.yaml] [--epochs N] [--dry-run] [--section.key VALUE ...]",
     ),
     "evaluate": ("pipeline.evaluate", "score a run on splits that it was not trained on, and write its report"),
     "early-exit": (
@@ -53,8 +53,8 @@ IN_A_CHECKOUT = {
     "bench": "measure beside other tools in the same run: bench NAME [--quick]",
 }
 STATUSES = (
-    "exit status: 0 done, 2 a mistake in what was asked for, 3 an audit found something, 75 stopped and resumable, "
-    "1 anything else"
+    "exit status: 0 done, 2 a mistake in what was asked for, 3 the audit or doctor found something, "
+    "75 stopped and resumable, 1 anything else"
 )
 WIDTH = 120
 

@@ -216,7 +216,7 @@ def parse_config(arguments: list[str], prog: str) -> tuple[Config, bool]:
     Raises:
         UserError: A key is unknown, a value is out of its range, or a file cannot be read.
     """
-    parser = _parser(f"{prog} [--config RECIPE.yaml] [--epochs N] [--dry-run] [--room.key VALUE ...]")
+    parser = _parser(f"{prog} [--config RECIPE.yaml] [--epochs N] [--dry-run] [--section.key VALUE ...]")
     values: Any = parser.parse_args(config_first(arguments))
     values = parser.instantiate(values)
     return Config(**{room.name: values[room.name] for room in fields(Config)}), bool(values.dry_run)
@@ -224,7 +224,7 @@ def parse_config(arguments: list[str], prog: str) -> tuple[Config, bool]:
 
 def print_help(prog: str) -> None:
     """Print every configuration key with its meaning and default."""
-    print(_parser(f"{prog} [--epochs N] [--dry-run] [--room.key VALUE ...]").format_help())
+    print(_parser(f"{prog} [--epochs N] [--dry-run] [--section.key VALUE ...]").format_help())
 
 
 def _parser(usage: str) -> Parser:

@@ -71,7 +71,9 @@ def main(arguments: Sequence[str]) -> int:
     """Run `accelerate launch pipeline/train.py` for a recipe; returns the exit status that `--help` promises."""
     prog = typed("train")
     if {"-h", "--help"} & set(arguments):
-        print(help_of(LaunchOptions, prog, f"{prog} RECIPE [options] [--epochs N] [--dry-run] [--room.key VALUE ...]"))
+        print(
+            help_of(LaunchOptions, prog, f"{prog} RECIPE [options] [--epochs N] [--dry-run] [--section.key VALUE ...]")
+        )
         print_help(prog)
         return EXIT_OK
     try:

@@ -67,7 +67,9 @@ def main(words: Sequence[str]) -> Path | None:
         Path of the summary, which has the job's number; None after a dry run.
     """
     if not words or {"-h", "--help"} & set(words):
-        usage = f"{PROG} RECIPE --nodes N --gpus-per-node G [options] [--room.key VALUE ...]\n       {PROG} prep --help"
+        usage = (
+            f"{PROG} RECIPE --nodes N --gpus-per-node G [options] [--section.key VALUE ...]\n       {PROG} prep --help"
+        )
         print(help_of(SlurmOptions, PROG, usage))
         print(f"All other options are the configuration's; `{typed('train')} --help` lists them.")
         return None
