@@ -65,10 +65,15 @@ def _caption(report: Report) -> str:
     ]
     made_by = f"python -m benchmarks.{report.module or report.name}"
     return (
-        f"`{made_by}` on `{report.machine['name']}` ({report.machine['cpu']}, "
-        f"{report.machine['memory_gb']:.0f} GB), with {', '.join(tools)}. "
+        f"`{made_by}` {_revision(report.versions['revision'])}, on `{report.machine['name']}` "
+        f"({report.machine['cpu']}, {report.machine['memory_gb']:.0f} GB), with {', '.join(tools)}. "
         f"Notes on each row: [JSON]({UP}benchmarks/results/{report.machine['name']}-{report.name}.json)."
     )
+
+
+def _revision(revision: str) -> str:
+    """The revision that was measured, in words; a `+` at its end means that files differed from it."""
+    return f"at revision {revision[:7]}" + (" with uncommitted edits" if revision.endswith("+") else "")
 
 
 def _table(report: Report) -> str:

@@ -53,7 +53,7 @@ IN_A_CHECKOUT = {
     "bench": "measure beside other tools in the same run: bench NAME [--quick]",
 }
 STATUSES = (
-    "exit status: 0 done, 2 a mistake in what was asked for, 3 the audit or doctor found something, "
+    "exit status: 0 done, 2 a mistake in what was asked for, 3 audit, verify or doctor found something, "
     "75 stopped and resumable, 1 anything else"
 )
 WIDTH = 120

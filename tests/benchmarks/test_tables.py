@@ -18,7 +18,10 @@ SECTIONS = (
 def result(cores: int) -> Report:
     machine = {"name": f"cpu-{cores}core-x86_64", "cpu": "a CPU", "memory_gb": 7.6}
     row = compare("reading", "tarfile", [40.0 * cores, 42.0 * cores], [20.0, 20.5], "images/s", Goal(1.5))
-    return Report("loader", machine, {"python": "3.12", "revision": "abc", "roadwork": "1", "numpy": "2.0"}, 0, (row,))
+    revision = "0123456789abcdef" if cores == 1 else "fedcba9876543210+"
+    return Report(
+        "loader", machine, {"python": "3.12", "revision": revision, "roadwork": "1", "numpy": "2.0"}, 0, (row,)
+    )
 
 
 def commit(folder: Path, report: Report) -> None:
@@ -68,7 +71,9 @@ def test_a_table_has_a_line_for_each_row_and_says_how_it_was_made(tmp_path):
     assert lines[2] == "| reading | tarfile | 41 | 20.2 | images/s | 2.02 (1.74 to 2.36) | >= 1.5 | yes |"
     assert len(lines) == 6  # a table for each machine
     assert all(line.count("|") == len(COLUMNS) + 1 for line in lines)
-    assert "`python -m benchmarks.loader` on `cpu-2core-x86_64` (a CPU, 8 GB), with numpy 2.0." in text
+    loader = "`python -m benchmarks.loader` at revision"
+    assert f"{loader} 0123456, on `cpu-1core-x86_64` (a CPU, 8 GB), with numpy 2.0." in text
+    assert f"{loader} fedcba9 with uncommitted edits, on `cpu-2core-x86_64` (a CPU, 8 GB), with numpy 2.0." in text
     assert "[JSON](../benchmarks/results/cpu-2core-x86_64-loader.json)" in text
 
 
