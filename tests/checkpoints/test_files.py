@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -72,6 +73,20 @@ def test_a_checkpoint_is_safetensors_and_json_of_the_same_tensors(tmp_path):
     assert read_state(path) == {"step": 7, **VALUES}
     check_checkpoint(path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_a_save_returns_once_the_files_and_the_new_name_are_on_the_disk(tmp_path, monkeypatch):
+    flushed, real = [], os.fsync
+
+    def note(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        flushed.append((path, sorted(os.listdir(path)) if path.is_dir() else None))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    write_checkpoint(tmp_path, 1, tensors_of(1), VALUES)
+    assert flushed[-2:] == [(tmp_path / ".step-00000001.tmp", sorted(IN_ORDER)), (tmp_path, ["step-00000001"])]
+    assert len(flushed) == len(IN_ORDER) + 2
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, AVERAGE, STATE])

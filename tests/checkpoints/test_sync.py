@@ -142,6 +142,19 @@ def test_a_save_never_waits_for_the_upload_and_the_newest_goes_first(start, tmp_
     assert order == ["step-00000001", "step-00000004", "step-00000003"]
 
 
+def test_no_upload_begins_while_old_checkpoints_are_removed(tmp_path, monkeypatch):
+    began = threading.Event()
+    monkeypatch.setattr(Remote, "upload", lambda remote, path: began.set())
+    write(tmp_path / "checkpoints", 1)
+    uploader = Uploader(Remote(f"file://{tmp_path}/remote"), tmp_path / "checkpoints", Retention(2, 0))
+    with uploader.holding() as busy:
+        assert not busy
+        uploader.start(new=False)
+        assert not began.wait(0.5)
+    assert began.wait(120)
+    uploader.close(120)
+
+
 @pytest.mark.parametrize("at", [OPTIMIZER, STATE, MARKER])
 def test_an_upload_that_is_cut_off_is_not_taken_and_is_completed_later(start, url, tmp_path, monkeypatch, capsys, at):
     first = start(sync=url, sync_wait_s=60)

@@ -173,6 +173,9 @@ def test_the_fingerprint_of_the_geometry_follows_boxes_and_useful_views(monkeypa
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.data.feature_key.canvas_boxes", lambda *size: [(0, 0, 1, 1)] * 12)
         assert geometry_fingerprint(512) != before
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.feature_key.PIXELS_VERSION", 2)
+        assert geometry_fingerprint(512) != before
     assert geometry_fingerprint(512) == before
 
 

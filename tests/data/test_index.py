@@ -36,6 +36,8 @@ def test_an_empty_split_is_a_users_mistake(folder):
     [
         lambda v: v["splits"]["train"]["shards"][0].update(name="../../etc/passwd.tar"),
         lambda v: v["splits"]["train"]["shards"][0].update(name="/tmp/x.tar"),
+        lambda v: v["splits"]["train"]["shards"][0].update(name="x.tar/../../y.tar"),
+        lambda v: v["splits"]["train"]["samples"][0].update(key="x/../../y"),
         lambda v: v["splits"]["train"]["samples"][0].update(key="../x"),
         lambda v: v["splits"]["train"]["samples"][0].update(shard=7),
         lambda v: v["splits"]["train"]["samples"][0]["members"].update(jpg=[10**12, 5]),

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 if __name__ == "__main__":  # the project in the place of this folder
     sys.path[0] = str(Path(__file__).parents[2])
@@ -63,10 +64,28 @@ def check(stage: int, kind: str) -> None:
     assert {int(state["step"]) for state in engine.basic_optimizer.state.values()} == {3}
 
 
+def check_experts() -> None:
+    """ZeRO 0, where each rank has experts of its own and only one of them a bad gradient."""
+    expert = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([expert], lr=0.1)
+    engine = SimpleNamespace(
+        optimizer=optimizer, basic_optimizer=optimizer, has_moe_layers=True, gradient_clipping=lambda: 0.0
+    )
+    skip_steps_that_are_not_finite(engine)
+    for value, taken in ((torch.nan if rank == 1 else 1.0, False), (1.0, True)):
+        expert.grad = torch.full((3,), value)
+        optimizer.step()
+        assert optimizer.overflow != taken
+        assert expert.equal(torch.ones(3)) != taken
+
+
 for stage in (0, 1, 2, 3):
     for kind in ("loss", "gradient"):
         check(stage, kind)
         if rank == 0:
             print(f"ZeRO {stage}, {kind}: skipped", flush=True)
+check_experts()
+if rank == 0:
+    print("ZeRO 0, gradient of sharded experts: skipped", flush=True)
 torch.distributed.destroy_process_group()
 end_process(0)

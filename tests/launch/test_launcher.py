@@ -110,6 +110,29 @@ def test_a_request_to_stop_is_handed_on_once():
     assert time.monotonic() - start < 20
 
 
+def test_a_worker_that_dies_after_a_request_to_stop_is_not_started_again():
+    code = """if True:
+        import signal, sys, time
+        def die(*_):
+            print("E1 torch/distributed/elastic/api.py failed\\nRoot Cause:\\n  host      : a\\n  rank      : 1\\n"
+                  "  exitcode  : -9", file=sys.stderr)
+            sys.exit(1)
+        signal.signal(signal.SIGTERM, die)
+        print("ready", file=sys.stderr, flush=True)
+        time.sleep(60)
+    """
+    script = "import sys; from pipeline.launch.launcher import supervise; "
+    script += f"sys.exit(supervise([sys.executable, '-c', {code!r}], restarts=2))"
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "failed: rank 1 on a was killed by SIGKILL" in err
+    assert "starting again" not in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGHUP])
 def test_a_launch_that_is_asked_to_stop_before_its_workers_listen_is_resumable(number):
     """Nothing has been taken from the last checkpoint, so a queue may start it again."""

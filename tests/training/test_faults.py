@@ -9,12 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
+from pipeline.training.faults import FaultPolicy
+from pipeline.training.state import TrainState
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
 from tests.warm import python
 
@@ -136,6 +140,24 @@ def test_skipped_steps_in_a_row_roll_back_pass_over_their_samples_and_end_the_ru
     for name in ("weights", "optimizer", "average"):
         was, now = (load_file(folder / f"{name}.safetensors") for folder in (before, after))
         assert all(was[key].equal(now[key]) for key in was)
+
+
+def test_after_a_roll_back_the_optimizer_counts_the_steps_of_the_run_and_not_of_the_checkpoint():
+    """As a resumed run does: the corrections of young moments must not differ between the two."""
+    count = torch.tensor(5.0)
+    engine = SimpleNamespace(basic_optimizer=SimpleNamespace(state={"weight": {"step": count}}))
+
+    def restore(engine, average):
+        count.fill_(3)
+        return {"step": 3}
+
+    policy = FaultPolicy(
+        TrainConfig(max_skips=2), engine, average=None, checkpoints=SimpleNamespace(restore=restore), loader=None,
+        agreement=SimpleNamespace(is_first=False, gather=lambda value: [value]),
+    )  # fmt: skip
+    state = TrainState(8, step=5, skips=2)
+    assert policy.after_skip(state, [], [], lambda line: None)
+    assert (int(count), state.step, state.skips, state.rollbacks) == (5, 5, 0, 1)
 
 
 def test_the_deadline_saves_and_ends_with_the_status_of_a_resumable_stop(world):

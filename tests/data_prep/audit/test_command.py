@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep.audit.checks import Distances, near_places
 from data_prep.audit.command import audit
 from data_prep.audit.job import EXAMPLES
 from data_prep.audit.page import PICTURED, metres
@@ -227,6 +228,15 @@ def test_the_distance_decides_which_photos_are_too_near(tmp_path):
     summary = findings(shards, distance_m=301)
     assert sources(summary["places"]) == [["Oslo-1.jpg", "Oslo-0.jpg"]]
     assert summary["leaks"] == ["1 photo lies within 301 m of a photo of another split"]
+
+
+def test_a_photo_near_two_splits_is_shown_with_the_nearest_photo_of_both():
+    row = np.array([5])
+    to_train = Distances("test", "train", row, nearest=np.array([0]), metres=np.array([3.0]))
+    to_val = Distances("test", "val", row, nearest=np.array([2]), metres=np.array([8.0]))
+    for pairs in ((to_train, to_val), (to_val, to_train)):
+        (finding,) = near_places(pairs, 10.0)
+        assert (finding.rows, finding.distance_m) == ((0, 5), 3.0)
 
 
 def test_splits_fields_and_clusters_are_counted(tmp_path):

@@ -121,6 +121,15 @@ def test_drawn_boxes_have_the_planned_size():
         assert max(x1 - x0, y1 - y0) == pytest.approx(slot.size_px, abs=1)
 
 
+def test_objects_of_one_kind_look_different_in_every_video():
+    looks: dict[str, list[bytes]] = {}
+    for plan in (plan_scene(SceneConfig(seed=908, video_lengths=(1,)), index) for index in range(200)):
+        for slot in plan.slots:
+            looks.setdefault(slot.kind.name, []).append(slot.kind.sprite(64, slot.seed).tobytes())
+    for name, drawn in looks.items():
+        assert len(set(drawn)) == len(drawn), name
+
+
 def test_more_difficulty_means_more_objects_and_worse_weather():
     easy, hard = ([plan_scene(SceneConfig(difficulty=d, seed=904), i) for i in range(200)] for d in (0.0, 1.0))
     assert np.mean([len(p.slots) for p in hard]) > np.mean([len(p.slots) for p in easy]) + 2

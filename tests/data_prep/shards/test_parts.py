@@ -11,6 +11,7 @@ import pytest
 
 from data_prep.shards.command import shard
 from data_prep.shards.merge import merge
+from data_prep.sources.content import Location
 from data_prep.work.workplace import Workplace
 from pipeline.errors import UserError
 from tests.data_prep.examples import city_rows, content, jpeg, write_folder
@@ -165,6 +166,20 @@ def test_work_on_another_disk_is_copied_over_at_the_end(source, whole, tmp_path)
         shard(source, tmp_path / "out", work=Path(other) / "work", workers=1, **SMALL)
         assert not list((Path(other) / "work").iterdir())
     assert content(tmp_path / "out") == content(whole)
+
+
+def test_a_photo_that_changes_while_it_is_read_stops_its_part(tmp_path, monkeypatch):
+    source, real = write_folder(tmp_path / "in", city_rows(2, 3)), Location.read
+    shard(source, tmp_path / "out", plan=True, workers=1)
+
+    def read(location):
+        if location.path.endswith("Oslo-0.jpg"):
+            Path(location.path).write_bytes(jpeg(9))
+        return real(location)
+
+    monkeypatch.setattr(Location, "read", read)
+    with pytest.raises(UserError, match=r"Oslo-0\.jpg changed"):
+        shard(source, tmp_path / "out", part="1/1", workers=1)
 
 
 def test_a_photo_that_changed_after_the_plan_stops_its_part(tmp_path):
