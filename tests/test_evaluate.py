@@ -321,6 +321,14 @@ def test_scores_on_other_shards_are_not_shown_beside_these(sent, tmp_path, capsy
     assert f"on the same frozen backbone and photos: MCC {again['baseline']['mcc']:.3f}" in page
 
 
+def test_a_run_without_an_evaluation_has_no_headline_and_the_message_says_what_to_do(sent, tmp_path):
+    run = shutil.copytree(sent[0], tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({"steps": summary["steps"]}))
+    with pytest.raises(UserError, match=f"{run} has no evaluation on test yet; run `.*evaluate --run {run}` first"):
+        headline(run)
+
+
 def test_scores_of_the_clients_profile_are_found_where_version_0_1_wrote_them(sent, evaluated, tmp_path, capsys):
     run = shutil.copytree(evaluated[0], tmp_path / "run")
     (run / "summary.json").write_text(json.dumps({**evaluated[1], "streetvision": sent[1]}))

@@ -29,6 +29,11 @@ def test_help_lists_every_command(monkeypatch, capsys):
     assert "usage: ./launch.sh COMMAND" in text
 
 
+def test_help_with_a_word_says_what_the_command_does(monkeypatch, capsys):
+    assert run(monkeypatch, "help", "export") == 0
+    assert capsys.readouterr().out == "  export     write the best weights as a Hugging Face folder\n"
+
+
 def test_a_wheel_speaks_of_roadwork_and_has_no_words_of_a_checkout(monkeypatch, capsys, wheel):
     assert run(monkeypatch, "--help") == 0
     text = capsys.readouterr().out

@@ -1,4 +1,5 @@
 import json
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from pipeline.config import Config, DataConfig, TrainConfig, read_config
 from pipeline.data.index import Index
 from pipeline.errors import UserError
 from pipeline.optim.config import OptimConfig
+from pipeline.training import run_folder
 from pipeline.training.run_folder import RunFolder
 
 INDEX = Index({}, (), {}, {}, "1.0", "a" * 64, {}, {})
@@ -72,3 +74,28 @@ def test_provenance_names_versions_and_no_environment(tmp_path, monkeypatch):
     text = (tmp_path / "provenance.json").read_text()
     assert "secret-key" not in text
     assert {"torch", "deepspeed", "python"} <= set(json.loads(text)["versions"])
+
+
+def test_a_folder_of_model_files_is_not_taken_for_a_run(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="holds model files, not a run; choose another"):
+        RunFolder(tmp_path).check(config(), INDEX)
+
+
+def test_the_revision_says_whether_the_tree_has_changes(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True, text=True)
+
+    monkeypatch.setattr(run_folder, "ROOT", tmp_path)
+    assert run_folder.git_revision() is None
+    git("init", "-q")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-q", "-m", "one")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    assert run_folder.git_revision() == head
+    (tmp_path / "file").write_text("two")
+    assert run_folder.git_revision() == f"{head}+"
+    monkeypatch.setattr(run_folder, "in_checkout", lambda: False)
+    assert run_folder.git_revision() is None

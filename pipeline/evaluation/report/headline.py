@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeline.cli import command
-from pipeline.errors import UserError
+from pipeline.errors import UserError, typed
 from pipeline.evaluation.results import read_results, streetvision_results
 from pipeline.progress import say
 
@@ -18,7 +18,7 @@ def headline(run: Path) -> Path:
     """
     summary = read_results(run, "native")
     if "test" not in summary:
-        raise UserError(f"{run} has no evaluation on test yet; run `evaluate --run {run}` first")
+        raise UserError(f"{run} has no evaluation on test yet; run `{typed(f'evaluate --run {run}')}` first")
     test = summary["test"]
     low, high = test["ci95"]["mcc_null_metadata"] or (float("nan"), float("nan"))
     say(f"result    MCC {test['mcc_null_metadata']:.3f} (95 % {low:.3f} to {high:.3f}) on {test['n']} test photos")
