@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,12 +35,12 @@ class WarmPython:
         self.folder = Path(tempfile.mkdtemp(prefix="roadwork-warm-"))
         program, socket = self.folder / "python", self.folder / "socket"
         here = Path(__file__).parent
-        client = (here / "client.py").read_text()
+        client = Path(shutil.copy(here / "client.py", self.folder))
         at_import = {name: os.environ.get(name) for name in AT_IMPORT}
         settings = {"socket": str(socket), "python": sys.executable, "at_import": at_import}
         (self.folder / "settings.json").write_text(json.dumps(settings))
         # -I and -S leave out the site packages: the client needs none, and starts in 15 ms.
-        program.write_text(f"#!{sys.executable} -IS\n{client}")
+        program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(client))} "$@"\n')
         program.chmod(0o755)
         # The server ends when its input does, however this process ends.
         words = [sys.executable, str(here / "server.py"), str(socket), str(program)]
