@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, lambda number, frame: None)
     if VARIABLE not in os.environ:  # workers of xdist have it from the process that starts them
         config.add_cleanup(WarmPython().close)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Let each test draw the same numbers whatever ran before it."""
+    random.seed(0)
+    for name, seed in (("numpy", "random.seed"), ("torch", "manual_seed")):
+        if name in sys.modules:  # importing torch takes seconds, and some tests need none of it
+            attrgetter(seed)(sys.modules[name])(0)
 
 
 @pytest.fixture(scope="session")
