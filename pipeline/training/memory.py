@@ -179,7 +179,7 @@ def _saved(head: RoadworkModel, batch: dict[str, torch.Tensor], twice: bool) -> 
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
-        return tensor
+        return tensor.detach()  # an output that held its own graph would never be freed
 
     # As in the estimate, attention without a fused kernel.
     with sdpa_kernel(SDPBackend.MATH) if twice else nullcontext(), saved_tensors_hooks(note, lambda tensor: tensor):

@@ -1,5 +1,9 @@
 """Memory of a process before it runs, against DeepSpeed's estimator, arithmetic and allocations."""
 
+import gc
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -9,7 +13,8 @@ from pipeline.config import Config
 from pipeline.distributed.settings import Sharding
 from pipeline.model.config import ModelConfig
 from pipeline.optim.config import OptimConfig
-from pipeline.training.memory import Parameters, buffer_bytes, count, need, saved_by_the_head, state_bytes
+from pipeline.training import memory
+from pipeline.training.memory import Parameters, buffer_bytes, build_head, count, need, saved_by_the_head, state_bytes
 from tests.small_run import small_config
 
 MILLION = 10**6
@@ -104,3 +109,20 @@ def test_only_products_with_the_hessian_need_more_activations():
     assert drawn == usual
     assert (products.states, products.host) == (usual.states, usual.host)
     assert 1.5 * usual.activations < products.activations < 10 * usual.activations
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia_h"])
+def test_what_is_measured_is_freed(optimizer, monkeypatch):
+    """A head of full size and its activations are half a gigabyte."""
+    built = []
+
+    def build(config, backbone):
+        head = build_head(config, backbone)
+        built.extend(weakref.ref(parameter) for parameter in head.parameters())
+        return head
+
+    monkeypatch.setattr(memory, "build_head", build)
+    saved_by_the_head(replace(HEAD, optim=OptimConfig(name=optimizer)), scenes_tiny_config())
+    gc.collect()
+    assert built
+    assert all(parameter() is None for parameter in built)
