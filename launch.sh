@@ -108,7 +108,8 @@ run_tests() {
   # Several files of tests at a time, see tests/conftest.py; threads of theirs would only wait for each other. The
   # tests are about the CPU, and tests marked gpu are run by hand.
   export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu
-  module pytest -m "not gpu" --numprocesses auto --maxprocesses 4 "$@"
+  local workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4)) # one more than cores, since some tests only wait
+  module pytest -m "not gpu" --numprocesses "$workers" "$@"
 }
 
 case ${1:-} in
