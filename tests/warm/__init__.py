@@ -42,7 +42,7 @@ class WarmPython:
         # -I and -S leave out the site packages: the client needs none, and starts in 15 ms.
         program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(client))} "$@"\n')
         program.chmod(0o755)
-        # The server ends when its input does, however this process ends.
+        # The server ends when its input does, however this process ends, and removes the folder.
         words = [sys.executable, str(here / "server.py"), str(socket), str(program)]
         self.server = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
         while not socket.exists():
@@ -51,6 +51,5 @@ class WarmPython:
         os.environ[VARIABLE] = str(program)
 
     def close(self) -> None:
-        """End the server, which its processes outlive."""
+        """End the server, which its processes outlive, and which removes the folder."""
         self.server.communicate()
-        shutil.rmtree(self.folder)

@@ -15,6 +15,7 @@ import os
 import resource
 import runpy
 import select
+import shutil
 import signal
 import socket
 import sys
@@ -34,7 +35,7 @@ LIBRARIES = (
 
 
 def serve(address: str, program: str) -> dict[str, Any]:
-    """Accept requests for ever; returns in the forked processes only, with what each is to run."""
+    """Accept requests until the input ends; returns in the forked processes only, with what each is to run."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(address)
     listener.listen(64)
@@ -42,7 +43,7 @@ def serve(address: str, program: str) -> dict[str, Any]:
     warm = False
     while True:
         if 0 in select.select([listener, 0], [], [])[0]:
-            os.unlink(address)
+            shutil.rmtree(Path(address).parent)
             sys.exit()
         connection, _ = listener.accept()
         if not warm:

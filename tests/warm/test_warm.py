@@ -127,13 +127,19 @@ def test_variables_that_libraries_read_while_they_are_imported_make_it_start_ane
     assert done.stdout == "True\n"
 
 
-def test_the_server_ends_with_the_tests(tmp_path):
-    """Whether they end by themselves or are killed."""
-    code = "import time; from tests.warm import *; print(WarmPython().server.pid, flush=True); time.sleep(60)"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]
-    ) as process:
+def test_the_server_and_its_folder_go_when_the_tests_are_killed():
+    code = """if True:
+        import time
+        from tests.warm import WarmPython
+        warm = WarmPython()
+        print(warm.server.pid, warm.folder, flush=True)
+        time.sleep(60)
+    """
+    here = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=here, text=True) as process:
         assert process.stdout is not None
-        server = psutil.Process(int(process.stdout.readline()))
+        identity, folder = process.stdout.readline().split()
+        server = psutil.Process(int(identity))
         process.kill()
     server.wait(timeout=30)
+    assert not Path(folder).exists()
