@@ -108,8 +108,9 @@ run_tests() {
   # Several files of tests at a time, see tests/conftest.py; threads of theirs would only wait for each other. The
   # tests are about the CPU, and tests marked gpu are run by hand.
   export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu
-  local workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4)) # one more than cores, since some tests only wait
-  module pytest -m "not gpu" --numprocesses "$workers" "$@"
+  local cores
+  cores=$(env -u OMP_NUM_THREADS nproc)
+  module pytest -m "not gpu" --numprocesses $((cores < 4 ? cores + 1 : 4)) "$@" # some tests only wait
 }
 
 case ${1:-} in
