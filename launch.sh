@@ -108,9 +108,7 @@ run_tests() {
   # Several files of tests at a time, see tests/conftest.py; threads of theirs would only wait for each other. The
   # tests are about the CPU, and tests marked gpu are run by hand.
   export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' DS_ACCELERATOR=cpu
-  local cores
-  cores=$(env -u OMP_NUM_THREADS nproc)
-  module pytest -m "not gpu" --numprocesses $((cores < 4 ? cores + 1 : 4)) "$@" # some tests only wait
+  module pytest -m "not gpu" --numprocesses auto --maxprocesses 4 "$@"
 }
 
 case ${1:-} in

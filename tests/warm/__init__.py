@@ -2,7 +2,8 @@
 
 Most of the suite's processes would spend seconds on importing torch, transformers and DeepSpeed. `python()` stands for
 `sys.executable`: each process is still one of its own, with its command line, environment, folder, streams, signals
-and exit status, but it is a fork of a server that has these libraries in memory. See `server.py`.
+and exit status, but it is a fork of a server that has these libraries in memory. See `server.py`. One difference: when
+`python()` is killed, its process ends a moment later. Tests that kill and go on at once start a new Python.
 """
 
 from __future__ import annotations

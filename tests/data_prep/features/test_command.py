@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_a_run_killed_at_any_moment_goes_on_without_redoing_finished_files(world
         runpy.run_module("data_prep", run_name="__main__")
     """
     words = command(world, tmp_path / "out")
-    process = subprocess.Popen([python(), "-c", slow, *words[2:]], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", slow, *words[2:]], cwd=ROOT, stderr=subprocess.DEVNULL)
     receipts = tmp_path / ".out.partial" / "receipts"
     while len(list(receipts.glob("*.json"))) < 2:
         assert process.poll() is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -26,7 +27,6 @@ from tests.data_prep.examples import (
     write_folder,
     write_table,
 )
-from tests.warm import python
 
 
 def test_a_finished_folder_is_kept_when_only_the_files_times_changed(tmp_path):
@@ -177,7 +177,7 @@ def test_arguments_out_of_range_are_named(tmp_path, wrong):
 
 def start_shard(source: Path, out: Path) -> subprocess.Popen[bytes]:
     words = ["shard", "--source", str(source), "--out", str(out), "--workers", "1", "--shard_mb", "0.05"]
-    return subprocess.Popen([python(), "-m", "data_prep", *words], stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-m", "data_prep", *words], stderr=subprocess.PIPE)
 
 
 def test_a_killed_run_leaves_nothing_that_looks_finished_and_the_next_one_repairs_it(tmp_path):

@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,6 @@ from data_prep.work.workplace import Workplace
 from pipeline.errors import UserError
 from pipeline.files import write_json
 from tests.data_prep.examples import city_rows, content, encode, pixels, write_folder
-from tests.warm import python
 
 ARGUMENTS = {"shard_mb": 0.2, "clusters": 3}
 PER_CITY = 30
@@ -44,7 +44,7 @@ def whole(source) -> Path:
 def start(source: Path, out: Path, workers: int = 2) -> subprocess.Popen[bytes]:
     flags = [word for name, value in ARGUMENTS.items() for word in (f"--{name}", str(value))]
     words = ["shard", "--source", str(source), "--out", str(out), "--workers", str(workers), *flags]
-    return subprocess.Popen([python(), "-m", "data_prep", *words], stderr=subprocess.PIPE)
+    return subprocess.Popen([sys.executable, "-m", "data_prep", *words], stderr=subprocess.PIPE)
 
 
 def kill_when(process: subprocess.Popen[bytes], ready: Callable[[], bool]) -> None:
