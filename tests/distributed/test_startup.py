@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+from tests.warm import python
+
 SCRIPT = """
 import atexit
 from pipeline.distributed.startup import end_process
@@ -27,3 +29,14 @@ def test_a_process_ends_with_its_output_and_handlers_and_not_with_the_interprete
     )
     assert process.returncode == 75, process.stderr
     assert process.stdout.splitlines() == ["the last line", "handlers have run"]
+
+
+def test_an_engine_does_not_wait_for_the_compiler_of_an_optimizer_that_nobody_uses():
+    """DeepSpeed imports Muon with every engine, and compiling it loads torch's inductor, which takes seconds."""
+    code = "import sys\nfrom pipeline.distributed import startup\n{}\n"
+    code += "import deepspeed.runtime.zero.muon.muon_optimizer\nprint('torch._inductor.compile_fx' in sys.modules)"
+    loaded = []
+    for first in ("", "startup._leave_muon_uncompiled()"):
+        done = subprocess.run([python(), "-c", code.format(first)], capture_output=True, text=True, check=True)
+        loaded.append(done.stdout.split()[-1])
+    assert loaded == ["True", "False"]
