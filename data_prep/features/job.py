@@ -94,9 +94,15 @@ class Job:
         held.enter_context(workplace.locked())
         key = feature_key(backbone, self.config.input_spec, self.config.model.pool_grid)
         size = row_bytes(key, backbone.hidden_size)
-        dtype = str(compute_dtype(backbone.device)).removeprefix("torch.")
-        files = tuple(plan_shards(self.index, self.copies, size, self.options.shard_mb))
-        plan = Plan(key, backbone.hidden_size, self.index.source_sha256, self.copies, dtype, version("roadwork"), files)
+        plan = Plan(
+            key=key,
+            dim=backbone.hidden_size,
+            source_sha256=self.index.source_sha256,
+            copies=self.copies,
+            precision=str(compute_dtype(backbone.device)).removeprefix("torch."),
+            version=version("roadwork"),
+            shards=tuple(plan_shards(self.index, self.copies, size, self.options.shard_mb)),
+        )
         if self._is_finished(key):
             say(f"{workplace.out} is finished already: the same photos, the same backbone, the same views")
             workplace.remove()

@@ -153,10 +153,18 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
         return Reject(name, f"its mask cannot be read: {error.strerror or error}", "read")
     except BadPhoto as error:
         return Reject(name, str(error), "decode")
-    mask_sha256 = None if mask_data is None else hashlib.sha256(mask_data).hexdigest()
-    looks: tuple[int | None, bytes] = (None, b"") if look is None else (look.phash, look.thumbnail)
-    seen = digest, len(data), EXTENSIONS[header.format], width, height, exif_gps(header)
-    return Facts(*seen, *looks, mask_sha256, from_folder and mask_data is not None)
+    return Facts(
+        sha256=digest,
+        size_bytes=len(data),
+        extension=EXTENSIONS[header.format],
+        width=width,
+        height=height,
+        gps=exif_gps(header),
+        phash=None if look is None else look.phash,
+        thumbnail=b"" if look is None else look.thumbnail,
+        mask_sha256=None if mask_data is None else hashlib.sha256(mask_data).hexdigest(),
+        mask_from_folder=from_folder and mask_data is not None,
+    )
 
 
 def read_photo(name: str, photo: Location | bytes) -> bytes | Reject:
