@@ -36,6 +36,8 @@ CLAIMS = (
     Claim("The complete model beats a single view with a linear classifier", PROJECT, COMPLETE, "single_view"),
     Claim("The complete model beats mean pooling with an MLP", PROJECT, COMPLETE, "mean_pool"),
     Claim("The complete model beats attention MIL", PROJECT, COMPLETE, "attention_mil"),
+    Claim("The complete model beats cell MIL", PROJECT, COMPLETE, "cell_mil"),
+    Claim("Cell evidence helps", PROJECT, COMPLETE, "no_evidence"),
     Claim("Scoring views is better than taking random ones", PROJECT, COMPLETE, "random_views"),
     Claim("Pruning views costs less than one point", PROJECT, COMPLETE, "all_views", -0.01),
     Claim("The pyramid helps", MISSION, COMPLETE, "no_pyramid"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.decisions.gps import WEIGHT_CAP, assign_clusters, fit_centres, sample_weights
+from data_prep.decisions.gps import assign_clusters, fit_centres, sample_weights
 
 KINDS = ("uniform", "class_balanced", "gps", "gps_permuted", "random_clusters")
 
@@ -53,7 +53,6 @@ def permuted_weights(
     factors = cluster_factors(clusters, temper)
     _, of_photo = np.unique(clusters, return_inverse=True)
     weights = derange(factors, generator)[of_photo.ravel()] * sample_weights(clusters, labels, 0.0)
-    weights = np.minimum(weights, WEIGHT_CAP)
     return weights / weights.mean()
 
 

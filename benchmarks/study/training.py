@@ -21,7 +21,8 @@ from benchmarks.study.photos import Photos, load_photos
 from benchmarks.study.sampling import training_weights
 from benchmarks.study.views import ask_views
 from data_prep.work.threads import one_thread
-from pipeline.data.sampler import order
+from pipeline.config import DataConfig
+from pipeline.data.sampler import SystematicDraw
 from pipeline.evaluation.metrics import best_threshold, binary_metrics
 from pipeline.files import write_json
 from pipeline.model.config import LossConfig, ModelConfig
@@ -30,7 +31,7 @@ from pipeline.optim.config import OptimConfig
 from pipeline.optim.ema import WeightAverage, copy_into
 from pipeline.progress import silence_libraries
 
-FORMAT = 1  # raise it when a training gives other answers than before
+FORMAT = 2  # raise it when a training gives other answers than before
 PHOTOS_PER_ANSWER = 32
 PHOTOS_OF_CURVE = 256  # of the validation part, for the loss on the way
 DIGITS = 6  # of a probability
@@ -159,10 +160,11 @@ def fold_and_weights(
 def batch_rows(training: Training, rows: np.ndarray, weights: np.ndarray) -> Iterator[np.ndarray]:
     """Rows of each step's photos, int64 [batch_size], in the order in which the trainer would draw them."""
     per_epoch = max(1, round(training.epoch_share * len(rows)))
+    draw = SystematicDraw(weights, per_epoch, seed=training.seed, max_repeats=DataConfig().max_repeats)
     queue, epoch = np.empty(0, dtype=np.int64), 0
     for _ in range(training.steps):
         while len(queue) < training.batch_size:
-            queue, epoch = np.concatenate([queue, rows[order(training.seed, epoch, weights, per_epoch)]]), epoch + 1
+            queue, epoch = np.concatenate([queue, rows[draw.order(epoch)]]), epoch + 1
         yield queue[: training.batch_size]
         queue = queue[training.batch_size :]
 

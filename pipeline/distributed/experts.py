@@ -71,7 +71,7 @@ def expert_settings(size: int, precision: str) -> dict[str, Any]:
         "expert_parallel": {
             "enabled": True,
             "autoep_size": size,
-            "moe_layer_pattern": r"head\.layers\.\d+\.mlp\.block",
+            "moe_layer_pattern": r"head\.(members\.\d+\.)?layers\.\d+\.mlp\.block",
             "num_experts_attr": "experts",
             "top_k_attr": "experts_per_token",
             # The grouped product is a bf16 kernel; the loop over experts does the same in fp32.

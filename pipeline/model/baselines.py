@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeline.model.config import ModelConfig
 from pipeline.model.encoder import Encoded
+from pipeline.model.evidence import CellEvidence, as_logits
 from pipeline.model.output import RoadworkOutput
 
 
@@ -21,8 +22,9 @@ class Baseline(nn.Module, ABC):
         """Logits [B, 2], and the views' importance where the baseline has one; metadata is not read."""
         logits, importance = self.judge(self._describe_views(encoded), encoded.mask)
         return RoadworkOutput(
-            logits=logits, view_importance=importance, view_indices=encoded.indices, view_mask=encoded.mask
-        )
+            logits=logits, view_importance=importance, view_indices=encoded.indices, view_boxes=encoded.boxes,
+            view_mask=encoded.mask,
+        )  # fmt: skip
 
     @abstractmethod
     def judge(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -90,4 +92,29 @@ class AttentionMIL(Baseline):
         return self.classify((attention[..., None] * instances).sum(dim=1)), attention
 
 
-BASELINES: dict[str, type[Baseline]] = {"single_view": SingleView, "mean_pool": MeanPool, "attention_mil": AttentionMIL}
+class CellMIL(nn.Module):
+    """Cell evidence alone, over the cells of all views: the strongest opponent that costs little.
+
+    A cell is judged without its place, its view or any other cell. It learns from labels, and from masks if there are
+    any.
+    """
+
+    def __init__(self, config: ModelConfig, dim: int):
+        super().__init__()
+        self.evidence = CellEvidence(dim, config.dropout)
+
+    def forward(
+        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
+    ) -> RoadworkOutput:
+        """Logits [B, 2], and the log-odds of each cell; metadata is not read."""
+        cells = encoded.cells.to(next(self.parameters()).dtype)
+        log_odds, found = self.evidence(cells, encoded.mask)
+        return RoadworkOutput(
+            logits=as_logits(log_odds), evidence_map=found, view_indices=encoded.indices, view_boxes=encoded.boxes,
+            view_mask=encoded.mask,
+        )  # fmt: skip
+
+
+BASELINES: dict[str, type[nn.Module]] = {
+    "single_view": SingleView, "mean_pool": MeanPool, "attention_mil": AttentionMIL, "cell_mil": CellMIL,
+}  # fmt: skip

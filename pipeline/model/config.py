@@ -7,13 +7,16 @@ from dataclasses import dataclass, field
 from pipeline.errors import Rule, at_least, check_fields, in_range, one_of, require
 from pipeline.names import NUM_VIEWS
 
-HEADS = ("roadwork", "single_view", "mean_pool", "attention_mil")
+HEADS = ("roadwork", "single_view", "mean_pool", "attention_mil", "cell_mil")
 PRUNING = ("scored", "dynamic", "off", "random", "fixed", "oracle")
 FUSIONS = ("gated", "mean")
 METADATA_FIELDS = ("gps", "weather", "daytime", "scene", "text")
 MAX_VIEWS_PER_PASS = 192  # bounds the activations of one forward pass of the backbone
 DECODE_SCALES = ("full", "half")
-TERMS = ("roadwork", "consistency", "weather", "segmentation", "balance", "router_z", "distillation")
+TERMS = (
+    "roadwork", "consistency", "weather", "segmentation", "balance", "router_z", "distillation", "evidence",
+    "evidence_masks",
+)  # fmt: skip
 
 
 @dataclass
@@ -25,7 +28,7 @@ class ModelConfig:
     view_side: int = 512
     """Side of a view in pixels, a multiple of 16."""
     head: str = "roadwork"
-    """`roadwork`, or a baseline: `single_view`, `mean_pool`, `attention_mil`."""
+    """`roadwork`, or a baseline: `single_view`, `mean_pool`, `attention_mil`, `cell_mil`."""
     pruning: str = "scored"
     """How views are chosen before the backbone sees them: `scored` keeps the best; `dynamic` takes them in the order of
     their scores until the answer is certain enough; `off` keeps all. Controls: `random`; `fixed`, the same ones for
@@ -58,6 +61,10 @@ class ModelConfig:
     views, which has no importance to teach the pruner with."""
     fusion_heads: int = 8
     """Attention heads of the gated fusion."""
+    evidence: bool = True
+    """Judge single cells beside the trunk, and let their log-odds join the answer; see `pipeline.model.evidence`."""
+    evidence_share: float = 0.5
+    """Weight of the cells' log-odds in the answer, beside the trunk's."""
     dropout: float = 0.1
     """Dropout before the classifiers."""
     metadata: tuple[str, ...] = ("gps", "weather", "daytime", "scene")
@@ -83,8 +90,8 @@ class ModelConfig:
                        f"even and at most the {patches} patches of a view's side"),
             layers=positive, heads=self._attention_heads(), fusion_heads=self._attention_heads(), experts=positive,
             experts_per_token=in_range(f"[1, {self.experts}]"), expert_width=positive, fusion=one_of(FUSIONS),
-            dropout=share, metadata_field_dropout=share, metadata_all_dropout=share, text_dim=positive,
-            mask_side=positive,
+            evidence_share=in_range("[0, 1]"), dropout=share, metadata_field_dropout=share, metadata_all_dropout=share,
+            text_dim=positive, mask_side=positive,
         )  # fmt: skip
         numbers, fixed = set(range(1, NUM_VIEWS)), self.fixed_views
         different = len(set(fixed)) == len(fixed) and numbers.issuperset(fixed)
@@ -145,6 +152,10 @@ class LossConfig:
     """Weight of the z-loss, which keeps the router's logits small."""
     distillation: float = 0.05
     """Weight of the pruner's divergence from the importance that fusion gives the views."""
+    evidence: float = 1.0
+    """Weight of the cell evidence's own focal loss between roadwork and none."""
+    evidence_masks: float = 1.0
+    """Weight of the cell evidence's binary cross entropy with the masks, where there are any."""
     focal_alpha: float = 0.25
     """Focal weight of the class roadwork; the class none has 1 - focal_alpha."""
     focal_gamma: float = 2.0

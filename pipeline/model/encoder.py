@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from pipeline.model.backbone import FrozenBackbone, pool_cells, pool_regions
 from pipeline.model.mixup import Mix
-from pipeline.model.pruning import ViewPruner, choose_views, draw_keep, rank_views, rounds_up_to
+from pipeline.model.pruning import MeanPruner, ViewPruner, choose_views, draw_keep, rank_views, rounds_up_to
 
 
 @dataclass
@@ -32,11 +33,14 @@ class Encoded:
     scores: torch.Tensor | None
     """The pruner's scores, [B, V]; None where nothing is ever pruned."""
     gates: torch.Tensor
-    """Factors of the views' tokens before the first layer, [B, K]: sigmoid(score), and 1 for the global view. A layer's
-    RMSNorm removes the factor from what is attended to. It stays in the residual stream, and only there does it give
-    the pruner a gradient; distillation teaches the pruner directly."""
+    """Weights of the views beside the fusion's own, [B, K]: sigmoid(score), and 1 for the global view."""
     mix: Mix | None = None
     """How the photos' tokens are mixed, None if they are not; the head mixes their metadata."""
+
+    @cached_property
+    def complete(self) -> bool:
+        """Whether every kept view exists. On a GPU the host waits for this, once for all heads."""
+        return bool(self.mask.all())
 
 
 class Tokens(NamedTuple):
@@ -188,8 +192,7 @@ class TwoStageEncoder(nn.Module):
         """Take the model's own configuration, no copy of its sizes, since `early-exit` changes how views are pruned."""
         super().__init__()
         self.config: Any = config
-        has_pruner = self.config.head == "roadwork"
-        self.pruner = ViewPruner(self.config.backbone_dim, self.config.input_spec.num_views) if has_pruner else None
+        self.pruner = build_pruner(self.config) if self.config.head == "roadwork" else None
         # Not an nn.Module, so it is in no state_dict and no parameter list.
         self.backbone: FrozenBackbone | None = None
 
@@ -327,6 +330,12 @@ class TwoStageEncoder(nn.Module):
             return torch.ones_like(indices, dtype=torch.float32)
         gates = scores.sigmoid().gather(1, indices)
         return torch.cat([torch.ones_like(gates[:, :1]), gates[:, 1:]], dim=1)
+
+
+def build_pruner(config: Any) -> nn.Module:
+    """The pruner that a model's configuration describes: one, or the mean of several."""
+    pruners = [ViewPruner(config.backbone_dim, config.input_spec.num_views) for _ in range(config.pruners)]
+    return MeanPruner(pruners) if len(pruners) > 1 else pruners[0]
 
 
 def first_places(kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,9 @@ class GatedFusion(nn.Module):
     """Fuses view vectors under learned gates, which are also reported as the views' importance.
 
     The published module (Diagnostics 2025, 15(11):1361) gives no equations that can be checked; ours are
-    g_i = sigmoid(W2 SiLU(W1 x_i)), C = x + MHA(x), R = C + MHA(C), out = sum g_i R_i / (sum g_i + eps).
+    g_i = sigmoid(W2 SiLU(W1 x_i)), C = x + MHA(x), R = C + MHA(C), out = sum s_i g_i R_i / (sum s_i g_i + eps), with
+    the pruner's gates s_i. So a gate of 0 leaves the view out of the sum, and the gradient tells the pruner which views
+    help the answer.
     """
 
     def __init__(self, width: int, heads: int):
@@ -23,31 +25,35 @@ class GatedFusion(nn.Module):
         self.cross = nn.MultiheadAttention(width, heads, batch_first=True)
         self.refine = nn.MultiheadAttention(width, heads, batch_first=True)
 
-    def forward(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, views: torch.Tensor, mask: torch.Tensor, pruner_gates: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Fuse the views of each photo.
 
         Args:
             views: [B, K, H], one vector per view.
             mask: bool [B, K], False for views that do not exist.
+            pruner_gates: [B, K] in [0, 1], see `Encoded.gates`.
 
         Returns:
-            The fused vector [B, H] and the gates [B, K], zero where masked.
+            The fused vector [B, H] and the fusion's own gates g [B, K], zero where masked.
         """
         gates = self.gate(views).squeeze(-1).sigmoid() * mask
         absent = ~mask
         crossed = views + self.cross(views, views, views, absent, need_weights=False)[0]
         refined = crossed + self.refine(crossed, crossed, crossed, absent, need_weights=False)[0]
-        fused = (gates[..., None] * refined).sum(dim=1) / (gates.sum(dim=1, keepdim=True) + EPS)
+        weights = gates * pruner_gates
+        fused = (weights[..., None] * refined).sum(dim=1) / (weights.sum(dim=1, keepdim=True) + EPS)
         return fused, gates
 
 
 class MeanFusion(nn.Module):
-    """The mean of the views' vectors, for comparison; it gives no importance."""
+    """The mean of the views' vectors under the pruner's gates alone, for comparison; it gives no importance."""
 
-    def forward(self, views: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def forward(self, views: torch.Tensor, mask: torch.Tensor, pruner_gates: torch.Tensor) -> tuple[torch.Tensor, None]:
         """The mean over existing views, [B, H], and no importance; see `GatedFusion.forward` for the arguments."""
-        present = mask[..., None].to(views.dtype)
-        return (views * present).sum(dim=1) / present.sum(dim=1), None
+        weights = (mask * pruner_gates).to(views.dtype)[..., None]
+        return (views * weights).sum(dim=1) / weights.sum(dim=1), None
 
 
 def build_fusion(config: ModelConfig) -> nn.Module:

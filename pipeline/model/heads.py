@@ -66,14 +66,31 @@ class SegmentationHead(nn.Module):
             over the area of their view, so that finer views count more.
         """
         logits = self.classify(cells).unflatten(2, (self.grid, self.grid))
-        step = torch.arange(self.grid + 1, device=boxes.device) / self.grid
-        x = boxes[..., :1] + (boxes[..., 2:3] - boxes[..., :1]) * step
-        y = boxes[..., 1:2] + (boxes[..., 3:] - boxes[..., 1:2]) * step
-        across = overlap(x[..., :-1], x[..., 1:], self.side).to(cells.dtype)
-        down = overlap(y[..., :-1], y[..., 1:], self.side).to(cells.dtype)
-        area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-        weight = (mask / area).to(cells.dtype)
-        total = torch.einsum("bkrcn,bkry,bkcx,bk->bnyx", logits, down, across, weight)
-        cover = torch.einsum("bky,bkx,bk->byx", down.sum(2), across.sum(2), weight)
-        stitched: torch.Tensor = total / cover[:, None]
-        return stitched
+        return stitch(logits.permute(0, 1, 4, 2, 3), boxes, mask, self.side)
+
+
+def stitch(cells: torch.Tensor, boxes: torch.Tensor, mask: torch.Tensor, side: int) -> torch.Tensor:
+    """Values of the cells of overlapping views on one grid over the photo.
+
+    Args:
+        cells: [B, K, C, g, g].
+        boxes: [B, K, 4] as x0, y0, x1, y1 in [0, 1].
+        mask: bool [B, K], views that count; together they cover the photo.
+        side: Points per side of the grid.
+
+    Returns:
+        [B, C, side, side]: at each point the mean over the cells that cover it, weighted by overlap area over the area
+        of their view, so that finer views count more.
+    """
+    grid = cells.shape[-1]
+    step = torch.arange(grid + 1, device=boxes.device) / grid
+    x = boxes[..., :1] + (boxes[..., 2:3] - boxes[..., :1]) * step
+    y = boxes[..., 1:2] + (boxes[..., 3:] - boxes[..., 1:2]) * step
+    across = overlap(x[..., :-1], x[..., 1:], side).to(cells.dtype)
+    down = overlap(y[..., :-1], y[..., 1:], side).to(cells.dtype)
+    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    weight = (mask / area).to(cells.dtype)
+    total = torch.einsum("bknrc,bkry,bkcx,bk->bnyx", cells, down, across, weight)
+    cover = torch.einsum("bky,bkx,bk->byx", down.sum(2), across.sum(2), weight)
+    stitched: torch.Tensor = total / cover[:, None]
+    return stitched

@@ -14,10 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.model.config import TERMS, LossConfig
+from pipeline.model.evidence import as_logits, evidence_mask_loss
 from pipeline.model.mixup import Mix
 from pipeline.model.moe import at_least_float32, balance_loss, z_loss
 from pipeline.model.output import RoadworkOutput
 
+TARGET_OF = {
+    "roadwork": "has_label", "weather": "has_weather", "segmentation": "has_mask", "evidence": "has_label",
+    "evidence_masks": "has_mask",
+}  # fmt: skip
 DICE_SMOOTHING = 1.0  # in cells; gives a class that is nowhere in the photo a loss and a gradient too
 
 
@@ -56,6 +61,11 @@ class Targets:
         """Which samples have a mask: bool [B]."""
         return ~self.masks.flatten(1).isnan().any(dim=1)
 
+    def known(self, term: str) -> torch.Tensor:
+        """Which samples contribute to a loss term: bool [B]. Terms that need no target count every sample."""
+        name = TARGET_OF.get(term)
+        return torch.ones_like(self.labels, dtype=torch.bool) if name is None else getattr(self, name)
+
     def of(self, photos: torch.Tensor) -> Targets:
         """The targets of int64 [b] photos of the batch."""
         return Targets(self.labels[photos], self.weather[photos], self.masks[photos])
@@ -64,16 +74,10 @@ class Targets:
 def count_targets(targets: Targets) -> torch.Tensor:
     """How many samples of a batch contribute to each term: float32 [len(TERMS)], in the order of `TERMS`.
 
-    Terms that need no target count every sample. So does distillation, although it is zero in batches whose views were
-    pruned: the count must be known before the forward pass.
+    Distillation counts every sample too, although it is zero in batches whose views were pruned: the count must be
+    known before the forward pass.
     """
-    everyone = torch.ones_like(targets.labels, dtype=torch.bool)
-    present = {
-        "roadwork": targets.has_label,
-        "weather": targets.has_weather,
-        "segmentation": targets.has_mask,
-    }
-    return torch.stack([present.get(term, everyone).sum() for term in TERMS]).float()
+    return torch.stack([targets.known(term).sum() for term in TERMS]).float()
 
 
 def loss_terms(
@@ -82,7 +86,7 @@ def loss_terms(
     """Every loss term that the model's output allows.
 
     Args:
-        output: The model's output; a term whose part is None is left out.
+        output: The model's output; a term whose part is None is left out. With several heads, their terms' means.
         targets: The batch's targets.
         config: The shape of the focal loss.
         experts_per_token: The router's k, for the load balancing.
@@ -91,16 +95,25 @@ def loss_terms(
     Returns:
         A value per sample, [B], by term, unweighted; in float32, or float64 where the output is float64.
     """
-    logits, weather_logits = output.logits, output.weather_logits
+    if output.members:
+        every = [loss_terms(member, targets, config, experts_per_token, mix) for member in output.members]
+        return {term: torch.stack([terms[term] for terms in every]).mean(dim=0) for term in every[0]}
+    # A loss on the joined answer would let the evidence, which learns first, keep the trunk from learning.
+    logits, weather_logits, evidence = output.trunk_logits, output.weather_logits, output.evidence_logits
     assert logits is not None
     terms = {"roadwork": mixed(lambda of: focal_loss(logits, of.labels, config), targets, mix)}
     if output.view_logits is not None and output.view_mask is not None:
         terms["consistency"] = view_disagreement(output.view_logits, output.view_mask)
     if weather_logits is not None:
         terms["weather"] = mixed(lambda of: weather_loss(weather_logits, of), targets, mix)
+    whole, share = (targets, 1.0) if mix is None else mixed_masks(targets, mix)
     if output.mask_logits is not None:
-        whole, share = (targets, 1.0) if mix is None else mixed_masks(targets, mix)
         terms["segmentation"] = share * segmentation_loss(output.mask_logits, whole)
+    if evidence is not None:
+        terms["evidence"] = mixed(lambda of: focal_loss(as_logits(evidence), of.labels, config), targets, mix)
+    if output.evidence_map is not None:
+        known = whole.masks.masked_fill(~whole.has_mask[:, None, None, None], 0.0)
+        terms["evidence_masks"] = share * evidence_mask_loss(output, known) * whole.has_mask
     if output.router_logits is not None and output.token_mask is not None:
         mask = output.token_mask
         balance = [balance_loss(logits, mask, experts_per_token) for logits in output.router_logits]

@@ -15,7 +15,13 @@ class RoadworkOutput(ModelOutput):
     loss: torch.Tensor | None = None
     """Scalar loss, if it was asked for."""
     logits: torch.Tensor | None = None
-    """Logits of none and roadwork, [B, 2]."""
+    """The answer: logits of none and roadwork, [B, 2]; heads are averaged, and cell evidence has joined."""
+    fused_logits: torch.Tensor | None = None
+    """The trunk's own logits, [B, 2], where cell evidence joins them; None where they are the answer."""
+    evidence_logits: torch.Tensor | None = None
+    """Log-odds of roadwork by the cell evidence alone, [B]."""
+    evidence_map: torch.Tensor | None = None
+    """Log-odds that a cell of a kept view shows roadwork, [B, K, g*g]."""
     weather_logits: torch.Tensor | None = None
     """Logits of the weather words, [B, 8]."""
     mask_logits: torch.Tensor | None = None
@@ -30,12 +36,21 @@ class RoadworkOutput(ModelOutput):
     """The routers' logits, [B, T, E] for each layer."""
     view_indices: torch.Tensor | None = None
     """Numbers of the kept views, int64 [B, K]."""
+    view_boxes: torch.Tensor | None = None
+    """Boxes of the kept views as x0, y0, x1, y1 in [0, 1], [B, K, 4]."""
     view_mask: torch.Tensor | None = None
     """Which of the kept views exist, bool [B, K]."""
     token_mask: torch.Tensor | None = None
     """Which tokens exist, bool [B, T]."""
     loss_terms: dict[str, torch.Tensor] | None = None
     """Values per sample, [B], by loss term, before weighting."""
+    members: tuple[RoadworkOutput, ...] | None = None
+    """The outputs of the single heads, where there are several; the parts above are then their means."""
+
+    @property
+    def trunk_logits(self) -> torch.Tensor | None:
+        """The logits [B, 2] that the trunk, or a baseline head, gives without the cell evidence."""
+        return self.logits if self.fused_logits is None else self.fused_logits
 
     @property
     def kept_all(self) -> bool:

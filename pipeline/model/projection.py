@@ -1,4 +1,4 @@
-"""Component 4: input projection of backbone tokens, with an embedding of their view's box."""
+"""Component 4: input projection of backbone tokens, with an embedding of the box that each token shows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sinusoids(values: torch.Tensor, frequencies: int = BOX_FREQUENCIES) -> torch
 
 
 class InputProjection(nn.Module):
-    """Linear D -> H for CLS tokens and 2D -> H for cells, RMSNorm, and an added embedding of the view's box."""
+    """Linear D -> H for CLS tokens and 2D -> H for cells, RMSNorm, and an added embedding of each token's box."""
 
     def __init__(self, dim: int, width: int):
         super().__init__()
@@ -33,7 +33,8 @@ class InputProjection(nn.Module):
         Args:
             cls: [B, K, D].
             cells: [B, K, g*g, 2D].
-            boxes: [B, K, 4] as x0, y0, x1, y1 in [0, 1].
+            boxes: The part of the photo that each token shows, as x0, y0, x1, y1 in [0, 1], CLS first: [B, K, 1 + g*g,
+                4], or [B, K, 1, 4] for one box for all tokens of a view.
 
         Returns:
             Tokens [B, K, 1 + g*g, H], CLS first.
@@ -42,5 +43,5 @@ class InputProjection(nn.Module):
         centre_and_size = torch.cat([(low + high) / 2, high - low], dim=-1)
         place = self.box(sinusoids(centre_and_size).to(cls.dtype))
         tokens = torch.cat([self.cls(cls)[:, :, None], self.cells(cells)], dim=2)
-        projected: torch.Tensor = self.norm(tokens) + place[:, :, None]
+        projected: torch.Tensor = self.norm(tokens) + place
         return projected

@@ -46,6 +46,18 @@ class ViewPruner(nn.Module):
         return scores
 
 
+class MeanPruner(nn.Module):
+    """The mean score of several pruners, for a model that is merged from several trained ones."""
+
+    def __init__(self, pruners: Sequence[nn.Module]):
+        super().__init__()
+        self.pruners = nn.ModuleList(pruners)
+
+    def forward(self, regions: torch.Tensor, global_cls: torch.Tensor) -> torch.Tensor:
+        """Scores [B, V]; see `ViewPruner.forward`."""
+        return torch.stack([pruner(regions, global_cls) for pruner in self.pruners]).mean(dim=0)
+
+
 @torch.no_grad()
 def choose_views(
     scores: torch.Tensor,

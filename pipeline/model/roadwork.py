@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,21 +12,20 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pipeline.errors import UserError
-from pipeline.model.attention import GatedLayer
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.baselines import BASELINES
 from pipeline.model.config import METADATA_FIELDS, InputSpec, LossConfig, ModelConfig
 from pipeline.model.encoder import CachedTokens, Encoded, MixedTokens, Tokens, TokenSource, TwoStageEncoder
-from pipeline.model.fusion import build_fusion
-from pipeline.model.heads import BinaryHead, SegmentationHead, WeatherHead
+from pipeline.model.ensemble import Ensemble
 from pipeline.model.losses import Targets, combine, count_targets, loss_terms
-from pipeline.model.metadata import METADATA_WIDTH, MetadataEncoder
 from pipeline.model.mixup import Mix, draw_mix
 from pipeline.model.output import RoadworkOutput
-from pipeline.model.projection import InputProjection
 from pipeline.model.pruning import StoppingRule
-from pipeline.model.pyramid import Pyramid
+from pipeline.model.trunk import Trunk
+from pipeline.model.version_1 import TrunkV1
 from pipeline.names import LABEL_NAMES, MASK_CLASSES, WEATHER
+
+FORMAT_VERSION = 2  # of what a model computes from its weights; raise it when that changes
 
 
 class RoadworkConfig(PreTrainedConfig):
@@ -39,7 +38,11 @@ class RoadworkConfig(PreTrainedConfig):
         backbone_dim: int = 0,
         decode_scale: str = "full",
         decision_bias: float = 0.0,
+        decision_slope: float = 1.0,
         stopping: dict[str, Any] | None = None,
+        ensemble: int = 1,
+        pruners: int = 1,
+        format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
         """Take the fields of `ModelConfig` as keywords.
@@ -49,8 +52,14 @@ class RoadworkConfig(PreTrainedConfig):
             decode_scale: Scale at which the model's training photos were decoded; the rest of `InputSpec` follows from
                 the fields.
             decision_bias: Subtracted from the log-odds, so that a probability of 0.5 is the best cut; `export` sets it.
+            decision_slope: Factor of the difference, above 0, so that a probability is the share of photos with
+                roadwork among those that get it; `export` sets it.
             stopping: The fields of a `StoppingRule`, which `early-exit` sets. Without one the pruning mode `dynamic`
                 never stops before it has `keep_views`.
+            ensemble: Number K of heads; see `Ensemble`.
+            pruners: Number of pruners whose mean score chooses the views; several in a merged model.
+            format_version: 1 for models of before November 2026, which compute as they always did; see
+                `pipeline.model.version_1`.
             **kwargs: Fields of `ModelConfig`, and those of transformers' own configuration.
         """
         names = ModelConfig.__dataclass_fields__
@@ -59,10 +68,29 @@ class RoadworkConfig(PreTrainedConfig):
             setattr(self, name, value)
         self.backbone_dim = backbone_dim
         self.decode_scale = decode_scale
-        self.decision_bias = decision_bias
+        self.decision_bias, self.decision_slope = decision_bias, decision_slope
+        self.ensemble, self.pruners, self.format_version = ensemble, pruners, format_version
         self.stopping = stopping
         kwargs["id2label"] = dict(LABEL_NAMES)
         super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read a saved configuration; one without `format_version` is of version 1, which had no cell evidence.
+
+        Raises:
+            UserError: A newer program wrote it.
+        """
+        found = {"format_version": 1, **config_dict}
+        version = found["format_version"]
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise UserError(
+                f"the model's config.json has format version {version}, this program reads up to {FORMAT_VERSION}; "
+                "update the program"
+            )
+        if version == 1:
+            found.setdefault("evidence", False)
+        return super().from_dict(found, **kwargs)
 
     @property
     def sizes(self) -> ModelConfig:
@@ -75,57 +103,13 @@ class RoadworkConfig(PreTrainedConfig):
         return self.sizes.input_spec(self.decode_scale)
 
 
-class RoadworkHead(nn.Module):
-    """Components 4 to 9: from the kept views' tokens to the three answers."""
-
-    def __init__(self, config: ModelConfig, dim: int):
-        super().__init__()
-        width = config.width
-        self.projection = InputProjection(dim, width)
-        self.pyramid = Pyramid(width, config.pool_grid) if config.pyramid else nn.Identity()
-        self.layers = nn.ModuleList(GatedLayer(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(width)
-        self.view_vector = nn.Linear(2 * width, width)
-        self.fusion = build_fusion(config)
-        self.metadata = MetadataEncoder(config)
-        self.join = nn.Sequential(
-            nn.Linear(width + METADATA_WIDTH, width), nn.SiLU(), nn.Dropout(config.dropout), nn.Linear(width, width)
-        )
-        self.binary = BinaryHead(width, config.dropout)
-        self.weather = WeatherHead(width, config.dropout)
-        self.segmentation = SegmentationHead(width, config.mask_side, config.pool_grid)
-
-    def forward(
-        self, encoded: Encoded, metadata: dict[str, torch.Tensor | None], null_metadata: bool | torch.Tensor
-    ) -> RoadworkOutput:
-        """Answer for B photos from their kept views; see `RoadworkOutput` for the shapes."""
-        views = self.projection(encoded.cls, encoded.cells, encoded.boxes)  # [B, K, 1 + g*g, H]
-        views = self.pyramid(views) * encoded.gates[..., None, None]
-        batch, kept, per_view, _ = views.shape
-        token_mask = encoded.mask[..., None].expand(-1, -1, per_view).flatten(1)
-        tokens, router_logits = views.flatten(1, 2), []
-        attend = None if bool(token_mask.all()) else token_mask
-        for layer in self.layers:
-            tokens, logits = layer(tokens, attend)
-            if logits is not None:
-                router_logits.append(logits)
-        views = self.norm(tokens).unflatten(1, (kept, per_view))
-        # CLS and the maximum over the cells: in a mean a view's vector would lose small objects.
-        vectors = self.view_vector(torch.cat([views[:, :, 0], views[:, :, 1:].amax(dim=2)], dim=-1))
-        fused, importance = self.fusion(vectors, encoded.mask)
-        known = self.metadata(metadata, batch, null_metadata, encoded.mix)
-        return RoadworkOutput(
-            logits=self.binary(fused + self.join(torch.cat([fused, known], dim=-1))),
-            weather_logits=self.weather(fused),
-            mask_logits=self.segmentation(views[:, :, 1:], encoded.boxes, encoded.mask),
-            view_logits=self.binary(vectors),
-            view_scores=encoded.scores,
-            view_importance=importance,
-            router_logits=tuple(router_logits) or None,
-            view_indices=encoded.indices,
-            view_mask=encoded.mask,
-            token_mask=token_mask,
-        )
+def build_head(config: RoadworkConfig) -> nn.Module:
+    """The trained head that a configuration describes: a trunk or a baseline, or several of them."""
+    sizes = config.sizes
+    trunk = TrunkV1 if config.format_version == 1 else Trunk
+    kind = trunk if sizes.head == "roadwork" else BASELINES[sizes.head]
+    members = [kind(sizes, config.backbone_dim) for _ in range(config.ensemble)]
+    return Ensemble(members) if config.ensemble > 1 else members[0]
 
 
 class RoadworkModel(PreTrainedModel):
@@ -145,10 +129,8 @@ class RoadworkModel(PreTrainedModel):
             loss: Weights of the loss; without them the model only answers.
         """
         super().__init__(config)
-        sizes = config.sizes
         self.encoder = TwoStageEncoder(config)
-        kind = RoadworkHead if sizes.head == "roadwork" else BASELINES[sizes.head]
-        self.head: nn.Module = kind(sizes, config.backbone_dim)
+        self.head = build_head(config)
         self.loss_config = loss
         self.post_init()
 
@@ -162,22 +144,53 @@ class RoadworkModel(PreTrainedModel):
         loss: LossConfig | None,
         decode_scale: str = "full",
         device: torch.device | str = "cpu",
+        heads: int = 1,
     ) -> RoadworkModel:
-        """A model with a new head on a loaded backbone.
+        """A model with a new head, or several, on a loaded backbone.
 
         Args:
             config: Sizes and switches.
             loss: Weights of the loss to train it with; None for a model that only answers.
             decode_scale: Scale at which photos are decoded, see `InputSpec`.
             device: Device of head and backbone.
+            heads: Number K of heads; see `Ensemble`.
 
         Raises:
             UserError: The backbone's weights are not available.
         """
         backbone = FrozenBackbone(config.backbone)
-        sizes = RoadworkConfig(**asdict(config), backbone_dim=backbone.hidden_size, decode_scale=decode_scale)
+        width = backbone.hidden_size
+        sizes = RoadworkConfig(**asdict(config), backbone_dim=width, decode_scale=decode_scale, ensemble=heads)
         model = cls(sizes, loss)
         return model.attach(backbone).to(device)
+
+    @classmethod
+    def merge(cls, models: Sequence[RoadworkModel]) -> RoadworkModel:
+        """One model with all heads of several trained ones: it keeps views by the mean of their pruners' scores.
+
+        The models must have the same sizes and backbone. What belongs to a single one of them, the cut, the slope and
+        the rule of when to stop, is not taken over.
+
+        Args:
+            models: One or more models; the first one's backbone is attached to the merged one.
+        """
+        first = models[0]
+        config = RoadworkConfig(
+            **asdict(first.config.sizes), backbone_dim=first.config.backbone_dim,
+            decode_scale=first.config.decode_scale, ensemble=sum(model.config.ensemble for model in models),
+            pruners=sum(model.config.pruners for model in models), format_version=first.config.format_version,
+        )  # fmt: skip
+        merged = cls(config)
+        parts: list[tuple[Any, str, list[Any]]] = [
+            (merged.head, "members", [model.head for model in models]),
+            (merged.encoder.pruner, "pruners", [model.encoder.pruner for model in models]),
+        ]
+        for whole, name, pieces in parts:
+            if whole is not None:
+                single = [part for piece in pieces for part in getattr(piece, name, [piece])]
+                for own, part in zip(getattr(whole, name, [whole]), single, strict=True):
+                    own.load_state_dict(part.state_dict())
+        return merged.to(first.dtype).attach(first.backbone).eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> RoadworkModel:  # type: ignore[override]
@@ -332,10 +345,19 @@ class RoadworkModel(PreTrainedModel):
         }
         return Targets.from_batch({**unknown, **batch}).to(self.device)
 
-    def probability(self, logits: torch.Tensor, decision_bias: float | None = None) -> torch.Tensor:
-        """Probability of roadwork: [B, 2] to [B]; 0.5 is the best cut once `export` has set the bias."""
+    def probability(
+        self, logits: torch.Tensor, decision_bias: float | None = None, decision_slope: float | None = None
+    ) -> torch.Tensor:
+        """Probability of roadwork: [B, 2] to [B]; 0.5 is the best cut once `export` has set bias and slope.
+
+        Args:
+            logits: Logits of none and roadwork.
+            decision_bias: Used instead of the model's own.
+            decision_slope: Used instead of the model's own.
+        """
         bias = self.config.decision_bias if decision_bias is None else decision_bias
-        return (logits[..., 1].float() - logits[..., 0].float() - bias).sigmoid()
+        slope = self.config.decision_slope if decision_slope is None else decision_slope
+        return (slope * (logits[..., 1].float() - logits[..., 0].float() - bias)).sigmoid()
 
     @staticmethod
     def log_odds(output: RoadworkOutput) -> torch.Tensor:

@@ -24,12 +24,12 @@ class BestModel:
         self.model, self.average, self.folder, self.rank = model, average, folder, rank
 
     def averaged(self) -> RoadworkModel:
-        """A whole model with the averaged weights, however the one in training is sharded. Collective.
+        """A whole model with the averaged weights in fp32, however the one in training is sharded. Collective.
 
         The model's forward pass needs no other rank, so ranks may validate different numbers of photos.
         """
         model = self._whole(self.average.gathered()).attach(self.model.backbone)
-        return model.to(self.model.backbone.device).to(self.model.dtype)
+        return model.to(self.model.backbone.device)
 
     def save(self, model: RoadworkModel) -> None:
         """Replace the best model so far."""

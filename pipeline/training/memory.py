@@ -132,7 +132,8 @@ def count(config: Config, backbone: DINOv3ViTConfig) -> Parameters:
 
 def build_head(config: Config, backbone: DINOv3ViTConfig) -> RoadworkModel:
     """The trained head without a backbone."""
-    return RoadworkModel(RoadworkConfig(**asdict(config.model), backbone_dim=backbone.hidden_size), config.loss)
+    sizes = RoadworkConfig(**asdict(config.model), backbone_dim=backbone.hidden_size, ensemble=config.train.heads)
+    return RoadworkModel(sizes, config.loss)
 
 
 def expert_blocks(head: nn.Module) -> Iterator[nn.Module]:

@@ -9,6 +9,7 @@ from scipy.spatial.distance import jensenshannon
 
 from pipeline.errors import UserError
 from pipeline.model.config import TERMS, LossConfig
+from pipeline.model.evidence import join
 from pipeline.model.losses import (
     Targets,
     combine,
@@ -24,8 +25,11 @@ from pipeline.model.moe import balance_loss, z_loss
 from pipeline.model.output import RoadworkOutput
 
 NAN = float("nan")
-VIEWS, TOP_K, SIDE = 5, 2, 4
-LEAVES = ("logits", "view_logits", "weather_logits", "mask_logits", "view_scores", "router_logits")
+VIEWS, TOP_K, SIDE, GRID = 5, 2, 4, 2
+LEAVES = (
+    "fused_logits", "view_logits", "weather_logits", "mask_logits", "evidence_logits", "evidence_map", "view_scores",
+    "router_logits",
+)  # fmt: skip
 
 
 def random_batch(batch=6, kept=VIEWS, dtype=torch.float64, scale=2.0, seed=0):
@@ -38,8 +42,14 @@ def random_batch(batch=6, kept=VIEWS, dtype=torch.float64, scale=2.0, seed=0):
     view_mask = torch.rand(batch, kept, generator=generator) < 0.7
     view_mask[:, 0] = True
     token_mask = view_mask[..., None].expand(-1, -1, 3).flatten(1)
+    corner = torch.rand(batch, kept, 2, generator=generator) * 0.5
+    fused, evidence = leaf(2), leaf()
     output = RoadworkOutput(
-        logits=leaf(2),
+        logits=join(fused, evidence, 0.5),
+        fused_logits=fused,
+        evidence_logits=evidence,
+        evidence_map=leaf(kept, GRID * GRID),
+        view_boxes=torch.cat([corner, corner + 0.4], dim=-1),
         view_logits=leaf(kept, 2),
         view_mask=view_mask,
         weather_logits=leaf(8),
@@ -250,7 +260,9 @@ def test_distillation_is_zero_where_views_were_pruned():
 @pytest.mark.parametrize(
     ("term", "part"),
     [
-        ("roadwork", "logits"),
+        ("roadwork", "fused_logits"),
+        ("evidence", "evidence_logits"),
+        ("evidence_masks", "evidence_map"),
         ("consistency", "view_logits"),
         ("weather", "weather_logits"),
         ("segmentation", "mask_logits"),
@@ -289,13 +301,19 @@ def test_losses_and_gradients_are_finite_at_extreme_logits(dtype, gamma):
 
 @pytest.mark.parametrize(
     ("term", "leaf", "row"),
-    [("roadwork", "logits", 3), ("weather", "weather_logits", 1), ("segmentation", "mask_logits", 2)],
+    [
+        ("roadwork", "fused_logits", 3),
+        ("weather", "weather_logits", 1),
+        ("segmentation", "mask_logits", 2),
+        ("evidence", "evidence_logits", 3),
+        ("evidence_masks", "evidence_map", 2),
+    ],
 )
 def test_an_absent_target_gives_no_loss_and_no_gradient(term, leaf, row):
     output, targets = random_batch()
     values = loss_terms(output, targets, LossConfig(), TOP_K)[term]
     values.sum().backward()
-    gradient = getattr(output, leaf).grad.flatten(1)
+    gradient = getattr(output, leaf).grad.reshape(6, -1)
     present = torch.arange(6) != row
     assert values[row] == 0
     assert (gradient[row] == 0).all()
@@ -314,6 +332,7 @@ def test_masked_views_and_tokens_get_no_gradient():
     total_loss(output, targets).backward()
     assert (output.view_logits.grad[~output.view_mask] == 0).all()
     assert (output.view_scores.grad[~output.view_mask] == 0).all()
+    assert (output.evidence_map.grad[~output.view_mask] == 0).all()
     assert all((layer.grad[~output.token_mask] == 0).all() for layer in output.router_logits)
 
 
@@ -321,7 +340,9 @@ def test_counts_are_the_samples_that_have_each_target():
     _, targets = random_batch()
     targets.weather[4] = 0
     counts = dict(zip(TERMS, count_targets(targets).tolist(), strict=True))
-    assert counts == dict.fromkeys(TERMS, 6) | {"roadwork": 5, "weather": 4, "segmentation": 5}
+    assert counts == dict.fromkeys(TERMS, 6) | {
+        "roadwork": 5, "weather": 4, "segmentation": 5, "evidence": 5, "evidence_masks": 5,
+    }  # fmt: skip
 
 
 def test_the_loss_is_the_weighted_sum_of_means_over_samples_with_a_target():
@@ -333,6 +354,7 @@ def test_the_loss_is_the_weighted_sum_of_means_over_samples_with_a_target():
     expected += 0.15 * terms["weather"].sum() / 5 + 0.20 * terms["segmentation"].sum() / 5
     expected += 0.01 * terms["balance"].mean() + 0.001 * terms["router_z"].mean()
     expected += 0.05 * terms["distillation"].mean()
+    expected += terms["evidence"].sum() / 5 + terms["evidence_masks"].sum() / 5
     torch.testing.assert_close(total_loss(output, targets), expected)
 
 
@@ -358,12 +380,13 @@ def test_a_batch_without_any_target_still_has_a_finite_loss():
     loss = total_loss(output, nothing)
     loss.backward()
     assert loss.isfinite()
-    assert (output.logits.grad == 0).all()
+    parts = (output.fused_logits, output.evidence_logits, output.evidence_map)
+    assert all((part.grad == 0).all() for part in parts)
 
 
 def test_a_baseline_has_the_roadwork_term_alone():
     output, targets = random_batch()
-    output = RoadworkOutput(logits=output.logits, view_mask=output.view_mask)
+    output = RoadworkOutput(logits=output.fused_logits, view_mask=output.view_mask)
     terms = loss_terms(output, targets, LossConfig(), TOP_K)
     assert set(terms) == {"roadwork"}
     loss = combine(terms, count_targets(targets), LossConfig())

@@ -38,7 +38,7 @@ def photos():
 
 WEIGHTS = {
     "roadwork": 0.40, "consistency": 0.25, "weather": 0.15, "segmentation": 0.20, "balance": 0.01, "router_z": 0.001,
-    "distillation": 0.05,
+    "distillation": 0.05, "evidence": 1.0, "evidence_masks": 1.0,
 }  # fmt: skip
 
 
@@ -337,7 +337,7 @@ def test_the_focal_shape_given_to_the_constructor_is_used(model, photos):
     labels, alpha, gamma = torch.tensor([0, 1, 1]), 0.9, 1.0
     learner = with_loss(model, focal_alpha=alpha, focal_gamma=gamma, label_smoothing=0.0)
     output = learner({**photos, "labels": labels}, with_loss=True)
-    p = output.logits.double().softmax(-1)[torch.arange(BATCH), labels]
+    p = output.trunk_logits.double().softmax(-1)[torch.arange(BATCH), labels]
     weight = torch.where(labels == 1, alpha, 1 - alpha).double()
     torch.testing.assert_close(
         output.loss_terms["roadwork"].double(), -weight * (1 - p) ** gamma * p.log(), rtol=1e-5, atol=1e-7
