@@ -123,7 +123,7 @@ def report_picture(run: Path) -> Image.Image:
         _headline(headline, run.resolve().name, summary)
         _scores(scores, summary)
         axes = middle.subplots(2, 3).ravel()
-        for place, draw in zip(axes[:-1], _drawings(run, rows, summary["test"]["threshold"]), strict=True):
+        for place, draw in zip(axes[:-1], _drawings(run, rows), strict=True):
             draw(place)
         _confusion(axes[-1], summary["test"]["confusion"])
         bottom.suptitle("Worst mistakes, and in blue the tiles that the model kept", fontsize=10.5, x=0.01, ha="left")
@@ -136,7 +136,7 @@ def report_picture(run: Path) -> Image.Image:
     return Image.open(stream).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
 
 
-def _drawings(run: Path, rows: pd.DataFrame, threshold: float) -> list[Callable[[Axes], None]]:
+def _drawings(run: Path, rows: pd.DataFrame) -> list[Callable[[Axes], None]]:
     """What draws the report's figures on axes, caught before it becomes an SVG."""
 
     def catch(draw: Callable[[Axes], None], label: str, size: Any = None) -> Callable[[Axes], None]:
@@ -144,7 +144,7 @@ def _drawings(run: Path, rows: pd.DataFrame, threshold: float) -> list[Callable[
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     loss = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train" and "loss" in line]
-    score = [(line["step"], line["mcc"]) for line in lines if line["kind"] == "val"]
+    score = [(line["step"], line["mcc"], line["loss"]) for line in lines if line["kind"] == "val"]
     labels, probabilities = rows["label"].to_numpy(np.int64), rows["probability_null"].to_numpy(np.float64)
     with mock.patch.object(plots, "svg", catch):
         drawings: list[Any] = [
@@ -152,7 +152,7 @@ def _drawings(run: Path, rows: pd.DataFrame, threshold: float) -> list[Callable[
             plots.validation_curve(*zip(*score, strict=True)),
             plots.view_frequencies(page.view_shares(rows)),
             plots.reliability_diagram(labels, probabilities),
-            plots.score_histogram(labels, probabilities, threshold),
+            plots.score_histogram(labels, probabilities),
         ]
     return drawings
 

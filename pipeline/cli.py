@@ -150,12 +150,17 @@ def parse_own(options: type[T], arguments: list[str], prog: str) -> tuple[T, lis
     flags = {f"--{name}" for name in hints} | {f"--no_{name}" for name, hint in hints.items() if hint is bool}
     own: list[str] = []
     others: list[str] = []
-    words = iter(arguments)
-    for word in words:
+    left = 0  # values that the last flag still takes
+    for word in arguments:
         name, equals, _ = underscored(word).partition("=")
-        (own if name in flags else others).append(word)
-        if name in flags and not equals and hints.get(name.removeprefix("--"), bool) is not bool:
-            own += [value for value in [next(words, None)] if value is not None]
+        if word.startswith("--"):
+            hint = hints.get(name.removeprefix("--"), bool)
+            several = len(arguments) if typing.get_origin(hint) is list else 1
+            left = 0 if equals or hint is bool else several
+            (own if name in flags else others).append(word)
+        else:
+            (own if left else others).append(word)
+            left = max(0, left - 1)
     return options(**parse(Parser(prog=prog), [options], own)), others
 
 

@@ -23,7 +23,8 @@ CONFIGURATIONS = ROOT if in_checkout() else ROOT / "pipeline"
 ACCELERATE_CONFIGS = CONFIGURATIONS / "accelerate_configs"
 SAMPLING = ("weighted", "uniform")
 PRECISIONS = ("auto", "bf16", "fp32")
-# Keys that a resumed run may change: none of them changes what is computed.
+# Keys that a resumed run may change: none of them changes what is computed, but for the random draws of a step, which
+# follow the processes and their micro-batches.
 FREE_KEYS = {
     "train": {
         "run", "log_every", "wandb", "micro_batch_size", "expert_parallel", "max_minutes", "max_skips", "max_rollbacks",
@@ -51,17 +52,24 @@ class DataConfig:
     features: str = ""
     """Folder of a feature cache, or its URL: train and validate from the backbone's tokens in it instead of the photos.
     `prep features` makes one; if empty, every step computes its tokens."""
+    folds: str = ""
+    """A file that `crossval` writes, with the part of each photo: train and validate on parts of a fold instead of the
+    shards' own splits."""
+    fold: int = 0
+    """Number of the fold with `data.folds`: this part is held out, the next one validates, and all others train."""
     decode_scale: str = "full"
     """`half` decodes a JPEG at half its size where that is still as large as the views' canvas: 30 % less time, at a
     quality that `python -m benchmarks.views` measures; `full` decodes every pixel."""
     streaming: bool = False
     """Read the tars from end to end instead of photo by photo: faster from URLs, but the order is less random."""
     shuffle_buffer: int = 128
-    """Undecoded photos that each worker holds while streaming, to draw the next one from."""
+    """Undecoded samples that each worker holds while streaming, to draw the next one from."""
     sampling: str = "weighted"
-    """`weighted` draws by the shards' GPS-cluster weights, `uniform` ignores them."""
+    """`weighted` shows each photo in proportion to its weight in the shards, `uniform` all equally often."""
     epoch_share: float = 0.8
-    """Share of the training split that one epoch draws, without replacement; weights decide which are left out."""
+    """Samples of one epoch, as a share of the photos of the training split."""
+    max_repeats: int = 4
+    """The most often that an epoch shows one photo. What this takes from the heaviest photos goes to the others."""
     augment_share: float = 0.0
     """Share of training samples that are a mild copy of the photo: a part of it, perhaps mirrored, in another light."""
     streetvision_share: float = 0.0
@@ -75,13 +83,17 @@ class DataConfig:
     def __post_init__(self) -> None:
         share = in_range("[0, 1]")
         check_fields(
-            "data", self, decode_scale=one_of(DECODE_SCALES), shuffle_buffer=at_least(1), sampling=one_of(SAMPLING),
-            epoch_share=in_range("(0, 1]"), augment_share=share, streetvision_share=share, workers=at_least(0),
+            "data", self, fold=at_least(0), decode_scale=one_of(DECODE_SCALES), shuffle_buffer=at_least(1),
+            sampling=one_of(SAMPLING), epoch_share=in_range("(0, 1]"), max_repeats=at_least(1), augment_share=share,
+            streetvision_share=share, workers=at_least(0),
         )  # fmt: skip
+        require(not self.fold or bool(self.folds), "data.fold", self.fold, "0 without data.folds")
         both = self.augment_share + self.streetvision_share
         require(both <= 1, "data.streetvision_share", self.streetvision_share, "at most 1 - data.augment_share")
         streams = self.features and self.streaming
         require(not streams, "data.streaming", self.streaming, "false with data.features, which needs no photos")
+        streams = self.folds and self.streaming
+        require(not streams, "data.streaming", self.streaming, "false with data.folds, which takes a part of each tar")
 
 
 @dataclass
@@ -91,14 +103,18 @@ class TrainConfig:
     run: str = "runs/train"
     """Run folder. If it holds an unfinished run of the same configuration, that run resumes."""
     epochs: int = 30
-    """Passes over `data.epoch_share` of the training split."""
+    """Epochs to train; `data.epoch_share` says how many samples one has."""
     batch_size: int = 64
     """Samples per optimizer step, over all processes. Without `data.streaming` the world size does not change which
-    samples a step has; it changes the speed, and the random draws of dropout, mixup and exploration."""
+    samples a step has; it changes the speed, and the random draws of dropout (of metadata, too), mixup and
+    exploration."""
     micro_batch_size: int = 16
     """Largest number of samples of one process in one forward pass; accumulation follows from it."""
     expert_parallel: int = 1
     """Processes that share the experts of a layer; 1 gives every process all of them, as does a run of one process."""
+    heads: int = 1
+    """Heads that are trained at once on the same backbone, photos and kept views. They answer with the mean of their
+    log-odds; each costs as much as a head costs alone, which is little beside the backbone."""
     precision: str = "auto"
     """`bf16`, `fp32`, or `auto`: bf16 where a GPU computes in it."""
     seed: int = 0
@@ -108,7 +124,7 @@ class TrainConfig:
     validations_per_epoch: int = 1
     """Validations per epoch, evenly spread; the last step always has one."""
     patience: int = 8
-    """Validations without a better MCC before the run ends early; 0 never ends it early."""
+    """Validations without a lower loss before the run ends early; 0 never ends it early."""
     ema_decay: float = 0.9999
     """Largest decay of the weight average that is validated and exported; 0 uses the weights themselves."""
     distil_every: int = 4
@@ -131,9 +147,9 @@ class TrainConfig:
         positive, counted = at_least(1), at_least(0)
         check_fields(
             "train", self, epochs=positive, batch_size=positive, micro_batch_size=positive, expert_parallel=positive,
-            precision=one_of(PRECISIONS), seed=counted, log_every=positive, validations_per_epoch=positive,
-            patience=counted, ema_decay=in_range("[0, 1)"), distil_every=counted, max_minutes=counted,
-            max_skips=positive, max_rollbacks=counted, hang_minutes=above(0),
+            heads=positive, precision=one_of(PRECISIONS), seed=counted, log_every=positive,
+            validations_per_epoch=positive, patience=counted, ema_decay=in_range("[0, 1)"), distil_every=counted,
+            max_minutes=counted, max_skips=positive, max_rollbacks=counted, hang_minutes=above(0),
         )  # fmt: skip
         if self.profile:
             profile_window(self.profile)

@@ -17,7 +17,8 @@ from pipeline.config import Config, parse_config
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key
 from pipeline.data.features import open_cache
-from pipeline.data.index import INDEX_NAME, read_index
+from pipeline.data.folds import read_dealt
+from pipeline.data.index import INDEX_NAME
 from pipeline.data.inputs import check_inputs
 from pipeline.data.storage import open_folder
 from pipeline.devices import has_bf16
@@ -31,7 +32,7 @@ from pipeline.model.roadwork import RoadworkModel
 from pipeline.progress import say, silence_libraries
 from pipeline.trainer import Trainer
 from pipeline.training.loader import open_loader
-from pipeline.training.plan import describe_model, describe_schedule, plan_schedule
+from pipeline.training.plan import describe_model, describe_sampling, describe_schedule, plan_sampling, plan_schedule
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.tracking import start_tracking
 from pipeline.training.validation import Validation
@@ -55,7 +56,9 @@ def main() -> Path | None:
 def train(config: Config, dry_run: bool) -> Path | None:
     """Train the run that a configuration describes, or resume it; a finished run returns at once."""
     shards = config.data.shards
-    index = None if dry_run and not open_folder(shards).exists(INDEX_NAME) else read_index(shards)
+    index = None
+    if not dry_run or open_folder(shards).exists(INDEX_NAME):
+        index = read_dealt(shards, config.data.folds, config.data.fold)
     if index is not None:
         check_inputs(index, config.model, config.data.allow_leaks)
     cache = None if index is None else open_cache(config.data.features, index)
@@ -75,12 +78,16 @@ def train(config: Config, dry_run: bool) -> Path | None:
     ranks = accelerator.process_index, accelerator.num_processes
     loader = open_loader(config, index, engine.batching.micro_batch_size, *ranks, cache)
     schedule = plan_schedule(config, loader.samples)
+    sampling = None if index is None else plan_sampling(config, index.split("train"))
     if lead:
         say_plan(describe_engine(engine, config))
         say_plan(("note", note) for note in engine.notes)
         say_plan(describe_schedule(config, schedule))
+        say_plan(() if sampling is None else describe_sampling(sampling))
     torch.manual_seed(config.train.seed)
-    model = RoadworkModel.build(config.model, config.loss, config.data.decode_scale, accelerator.device)
+    model = RoadworkModel.build(
+        config.model, config.loss, config.data.decode_scale, accelerator.device, config.train.heads
+    )
     if cache is not None:
         on_rank_zero(lambda: cache.check(feature_key(model.backbone, config.input_spec, config.model.pool_grid)))
     if lead:
@@ -95,14 +102,14 @@ def train(config: Config, dry_run: bool) -> Path | None:
         if lead:
             say(f"dry run: {summary['steps']} steps at {summary['images_per_s']} images/s; nothing was written")
         return None
-    assert index is not None
+    assert index is not None and sampling is not None  # noqa: PT018
     if lead:
         folder.create(config, index, accelerator.num_processes)
     start_tracking(accelerator, config)
     with contextlib.closing(trainer):
         summary = trainer.run()
     accelerator.end_training()
-    return write_summary(folder.path, summary) if lead else None
+    return write_summary(folder.path, {**summary, "sampling": sampling.report()}) if lead else None
 
 
 def say_plan(lines: Iterable[tuple[str, str]]) -> None:

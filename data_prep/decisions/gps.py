@@ -11,6 +11,7 @@ from sklearn.metrics import silhouette_score
 from sklearn.metrics.pairwise import haversine_distances
 from threadpoolctl import threadpool_limits
 
+from data_prep.decisions import BALANCE
 from data_prep.sources.metadata import parse_gps, select_fields
 from data_prep.sources.tables import read_rows
 from pipeline.errors import UserError
@@ -23,7 +24,6 @@ SILHOUETTE_SAMPLE = 1000
 # Photos spread evenly over a square reach 0.44, over a bell 0.39: below this, what K-Means cuts is one area
 # (Kaufman & Rousseeuw 1990, "Finding Groups in Data", chapter 2, calls more than 0.5 a reasonable structure).
 SEPARATED = 0.5
-WEIGHT_CAP = 10.0
 RESTARTS = 4
 FAR_M = 50_000.0  # from a cluster's centre: another city
 EARTH_RADIUS_M = 1000 * EARTH_RADIUS_KM
@@ -111,20 +111,31 @@ def assign_clusters(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def sample_weights(
-    clusters: np.ndarray, labels: np.ndarray, temper: float, target: np.ndarray | None = None
+    clusters: np.ndarray,
+    labels: np.ndarray,
+    temper: float,
+    target: np.ndarray | None = None,
+    balance: float = BALANCE,
 ) -> np.ndarray:
     """Weights of the training photos, with mean 1.
 
-    weight = min(10, (target share of the cluster / its share) ** temper * n / (2 n_label)), over the mean of
+    weight = (target share of the cluster / its share) ** temper * (n / (2 n_label)) ** balance / m, over the mean of
     all. Without a target, every cluster that has photos (those without GPS are one) has the same target share.
-    n and n_label count the labelled photos of the cluster; unlabelled photos, and clusters of one class only, get
-    no class balance.
+    n and n_label count the labelled photos of the cluster, and m is the mean of the factor before it over them, so
+    that the balance moves weight between the classes of a cluster and not between clusters. Unlabelled photos, and
+    clusters of one class only, get no class balance.
+
+    No weight is capped here: how often training may show a photo is decided by its `data.max_repeats`.
 
     Args:
         clusters: int [N].
         labels: 0, 1 or -1 for unknown, [N].
         temper: 0 leaves the clusters as they are, 1 gives them their target shares.
         target: Share of each cluster in the deployment by its number, above 0, [1 + k]; see `target_shares`.
+        balance: 0 leaves the classes as they are, 1 gives both classes of a cluster the same share.
+
+    Returns:
+        float64 [N].
     """
     if not len(clusters):
         return np.empty(0)
@@ -132,10 +143,13 @@ def sample_weights(
     wanted = np.full(len(sizes), 1 / len(sizes)) if target is None else target[numbers]
     weights = (wanted * len(clusters) / sizes)[cluster] ** temper
     by_label = np.stack([np.bincount(cluster[labels == label], minlength=len(sizes)) for label in (0, 1)])
-    has_both = np.logical_and(*(by_label > 0))
-    rows = np.flatnonzero(has_both[cluster] & (labels >= 0))
-    weights[rows] *= by_label.sum(axis=0)[cluster[rows]] / (2 * by_label[labels[rows], cluster[rows]])
-    weights = np.minimum(weights, WEIGHT_CAP)
+    both = (by_label > 0).all(axis=0)
+    counts = by_label[:, both]
+    factors = np.ones(by_label.shape)
+    factors[:, both] = (counts.sum(axis=0) / (2 * counts)) ** balance
+    factors[:, both] /= (factors[:, both] * counts).sum(axis=0) / counts.sum(axis=0)
+    known = labels >= 0
+    weights[known] *= factors[labels[known], cluster[known]]
     return weights / weights.mean()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from data_prep.decisions import BALANCE
 from data_prep.shards.options import Arguments, Options
 
 
@@ -20,6 +21,7 @@ def shard(
     distance_m: float = 100.0,
     clusters: int = 0,
     temper: float = 0.5,
+    balance: float = BALANCE,
     target_gps: Path | None = None,
     text_encoder: str = "",
     masks: Path | None = None,
@@ -52,6 +54,7 @@ def shard(
         distance_m: Photos closer than this, in metres, stay in one split.
         clusters: GPS clusters for the sampling weights; 0 finds their number by silhouette.
         temper: How far weights even out the clusters, from 0, not at all, to 1, completely.
+        balance: How far weights even out the two classes inside each cluster, from 0, not at all, to 1, completely.
         target_gps: Table with the GPS of places where the model will be used; each cluster's target share is then its
             share of these places. Without it all clusters have the same target share.
         text_encoder: Sentence encoder, a hub id or a folder, that turns descriptions into vectors.
@@ -67,7 +70,9 @@ def shard(
             current folder if out is a URL.
     """
     options = Options(metadata, revision, target_gps, text_encoder, masks, workers, max_rejects, work, plan, part)
-    arguments = Arguments(splits, val_share, test_share, distance_m, clusters, temper, "", "", check, shard_mb, seed)
+    arguments = Arguments(
+        splits, val_share, test_share, distance_m, clusters, temper, balance, "", "", check, shard_mb, seed
+    )  # fmt: skip
     from data_prep.shards.job import make_shards  # scipy and scikit-learn: seconds that --help does not wait for
 
     return make_shards(source, out, arguments, options)

@@ -33,6 +33,9 @@ from pipeline.errors import UserError
 from pipeline.files import sha256_of, write_json, write_summary
 from pipeline.progress import say, track
 
+# Arguments that older indexes lack, with the values that those shards were made with.
+BEFORE = {"balance": 1.0}
+
 
 def make_shards(source: str | Path, out: str | Path, arguments: Arguments, options: Options) -> Path | str:
     """Make shards, or as much of them as is asked for.
@@ -116,7 +119,12 @@ def _identify(options: Options, workplace: Workplace) -> str:
 
 def _first_difference(index: Index, arguments: Arguments) -> str | None:
     """The first argument whose value differs from the index's; None if all agree."""
-    return next((name for name, value in asdict(arguments).items() if index.arguments.get(name) != value), None)
+    return next((name for name, value in asdict(arguments).items() if _made_with(index, name) != value), None)
+
+
+def _made_with(index: Index, name: str) -> Any:
+    """The value of an argument that shards were made with; None if it is not known."""
+    return index.arguments.get(name, BEFORE.get(name))
 
 
 def _read_finished(workplace: Workplace, arguments: Arguments) -> dict[str, Any] | None:
@@ -130,7 +138,7 @@ def _read_finished(workplace: Workplace, arguments: Arguments) -> dict[str, Any]
         return None
     name = _first_difference(index, arguments)
     if name is not None:
-        made_with = index.arguments.get(name)
+        made_with = _made_with(index, name)
         raise workplace.refused(f"holds shards made with --{name} {made_with}, not {getattr(arguments, name)}")
     workplace.check_whole(tars_of(index))
     try:

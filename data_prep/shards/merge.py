@@ -10,7 +10,7 @@ from typing import Any
 from data_prep.shards.plan import Plan, read_entries
 from data_prep.work.receipts import Receipts
 from data_prep.work.workplace import REJECTS_NAME, Workplace
-from pipeline.data.index import INDEX_NAME, SPLITS, Index, Sample, Shard, Split, read_index
+from pipeline.data.index import INDEX_NAME, SPLITS, Index, Sample, Shard, Split, read_index, shares
 from pipeline.errors import UserError
 from pipeline.files import write_summary, write_text
 from pipeline.progress import say
@@ -82,20 +82,23 @@ def finish(workplace: Workplace, plan: Plan, wall_s: float) -> Path | str:
 
 
 def _index(folder: Path, plan: Plan) -> Index:
-    shards: dict[str, list[Shard]] = {name: [] for name in SPLITS}
+    tars: dict[str, list[Shard]] = {name: [] for name in SPLITS}
     samples: dict[str, list[Sample]] = {name: [] for name in SPLITS}
     for tar in plan.tars:
-        receipt, number = Receipts(folder).read(tar.name), len(shards[tar.split])
-        shards[tar.split].append(Shard(tar.name, receipt["bytes"], receipt["sha256"], tar.samples))
+        receipt, number = Receipts(folder).read(tar.name), len(tars[tar.split])
+        tars[tar.split].append(Shard(tar.name, receipt["bytes"], receipt["sha256"], tar.samples))
         for entry, places in zip(read_entries(folder, tar.name), receipt["members"], strict=True):
             record, members = entry["record"], {name: (at[0], at[1]) for name, at in places.items()}
             same = {name: record[name] for name in ("key", "label", "group", "width", "height")}
             near = {"cluster": record["gps_cluster"], "weight": record["sample_weight"]}
             samples[tar.split].append(Sample(shard=number, members=members, **same, **near))
     extra = {"source_kind": plan.source_kind, "text_dim": plan.text_dim}
+    splits = {name: Split(tuple(tars[name]), tuple(samples[name])) for name in SPLITS}
+    train = splits["train"]
     return Index(
-        splits={name: Split(tuple(shards[name]), tuple(samples[name])) for name in SPLITS},
+        splits=splits,
         arguments={**asdict(plan.arguments), **extra},
+        asked_shares=shares(train.weights, train.clusters, train.labels),
         **{name: getattr(plan, name) for name in FROM_PLAN},
     )
 

@@ -19,6 +19,7 @@ class Arguments:
     distance_m: float
     clusters: int
     temper: float
+    balance: float
     target_gps: str
     """SHA-256 of the table with the places of the deployment; empty without one."""
     text_encoder: str
@@ -35,6 +36,7 @@ class Arguments:
         require(self.distance_m >= 0, "--distance_m", self.distance_m, "0 or more metres")
         require(self.clusters >= 0, "--clusters", self.clusters, "0 for automatic, or the number of clusters")
         require(0 <= self.temper <= 1, "--temper", self.temper, "between 0 and 1")
+        require(0 <= self.balance <= 1, "--balance", self.balance, "between 0 and 1")
         require(self.shard_mb > 0, "--shard_mb", self.shard_mb, "above 0")
         require(self.seed >= 0, "--seed", self.seed, "0 or more")
 

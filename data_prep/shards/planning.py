@@ -67,7 +67,7 @@ def decide(photos: list[Photo], arguments: Arguments, target: np.ndarray | None 
     if target is not None:
         shares, far_share = target_shares(target, centres, clusters[train])
     weights = np.ones(len(photos))
-    weights[train] = sample_weights(clusters[train], labels[train], arguments.temper, shares)
+    weights[train] = sample_weights(clusters[train], labels[train], arguments.temper, shares, arguments.balance)
     return Decisions(assignment, points, labels, groups, clusters, weights, centres, far_share)
 
 

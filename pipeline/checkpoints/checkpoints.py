@@ -25,6 +25,7 @@ from pipeline.checkpoints.files import AVERAGE, OPTIMIZER, STATE, WEIGHTS, Damag
 from pipeline.checkpoints.retention import Retention
 from pipeline.checkpoints.sync import Remote, Uploader
 from pipeline.config import FREE_KEYS, Config, differences
+from pipeline.data.sampler import VERSION
 from pipeline.distributed.agreement import on_all_ranks, on_rank_zero
 from pipeline.distributed.engine_tensors import gather_tensors, set_tensors
 from pipeline.errors import UserError, explain
@@ -72,7 +73,7 @@ class Checkpoints:
         """
         weights, moments = gather_tensors(engine)
         tensors = {WEIGHTS: weights, OPTIMIZER: moments, AVERAGE: average.gathered()}
-        problem = on_rank_zero(lambda: self._write(step, tensors, {**state, "config": self.run}))
+        problem = on_rank_zero(lambda: self._write(step, tensors, {**state, "config": self.run, "sampler": VERSION}))
         self.unsaved = None if problem is None else step
         if problem is not None and self.rank == 0:
             say(f"the checkpoint of step {step} is not saved ({problem}); {self._remaining()}")
@@ -151,6 +152,12 @@ class Checkpoints:
         path = None if name is None else self.folder / name
         if path is not None:
             state = files.read_state(path)
+            if state.get("sampler") != VERSION:
+                raise UserError(
+                    f"{path / STATE} is of a run that was begun by a version whose epochs have other photos in another "
+                    "order; finish it with that version, or choose another --train.run and checkpoint.sync to start "
+                    "anew"
+                )
             changed = differences(state["config"], self.run)
             if changed:
                 raise UserError(

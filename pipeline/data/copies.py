@@ -24,8 +24,8 @@ class Kind:
     first: int
     """The lowest number of a copy of this kind."""
 
-    def number(self, place: int) -> int:
-        """The number of the copy that has `place` copies of its kind before it."""
+    def number(self, place: np.ndarray) -> np.ndarray:
+        """The numbers of the copies that have `place` copies of their kind before them: int [n] to int [n]."""
         return self.first + 2 * place
 
     def count(self, copies: int) -> int:

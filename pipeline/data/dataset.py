@@ -13,7 +13,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from pipeline.data.copies import is_streetvision, make_copy, placement_of
-from pipeline.data.index import HEADER_BYTES, Index
+from pipeline.data.folds import DealtSplit
+from pipeline.data.index import HEADER_BYTES, Index, Sample
 from pipeline.data.integrity import CheckedFiles, check_header, check_layout, check_sample, check_tail, read_record
 from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, Scratch, decode, probe
 from pipeline.data.record import Metadata, Record
@@ -155,6 +156,13 @@ class ShardDataset(CheckedFiles, Dataset[dict[str, torch.Tensor]]):
         self.rows_of_shard: list[list[int]] = [[] for _ in self.split.shards]
         for row, sample in enumerate(self.split.samples):
             self.rows_of_shard[sample.shard].append(row)
+        # By row the split that the record names, and by tar all that lies in it.
+        self._homes: Sequence[str] = (name,) * len(self.split.samples)
+        self._contents: Sequence[Sequence[Sample]] = [
+            [self.split.samples[row] for row in rows] for rows in self.rows_of_shard
+        ]
+        if isinstance(self.split, DealtSplit):
+            self._homes, self._contents = self.split.homes, self.split.contents
         self._checked_shards: set[int] = set()
         remedy = (
             f"`python -m data_prep verify --shards {place}` lists all damage, then fetch the shards again or make them "
@@ -189,7 +197,7 @@ class ShardDataset(CheckedFiles, Dataset[dict[str, torch.Tensor]]):
         """
         sample = self.split.samples[row]
         with self.naming(sample.shard, sample):
-            record = check_sample(sample, self.name, members)
+            record = check_sample(sample, self._homes[row], members)
             image, size = decode_scaled(members[sample.photo_extension], self.spec, _SCRATCH)
             mask = decode_mask(members["mask.png"]) if "mask.png" in members else None
             return record, {**self.cut(image, size, mask, record, copy), **self.about(row, record, copy)}
@@ -243,7 +251,7 @@ class ShardDataset(CheckedFiles, Dataset[dict[str, torch.Tensor]]):
         sample = self.split.samples[row]
         members = self._read(row, (sample.photo_extension, "json"))
         with self.naming(sample.shard, sample):
-            return check_sample(sample, self.name, members), members[sample.photo_extension]
+            return check_sample(sample, self._homes[row], members), members[sample.photo_extension]
 
     def photo(self, row: int) -> bytes:
         """The photo's original bytes."""
@@ -253,7 +261,7 @@ class ShardDataset(CheckedFiles, Dataset[dict[str, torch.Tensor]]):
         """The sample's record."""
         sample, members = self.split.samples[row], self._read(row, ("json",))
         with self.naming(sample.shard, sample):
-            return read_record(sample, self.name, members["json"])
+            return read_record(sample, self._homes[row], members["json"])
 
     def _read(self, row: int, extensions: Iterable[str]) -> dict[str, bytes]:
         """Members of a sample in one read: they are adjacent in the tar."""
@@ -277,6 +285,6 @@ class ShardDataset(CheckedFiles, Dataset[dict[str, torch.Tensor]]):
             return
         with self.naming(number):
             shard = self.split.shards[number]
-            end = check_layout(shard, [self.split.samples[row] for row in self.rows_of_shard[number]])
+            end = check_layout(shard, self._contents[number])
             check_tail(self.read_range(number, end, shard.bytes))
         self._checked_shards.add(number)

@@ -19,7 +19,8 @@ class FeatureDataset(ShardDataset):
     """A split of the shards with tokens from a feature cache; photos and masks are never opened.
 
     The cache has a row for each photo and each of its augmented copies, so there are no numbers from
-    `copies * len(self)` on.
+    `copies * len(self)` on. In a fold some photos may have fewer copies than others: those of the shards' validation
+    split have none. In the place of a copy that is not there comes the photo itself.
     """
 
     def __init__(self, *shards: Any, cache: FeatureCache, **options: Any):
@@ -35,6 +36,7 @@ class FeatureDataset(ShardDataset):
     def load(self, number: int) -> tuple[Record, dict[str, torch.Tensor]]:
         """The record, and tokens, metadata and targets; see `ShardDataset`, with `PhotoTokens` instead of views."""
         copy, row = divmod(number, len(self))
+        copy = copy if copy < len(self.reader.photo(row).checksums) else 0
         sample, record = self.split.samples[row], self.record(row)
         if record.sha256 != self.reader.photo(row).sha256:
             raise stale(str(self.reader.place), f"it holds another photo as {sample.key}")

@@ -42,8 +42,8 @@ class FeatureReader(CheckedFiles):
         if absent:
             raise stale(cache.place, f"it lacks {absent} of {len(keys)} photos of the split {split!r}")
         self.places = [where[key] for key in keys]
-        self.copies = min(len(self.photo(row).checksums) for row in range(len(keys)))
-        """Rows that every photo has: itself and its augmented copies."""
+        self.copies = max(len(self.photo(row).checksums) for row in range(len(keys)))
+        """Most rows that a photo has: itself and its augmented copies."""
         self._heads: dict[int, _Head] = {}
         used = sorted({shard for shard, _ in self.places})
         super().__init__(cache.place, shards, remedy(cache.place), used)
@@ -58,7 +58,7 @@ class FeatureReader(CheckedFiles):
 
         Args:
             row: The photo's row in the split.
-            copy: 0 for the photo itself, up to `copies` - 1 for an augmented one.
+            copy: 0 for the photo itself, else the number of an augmented one that it has.
 
         Raises:
             UserError: The data is damaged.

@@ -20,6 +20,7 @@ HEADER_BYTES = tarfile.BLOCKSIZE  # right before a member's data
 INDEX_NAME = "index.json"
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
+CLASSES = {1: "roadwork", 0: "none", -1: "unlabelled"}
 SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its extension it fits the 100 characters of a tar header
 SAFE_SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
@@ -74,6 +75,34 @@ class Split:
         """Labels, int64 [N], -1 where unknown."""
         return np.array([-1 if s.label is None else s.label for s in self.samples], dtype=np.int64)
 
+    @property
+    def clusters(self) -> np.ndarray:
+        """Numbers of the GPS clusters, int64 [N]."""
+        return np.array([sample.cluster for sample in self.samples], dtype=np.int64)
+
+    @property
+    def strata(self) -> np.ndarray:
+        """One number for each cluster and class, int64 [N]."""
+        return len(CLASSES) * self.clusters + self.labels
+
+
+def shares(amounts: np.ndarray, clusters: np.ndarray, labels: np.ndarray) -> dict[str, dict[str, float]]:
+    """The share of each cluster and class in a sum over photos, with six decimals.
+
+    Args:
+        amounts: What is summed: a weight or a count for each photo, [N].
+        clusters: Number of each photo's cluster, int [N].
+        labels: 0, 1 or -1 for unknown, int [N].
+
+    Returns:
+        By the cluster's number, then by `roadwork`, `none` and `unlabelled`; without what has no photo.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for cluster, label in np.unique(np.stack([clusters, -labels], axis=1), axis=0):
+        share = amounts[(clusters == cluster) & (labels == -label)].sum() / amounts.sum()
+        found.setdefault(str(cluster), {})[CLASSES[-int(label)]] = round(float(share), 6)
+    return found
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -120,6 +149,8 @@ class Index:
     """Number of inputs that were not written, by reason."""
     unknown_words: dict[str, dict[str, int]]
     """Words that the vocabulary lacks, with their counts, by metadata field."""
+    asked_shares: dict[str, dict[str, float]] | None = None
+    """Share of each cluster and class that the weights ask for in training, see `shares`; older indexes lack it."""
 
     def to_json(self) -> str:
         """The text of `index.json`: one line, since indenting takes ten times as long and twice the space."""
@@ -182,7 +213,10 @@ def _from_json(values: dict[str, Any]) -> Index:
     )
     fields = {name: Field(**field) for name, field in values["fields"].items()}
     rest = ("arguments", "version", "source_sha256", "rejected", "unknown_words")
-    return Index(splits=splits, clusters=clusters, fields=fields, **{name: values[name] for name in rest})
+    asked = values.get("asked_shares")
+    return Index(
+        splits=splits, clusters=clusters, fields=fields, asked_shares=asked, **{name: values[name] for name in rest}
+    )  # fmt: skip
 
 
 def _check_split(path: str, split: Split) -> None:

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.data.copies import AUGMENTED, STREETVISION
-from pipeline.data.sampler import PositionSampler
+from pipeline.data.sampler import PositionSampler, SystematicDraw
 
-# Keeps these draws apart from those of `order` and of a stream's passes, whose seeds start with the same numbers.
+# Keeps these draws apart from those of `SystematicDraw` and of a stream's passes, whose seeds start alike.
 STREAM = 0x6D697874757265
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which copy of each photo an epoch sees: a pure function of the seed, the epoch and the photo's row."""
+    """Which copies of each photo an epoch shows: a pure function of the seed, the epoch and the photo's row."""
 
     seed: int = 0
     """The run's seed."""
@@ -27,26 +27,30 @@ class Mixture:
     copies: int | None = None
     """Number of stored copies of each photo, see `make_copy`; None where copies are made on demand."""
 
-    def copies_at(self, epoch: int, photos: int) -> np.ndarray:
-        """The copy of each photo that an epoch sees.
+    def copies_at(self, epoch: int, photos: int, repeats: int = 1) -> np.ndarray:
+        """What an epoch shows of each photo the first time that it comes, the second time, and so on.
 
-        The kind is drawn anew for each photo and epoch. The copies of a kind take turns from epoch to epoch, so a cache
-        with fewer copies than there are epochs starts again with the first one.
+        The kind is drawn anew for each photo, epoch and time. Copies that are made on demand are new each time. Stored
+        ones of a kind take turns: a photo that comes again in an epoch shows the next one, and the next epoch begins
+        with the one after the first of this epoch. So no copy comes twice in an epoch before all of its kind have come.
 
         Args:
             epoch: Number of the epoch, from 0.
             photos: Photos N of the training split.
+            repeats: The most often R that an epoch shows one photo, the same for all epochs.
 
         Returns:
-            int64 [N], 0 for the photo itself, else a number for `make_copy`.
+            int64 [R, N], 0 for the photo itself, else a number for `make_copy`.
         """
-        found = np.zeros(photos, dtype=np.int64)
-        draw = np.random.default_rng([self.seed, epoch, STREAM]).random(photos)
+        found = np.zeros((repeats, photos), dtype=np.int64)
+        draw = np.random.default_rng([self.seed, epoch, STREAM]).random(found.shape)
         client = draw < self.streetvision_share
         mild = ~client & (draw < self.streetvision_share + self.augment_share)
         for chosen, kind in ((client, STREETVISION), (mild, AUGMENTED)):
             if chosen.any():
-                found[chosen] = kind.number(epoch if self.copies is None else epoch % kind.count(self.copies))
+                again = np.cumsum(chosen, axis=0)[chosen] - 1
+                stored = None if self.copies is None else kind.count(self.copies)
+                found[chosen] = kind.number(epoch * repeats + again if stored is None else (epoch + again) % stored)
         return found
 
 
@@ -56,14 +60,24 @@ class MixtureSampler(PositionSampler):
     Like the photo, the copy follows from the position in the sequence alone.
     """
 
-    def __init__(self, *order: Any, mixture: Mixture, **options: Any):
-        """See `PositionSampler`, whose seed is the mixture's."""
-        super().__init__(*order, seed=mixture.seed, **options)
+    def __init__(self, draw: SystematicDraw, *, mixture: Mixture, **options: Any):
+        """See `PositionSampler`; the seeds of `draw` and `mixture` are the run's."""
+        super().__init__(draw, **options)
         self.mixture = mixture
 
-    def row_at(self, position: int) -> int:
-        """Number of the sample at a position of the sequence."""
-        row, epoch = super().row_at(position), position // self.samples_per_epoch
-        if getattr(self, "_mixed_epoch", None) != epoch:
-            self._mixed_epoch, self._copies = epoch, self.mixture.copies_at(epoch, len(self.weights))
-        return int(self._copies[row]) * len(self.weights) + row
+    def numbers(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch in their order, int64 [samples]."""
+        rows = super().numbers(epoch)
+        if not self.mixture.augment_share + self.mixture.streetvision_share:
+            return rows
+        copies = self.mixture.copies_at(epoch, len(self.draw), self.draw.most)
+        return copies[times_before(rows), rows] * len(self.draw) + rows
+
+
+def times_before(rows: np.ndarray) -> np.ndarray:
+    """How often the row of each place came at earlier places, int64 [n]."""
+    places = np.argsort(rows, kind="stable")
+    grouped = rows[places]
+    found = np.empty_like(places)
+    found[places] = np.arange(len(rows)) - np.searchsorted(grouped, grouped)
+    return found

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import webdataset
-from scipy.optimize import brentq
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.integrity import Damage, check_layout, members_in_order
 from pipeline.data.mixture import Mixture
+from pipeline.data.sampler import SystematicDraw
 from pipeline.data.storage import explained
 
 
@@ -25,10 +25,10 @@ class Visit(NamedTuple):
     """One reading of one tar."""
 
     shard: int
-    drawn: np.ndarray
-    """Which rows of the split belong to this pass: bool [N]."""
+    counts: np.ndarray
+    """How often this pass shows each row of the split: int64 [N]."""
     copies: np.ndarray
-    """Which copy of each photo this pass sees, see `Mixture`: int64 [N]."""
+    """Which copies of each photo this pass shows, see `Mixture`: int64 [R, N]."""
 
 
 class Drawn(NamedTuple):
@@ -36,38 +36,17 @@ class Drawn(NamedTuple):
 
     row: int
     members: dict[str, bytes]
-    """The sample's members by extension."""
+    """The sample's members by extension; samples of the same photo share them."""
     copy: int
-
-
-def inclusion(weights: np.ndarray, samples: int) -> np.ndarray:
-    """Probability of each row to be drawn in a pass, for `samples` rows on average.
-
-    `sampler.order` gives row i an arrival time that is exponential with rate w_i, and takes the first `samples` to
-    arrive. A sequential reader takes those that arrive before a fixed time t instead, which it can decide row by row:
-    1 - exp(-w_i t), with t such that the probabilities add up to `samples`.
-
-    Args:
-        weights: float [N], above 0.
-        samples: Rows to draw on average, at most N.
-
-    Returns:
-        float64 [N].
-    """
-    if samples == len(weights):
-        return np.ones(len(weights))
-    rates, share = weights / weights.mean(), samples / len(weights)
-    # 1 - exp(-x) is below x, and above its value for the smallest rate.
-    shortest, longest = share / 2, -2 * np.log1p(-share) / rates.min()
-    time = brentq(lambda t: -np.expm1(-rates * t).mean() - share, shortest, longest, xtol=1e-12)
-    return -np.expm1(-rates * time)
 
 
 class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
     """An endless sequence of samples, one pass over the tars after the other.
 
-    In each pass the tars are dealt out anew among all workers of all ranks, and each row is drawn with the probability
-    `inclusion`. Both follow from the seed and the number of the pass. A buffer of undecoded photos shuffles them.
+    A pass shows each row as often as an epoch of random access does, see `SystematicDraw`. A photo that is shown more
+    than once is read once, and comes as several samples. In each pass the tars are dealt out anew among all workers of
+    all ranks, and a buffer of undecoded samples shuffles them. Both follow from the seed and the number of the pass, so
+    all readers agree.
 
     Every member that arrives must be the next one of the index, and none may be missing at the end of a tar, so that no
     photo is lost or added silently.
@@ -76,7 +55,7 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
     def __init__(
         self,
         data: ShardDataset,
-        probabilities: np.ndarray,
+        draw: SystematicDraw,
         *,
         mixture: Mixture,
         buffer: int,
@@ -87,13 +66,13 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
 
         Args:
             data: The split, for random access.
-            probabilities: `inclusion` of each row.
+            draw: How often each pass shows each row.
             mixture: The mixture of photos and copies, with the run's seed.
-            buffer: Photos that each worker holds to draw the next one from.
+            buffer: Samples that each worker holds to draw the next one from.
             rank: This process's rank.
             world_size: Number of processes.
         """
-        self.data, self.probabilities, self.buffer = data, probabilities, buffer
+        self.data, self.draw, self.buffer = data, draw, buffer
         self.mixture, self.seed = mixture, mixture.seed
         self.rank, self.world_size = rank, world_size
         self.row_of_key = {sample.key: row for row, sample in enumerate(data.split.samples)}
@@ -116,13 +95,12 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
 
     def visits(self, lane: int, lanes: int) -> Iterator[Visit]:
         """The tars that one of `lanes` readers takes, pass after pass; together they take each tar once a pass."""
-        passed = int(self.start / self.probabilities.sum() + 1e-6)  # epochs seen, so that copies continue their turns
+        passed = -(-self.start // self.draw.samples)  # one that was begun counts, so that none is shown twice
         for number in count():
-            generator = np.random.default_rng([self.seed, self.start, number])
-            order = generator.permutation(len(self.data.split.shards))
-            drawn = generator.random(len(self.data)) < self.probabilities
-            copies = self.mixture.copies_at(passed + number, len(self.data))
-            yield from (Visit(int(shard), drawn, copies) for shard in order[lane::lanes])
+            order = np.random.default_rng([self.seed, self.start, number]).permutation(len(self.data.split.shards))
+            counts = self.draw.counts(passed + number)
+            copies = self.mixture.copies_at(passed + number, len(self.data), self.draw.most)
+            yield from (Visit(int(shard), counts, copies) for shard in order[lane::lanes])
 
     def _members(self, visits: Iterator[Visit]) -> Iterator[dict[str, Any]]:
         """The checked files of the tars, and the empty one that webdataset adds at the end of a tar."""
@@ -155,9 +133,8 @@ class StreamedSplit(IterableDataset[dict[str, torch.Tensor]]):
         """The samples that were drawn for their pass."""
         for sample in samples:
             row, visit = self.row_of_key[sample["__key__"]], sample["__url__"]
-            if visit.drawn[row]:
-                members = {name: data for name, data in sample.items() if not name.startswith("__")}
-                yield Drawn(row, members, int(visit.copies[row]))
+            members = {name: data for name, data in sample.items() if not name.startswith("__")}
+            yield from (Drawn(row, members, int(visit.copies[time, row])) for time in range(visit.counts[row]))
 
     def _assembled(self, samples: Iterator[Drawn]) -> Iterator[dict[str, torch.Tensor]]:
         for row, members, copy in samples:

@@ -35,7 +35,7 @@ from pipeline.launch.launcher import choose_launch
 from pipeline.launch.plan import LaunchPlan, resolve
 from pipeline.model.backbone import SCENES_TINY, VITH16PLUS, vith16plus_config
 from pipeline.training.memory import count, need
-from pipeline.training.plan import describe_schedule, plan_schedule
+from pipeline.training.plan import describe_sampling, describe_schedule, plan_sampling, plan_schedule
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 COLOURS = {GOOD: "green", NOTE: "yellow", BAD: "red"}
@@ -202,10 +202,12 @@ def plan(config: Config, launch: LaunchPlan) -> Iterator[Finding]:
     yield from (Finding(GOOD, *line) for line in describe_engine(launch.engine, config))
     yield from (Finding(NOTE, "launch", note) for note in launch.engine.notes)
     try:
-        samples = len(read_index(config.data.shards).split("train").samples)
+        split = read_index(config.data.shards).split("train")
     except UserError:
         return  # `data` says so
-    yield from (Finding(GOOD, *line) for line in describe_schedule(config, plan_schedule(config, samples)))
+    schedule, sampling = plan_schedule(config, len(split.samples)), plan_sampling(config, split)
+    lines = (*describe_schedule(config, schedule), *describe_sampling(sampling))
+    yield from (Finding(GOOD, *line) for line in lines)
 
 
 def memory(config: Config, launch: LaunchPlan, gpu_gib: float | None) -> Iterator[Finding]:

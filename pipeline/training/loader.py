@@ -16,13 +16,13 @@ from pipeline.data.feature_dataset import FeatureDataset, open_split
 from pipeline.data.features import FeatureCache
 from pipeline.data.index import Index
 from pipeline.data.mixture import Mixture, MixtureSampler
-from pipeline.data.sampler import PositionSampler
+from pipeline.data.sampler import PositionSampler, SystematicDraw
 from pipeline.data.stand_in import StandIn
-from pipeline.data.streaming import StreamedSplit, inclusion
+from pipeline.data.streaming import StreamedSplit
 from pipeline.devices import uses_gpu
 from pipeline.errors import UserError, typed
 from pipeline.progress import say
-from pipeline.training.plan import plan_schedule, sampling_weights
+from pipeline.training.plan import plan_sampling, plan_schedule
 
 
 @dataclass(frozen=True)
@@ -68,18 +68,19 @@ def open_loader(
         if rank == 0:
             say(f"no shards at {config.data.shards} yet: planning with a stand-in of noise, as if it were all the data")
         noise = StandIn(2 * config.train.batch_size, config.input_spec, config.model.text_dim)
-        mixture = Mixture(config.train.seed)
-        return _random_access(config, noise, np.ones(len(noise)), mixture, batch_size, rank, world_size)
+        samples, mixture = plan_schedule(config, len(noise)).samples_per_epoch, Mixture(config.train.seed)
+        draw = SystematicDraw(np.ones(len(noise)), samples, seed=config.train.seed, max_repeats=config.data.max_repeats)
+        return _random_access(config, noise, draw, mixture, batch_size, rank, world_size)
     data = open_split(config.data.shards, index, "train", config.input_spec, cache)
-    weights, mixture = sampling_weights(config, data.split), mixture_of(config, data)
+    draw, mixture = plan_sampling(config, data.split).draw, mixture_of(config, data)
     if rank == 0 and mixture.copies and not mixture.augment_share + mixture.streetvision_share:
         say(
             "the augmented copies in the feature cache are not used: data.augment_share and data.streetvision_share "
             "are both 0"
         )
     if config.data.streaming:
-        return _streamed(config, data, weights, mixture, batch_size, rank, world_size)
-    return _random_access(config, data, weights, mixture, batch_size, rank, world_size)
+        return _streamed(config, data, draw, mixture, batch_size, rank, world_size)
+    return _random_access(config, data, draw, mixture, batch_size, rank, world_size)
 
 
 def mixture_of(config: Config, data: ShardDataset) -> Mixture:
@@ -100,18 +101,17 @@ def mixture_of(config: Config, data: ShardDataset) -> Mixture:
 
 
 def _random_access(
-    config: Config, data: ShardDataset | StandIn, weights: np.ndarray, mixture: Mixture, batch_size: int, rank: int,
+    config: Config, data: ShardDataset | StandIn, draw: SystematicDraw, mixture: Mixture, batch_size: int, rank: int,
     world_size: int,
 ) -> TrainLoader:  # fmt: skip
-    drawn = plan_schedule(config, len(data)).samples_per_epoch
-    order = MixtureSampler(weights, drawn, mixture=mixture, batch_size=batch_size, rank=rank, world_size=world_size)
+    order = MixtureSampler(draw, mixture=mixture, batch_size=batch_size, rank=rank, world_size=world_size)
     # The sampler makes the batches, so the loader's own size keeps its default.
     loader = batches_of(data, 1, config.data.workers, batch_sampler=order, pin_memory=uses_gpu())
     return TrainLoader(loader, order, len(data), () if isinstance(data, StandIn) else keys_of(data))
 
 
 def _streamed(
-    config: Config, data: ShardDataset, weights: np.ndarray, mixture: Mixture, batch_size: int, rank: int,
+    config: Config, data: ShardDataset, draw: SystematicDraw, mixture: Mixture, batch_size: int, rank: int,
     world_size: int,
 ) -> TrainLoader:  # fmt: skip
     tars = len(data.split.shards)
@@ -120,15 +120,14 @@ def _streamed(
             f"data.streaming needs a tar for each of the {world_size} processes, and the training split has {tars}; "
             "shard again with a smaller --shard_mb, or train with --data.streaming false"
         )
-    drawn = plan_schedule(config, len(data)).samples_per_epoch
-    chances, buffer = inclusion(weights, drawn), config.data.shuffle_buffer
-    order = StreamedSplit(data, chances, mixture=mixture, buffer=buffer, rank=rank, world_size=world_size)
+    buffer = config.data.shuffle_buffer
+    order = StreamedSplit(data, draw, mixture=mixture, buffer=buffer, rank=rank, world_size=world_size)
     workers = min(config.data.workers, tars // world_size)
     if rank == 0:
         say(
-            f"streaming {tars} tars with {world_size} x {max(1, workers)} readers: a pass draws about {drawn} of "
-            f"{len(data)} photos, mixed {buffer} at a time; a resumed run starts a new pass, so "
-            "photos around the interruption may come once more or once less"
+            f"streaming {tars} tars with {world_size} x {max(1, workers)} readers: a pass draws {draw.samples} times "
+            f"from {len(data)} photos, mixed {buffer} at a time; a resumed run starts a new pass, and "
+            "leaves out what was left of the one that was interrupted"
         )
     loader = batches_of(order, batch_size, workers, pin_memory=uses_gpu())
     return TrainLoader(loader, order, len(data), keys_of(data))

@@ -15,7 +15,7 @@ class TrainState:
     step: int = 0
     """Optimizer steps taken, skipped ones among them."""
     best: dict[str, Any] | None = None
-    """`step` and the scores of the best validation."""
+    """`step` and the scores of the best validation, the one with the lowest loss."""
     validations_since_best: int = 0
     validated_step: int = 0
     """The step of the last validation."""
@@ -41,12 +41,11 @@ class TrainState:
         return cls(**{**known, "batch_size": batch_size})
 
     def add_validation(self, scores: dict[str, Any]) -> bool:
-        """Record the scores of a validation at this step; returns whether they are the best so far.
+        """Record the scores of a validation at this step; returns whether its loss is the lowest so far.
 
-        At equal MCC the lower loss is better.
+        The loss is smooth, and depends on no cut; the MCC of a few hundred photos jumps by more than epochs differ.
         """
-        best = self.best
-        better = best is None or (scores["mcc"], -scores["loss"]) > (best["mcc"], -best["loss"])
+        better = self.best is None or scores["loss"] < self.best["loss"]
         if better:
             self.best, self.validations_since_best = {"step": self.step, **scores}, 0
         else:
@@ -55,7 +54,7 @@ class TrainState:
         return better
 
     def is_out_of_patience(self, patience: int) -> bool:
-        """Whether the last `train.patience` validations brought no better one; 0 never runs out."""
+        """Whether the last `train.patience` validations brought no lower loss; 0 never runs out."""
         return 0 < patience <= self.validations_since_best
 
     def summary(self, samples_per_epoch: int) -> dict[str, Any]:

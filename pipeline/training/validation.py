@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from pipeline.data.batch import batches_of
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.sampler import share_of
 from pipeline.distributed.agreement import gather, on_all_ranks
-from pipeline.evaluation.metrics import best_threshold, binary_metrics
+from pipeline.evaluation.calibration import check_finite, cross_fit, fit
+from pipeline.evaluation.metrics import binary_metrics
+from pipeline.model.losses import focal_loss
 from pipeline.model.roadwork import RoadworkModel
 
 
@@ -21,35 +24,48 @@ class Validation:
     """Validates a model on this rank's rows and gathers the answers of all ranks."""
 
     def __init__(self, dataset: ShardDataset, batch_size: int, workers: int, rank: int, world_size: int):
+        self.samples = dataset.split.samples
         rows = np.flatnonzero(dataset.split.labels >= 0).tolist()
         mine = [rows[i] for i in share_of(len(rows), rank, world_size)]
         self.loader = batches_of(Subset(dataset, mine), batch_size, workers)
 
     def __call__(self, model: RoadworkModel, alive: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """MCC and the other scores with all metadata NULL, at the best threshold. Collective.
+        """The loss and the scores of the model's whole answer with all metadata NULL. Collective.
 
         Args:
-            model: The model to validate.
+            model: The model to validate, with its loss.
             alive: Called at every batch.
+
+        Returns:
+            `loss`, the mean focal loss, by which the best validation is chosen; the scores of `binary_metrics` on
+            cross-fitted probabilities; and `cut` and `slope`, the calibration by all photos.
+
+        Raises:
+            UserError: Some of the answers are no numbers; on every rank.
         """
         model.eval()
         mine = on_all_ranks(lambda: self._answers(model, alive))
         model.train()
-        parts = gather(mine)
-        labels = np.concatenate([part[0] for part in parts]).astype(int)
-        probabilities = np.concatenate([part[1] for part in parts])
-        metrics = binary_metrics(labels, probabilities, best_threshold(labels, probabilities))
-        return {"loss": sum(part[2] for part in parts) / sum(part[3] for part in parts), **metrics}
+        parts = [np.concatenate(part) for part in zip(*gather(mine), strict=True)]
+        # In the order of the shards, so that the folds do not depend on the number of ranks.
+        rows, log_odds, losses = (part[np.argsort(parts[0])] for part in parts)
+        samples = [self.samples[row] for row in rows.astype(int)]
+        check_finite(log_odds, [sample.key for sample in samples], "the model, at this validation,")
+        labels, groups = (np.array([getattr(sample, name) for sample in samples]) for name in ("label", "group"))
+        metrics = binary_metrics(labels, cross_fit(labels, log_odds, groups), ranking=log_odds)
+        return {"loss": float(losses.mean()), **metrics, **asdict(fit(labels, log_odds))}
 
     @torch.no_grad()
-    def _answers(self, model: RoadworkModel, alive: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, float, int]:
-        """Labels, probabilities, sum of the loss and number of this rank's photos."""
-        labels, probabilities, loss, count = [np.empty(0)], [np.empty(0)], 0.0, 0
+    def _answers(self, model: RoadworkModel, alive: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows, log-odds and losses of this rank's photos."""
+        assert model.loss_config is not None
+        rows, log_odds, losses = ([np.empty(0)] for _ in range(3))
         for batch in self.loader:
             alive()
-            output = model(batch, null_metadata=True, with_loss=True)
-            labels.append(batch["labels"].numpy())
-            probabilities.append(model.probability(output.logits, decision_bias=0.0).cpu().numpy())
-            loss += float(output.loss_terms["roadwork"].sum())
-            count += len(batch["labels"])
-        return np.concatenate(labels), np.concatenate(probabilities), loss, count
+            output = model(batch, null_metadata=True)
+            assert output.logits is not None
+            rows.append(batch["row"].numpy())
+            log_odds.append(model.log_odds(output).double().cpu().numpy())
+            loss = focal_loss(output.logits, batch["labels"].to(output.logits.device), model.loss_config)
+            losses.append(loss.double().cpu().numpy())
+        return np.concatenate(rows), np.concatenate(log_odds), np.concatenate(losses)

@@ -142,6 +142,27 @@ def test_a_checkpoint_older_than_some_keys_had_their_defaults(start):
         start()
 
 
+@pytest.mark.parametrize("written", [None, checkpoints.VERSION - 1, checkpoints.VERSION + 1])
+def test_a_run_whose_epochs_had_another_order_is_not_gone_on_with(start, folder, monkeypatch, written):
+    """Before anything else is compared, since its model may be older, too."""
+    run = start()
+    if written is not None:
+        monkeypatch.setattr(checkpoints, "VERSION", written)
+    else:
+        monkeypatch.setattr(checkpoints, "write_checkpoint", without_sampler)
+    run.save(1)
+    monkeypatch.undo()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=r"state\.json is of a run .* another order; finish it with that version, or"):
+        start(width=6)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def without_sampler(folder, step, tensors, state):
+    """Write a checkpoint as versions did that knew one order only."""
+    files.write_checkpoint(folder, step, tensors, {key: value for key, value in state.items() if key != "sampler"})
+
+
 def test_another_runs_checkpoint_is_one_sentence(start):
     start().save(1)
     with pytest.raises(UserError, match=r"state\.json is of a run with train\.seed=0 \(now 1\)"):

@@ -1,8 +1,12 @@
+import itertools
 import json
+from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from pipeline.data.index import read_index
+from pipeline.data.index import Split, read_index, shares
 from pipeline.errors import UserError
 from tests.small_run import make_shards
 
@@ -24,6 +28,34 @@ def test_an_index_reads_back_what_was_written(folder):
     assert json.loads(index.to_json()) == json.loads((folder / "index.json").read_text())
     assert index.split("train").labels.tolist() == [0, 1]
     assert index.split("train").weights.tolist() == [1.0, 1.0]
+
+
+def test_what_an_index_says_of_shares_is_read_and_may_be_absent(folder):
+    asked = {"0": {"roadwork": 0.5}, "1": {"none": 0.25, "unlabelled": 0.25}}
+    change(folder, lambda values: values.update(asked_shares=asked))
+    assert read_index(folder).asked_shares == asked
+    change(folder, lambda values: values.pop("asked_shares"))
+    assert read_index(folder).asked_shares is None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_shares_are_the_parts_of_a_sum(seed):
+    generator = np.random.default_rng(seed)
+    amounts, clusters, labels = generator.random(50), generator.integers(0, 12, 50), generator.integers(-1, 2, 50)
+    table = pd.crosstab(clusters, labels, amounts, aggfunc="sum", normalize="all")
+    found = shares(amounts, clusters, labels)
+    for cluster, label in itertools.product(range(12), (-1, 0, 1)):
+        name = {1: "roadwork", 0: "none", -1: "unlabelled"}[label]
+        expected = table.get(label, {}).get(cluster, 0.0)
+        assert found.get(str(cluster), {}).get(name, 0.0) == pytest.approx(expected, abs=1e-6)
+    assert all(share > 0 for classes in found.values() for share in classes.values())
+
+
+def test_clusters_and_classes_are_the_strata(folder):
+    split = read_index(folder).split("train")
+    assert len(set(split.strata.tolist())) == len(set(zip(split.clusters.tolist(), split.labels.tolist(), strict=True)))
+    samples = tuple(replace(split.samples[0], cluster=c, label=y) for c in range(3) for y in (None, 0, 1))
+    assert len(set(Split((), samples).strata.tolist())) == 9
 
 
 def test_an_empty_split_is_a_users_mistake(folder):

@@ -14,27 +14,26 @@ from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
 from pipeline.data.mixture import Mixture, MixtureSampler
 from pipeline.data.photo import decode
-from pipeline.data.sampler import PositionSampler
+from pipeline.data.sampler import PositionSampler, SystematicDraw
 from pipeline.model.config import InputSpec
 
 
 def numbers(mixture, positions, *, weights=None, samples=9, rank=0, world_size=1):
-    sampler = MixtureSampler(
-        np.ones(12) if weights is None else weights, samples,
-        mixture=mixture, batch_size=1, rank=rank, world_size=world_size,
-    )  # fmt: skip
-    return [sampler.row_at(position) for position in positions]
+    draw = SystematicDraw(np.ones(12) if weights is None else weights, samples, seed=mixture.seed, max_repeats=4)
+    sampler = MixtureSampler(draw, mixture=mixture, batch_size=1, rank=rank, world_size=world_size)
+    return [sampler.number_at(position) for position in positions]
 
 
 @pytest.mark.parametrize("shares", [(0.3, 0.2), (0.0, 0.5), (0.7, 0.0), (0.25, 0.75)])
-def test_kinds_come_at_their_rates_and_anew_in_every_epoch(shares):
-    photos, epochs = 500, 20
+def test_kinds_come_at_their_rates_and_anew_each_time(shares):
+    photos, epochs, repeats = 500, 10, 2
     mild, client = shares
-    copies = np.stack([Mixture(3, mild, client).copies_at(epoch, photos) for epoch in range(epochs)])
+    copies = np.concatenate([Mixture(3, mild, client).copies_at(epoch, photos, repeats) for epoch in range(epochs)])
+    times = epochs * repeats
     for found, share in (((copies > 0) & (copies % 2 == 0), mild), (copies % 2 == 1, client)):
-        assert stats.binomtest(int(found.sum()), photos * epochs, share).pvalue > 0.001
-        # A photo's epochs are independent draws: the spread of its counts is the binomial's.
-        assert found.sum(axis=0).var() == pytest.approx(epochs * share * (1 - share), rel=0.25, abs=1e-9)
+        assert stats.binomtest(int(found.sum()), photos * times, share).pvalue > 0.001
+        # A photo's showings are independent draws: the spread of its counts is the binomial's.
+        assert found.sum(axis=0).var() == pytest.approx(times * share * (1 - share), rel=0.25, abs=1e-9)
 
 
 def test_other_seeds_draw_other_kinds():
@@ -45,27 +44,52 @@ def test_other_seeds_draw_other_kinds():
 def test_copies_made_on_the_spot_are_new_in_every_epoch_and_cached_ones_take_turns():
     online, cached = Mixture(0, 0.5, 0.5), Mixture(0, 0.5, 0.5, copies=5)
     for epoch in range(8):
-        found = online.copies_at(epoch, 50)
+        found = online.copies_at(epoch, 50)[0]
         assert set(found.tolist()) == {2 * epoch + 1, 2 * epoch + 2}
-        kept = cached.copies_at(epoch, 50)
+        kept = cached.copies_at(epoch, 50)[0]
         assert set(kept.tolist()) == {2 * (epoch % 3) + 1, 2 * (epoch % 2) + 2}  # three of the client's, two mild ones
         assert ((kept % 2) == (found % 2)).all()
         if epoch < 2:
             assert (kept == found).all()
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("copies", [None, 4, 8, 9])
+def test_a_photo_that_comes_again_shows_another_copy_while_there_are_any(seed, copies):
+    """Over several epochs of a sampler that shows some photos up to four times."""
+    weights = np.random.default_rng(seed).lognormal(0, 1.5, 12)
+    mixture, seen = Mixture(seed, 0.6, 0.4, copies=copies), [set() for _ in range(24)]
+    for epoch in range(40):
+        found = numbers(mixture, range(9 * epoch, 9 * epoch + 9), weights=weights)
+        for row in range(12):
+            for kind, stored in ((0, copies and copies // 2), (1, copies and (copies + 1) // 2)):
+                shown = [number // 12 for number in found if number % 12 == row and number // 12 % 2 == kind]
+                assert len(set(shown)) == len(shown) or len(shown) > stored
+                if copies is None:
+                    assert not seen[2 * row + kind] & set(shown)  # nor does a copy ever come again
+                seen[2 * row + kind] |= set(shown)
+    often = int(weights.argmax())
+    assert copies is None or seen[2 * often] | seen[2 * often + 1] == set(range(1, copies + 1))
+
+
 def test_without_shares_the_samples_are_the_photos():
-    sampler = PositionSampler(np.ones(12), 9, seed=1, batch_size=1, rank=0, world_size=1)
+    sampler = PositionSampler(
+        SystematicDraw(np.ones(12), 9, seed=1, max_repeats=4), batch_size=1, rank=0, world_size=1
+    )  # fmt: skip
     for copies in (None, 0, 4):
-        assert numbers(Mixture(1, copies=copies), range(40)) == [sampler.row_at(position) for position in range(40)]
+        assert numbers(Mixture(1, copies=copies), range(40)) == [sampler.number_at(position) for position in range(40)]
 
 
-def test_the_mixture_goes_on_where_it_stopped_and_is_the_same_for_any_number_of_processes():
-    mixture = Mixture(1, 0.3, 0.3)
-    whole = numbers(mixture, range(60))
+@pytest.mark.parametrize("seed", range(6))
+def test_the_mixture_goes_on_where_it_stopped_and_is_the_same_for_any_number_of_processes(seed):
+    mixture, weights = Mixture(seed, 0.3, 0.3), np.random.default_rng(seed).lognormal(0, 1.5, 12)
+    whole = numbers(mixture, range(60), weights=weights)
     assert len({number // 12 for number in whole}) > 4
-    assert numbers(mixture, range(31, 60)) == whole[31:]
-    assert [numbers(mixture, [position], rank=position % 3, world_size=3)[0] for position in range(60)] == whole
+    assert len({number % 12 for number in whole[:9]}) < 9  # a photo comes twice in an epoch
+    assert numbers(mixture, range(31, 60), weights=weights) == whole[31:]
+    assert [
+        numbers(mixture, [position], weights=weights, rank=position % 3, world_size=3)[0] for position in range(60)
+    ] == whole
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import combinations, islice, pairwise
 
 import fsspec
 import numpy as np
@@ -15,9 +15,9 @@ from pipeline.data.batch import collate
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
 from pipeline.data.mixture import Mixture
-from pipeline.data.sampler import order
+from pipeline.data.sampler import SystematicDraw
 from pipeline.data.storage import open_folder
-from pipeline.data.streaming import StreamedSplit, inclusion
+from pipeline.data.streaming import StreamedSplit
 from pipeline.errors import UserError
 from pipeline.model.config import InputSpec
 from tests.data.tampering import TAMPERED, distribute, edit_split, tamper
@@ -33,11 +33,12 @@ def folder(tmp_path):
     return tmp_path / "shards"
 
 
-def stream(place, *, probability=1.0, seed=0, buffer=1, rank=0, world_size=1, start=0, **shares):
+def stream(place, *, weights=None, samples=PHOTOS, seed=0, buffer=1, rank=0, world_size=1, start=0, **shares):
     data = ShardDataset(place, read_index(place), "train", InputSpec(32, mask_side=8))
-    probabilities = np.full(len(data), probability)
+    weights = np.ones(len(data)) if weights is None else weights
+    draw = SystematicDraw(weights, min(samples, len(data)), seed=seed, max_repeats=4, strata=data.split.strata)
     mixture = Mixture(seed, **shares)
-    split = StreamedSplit(data, probabilities, mixture=mixture, buffer=buffer, rank=rank, world_size=world_size)
+    split = StreamedSplit(data, draw, mixture=mixture, buffer=buffer, rank=rank, world_size=world_size)
     split.start = start
     return split
 
@@ -50,7 +51,7 @@ def test_a_streamed_pass_sees_the_copies_that_its_mixture_chooses(folder):
     shares = {"augment_share": 0.3, "streetvision_share": 0.4}
     for start, epoch in ((0, 0), (2 * PHOTOS, 2)):
         split = stream(folder, start=start, **shares)
-        copies = Mixture(0, **shares).copies_at(epoch, PHOTOS)
+        copies = Mixture(0, **shares).copies_at(epoch, PHOTOS)[0]
         assert {0, 2 * epoch + 1, 2 * epoch + 2} == set(copies.tolist())
         for sample in islice(split, PHOTOS):
             row = int(sample["row"])
@@ -116,38 +117,52 @@ def test_readers_share_a_pass_without_overlap_or_loss(folder, world_size, worker
     assert sorted(seen) == list(range(PHOTOS))
 
 
-def test_a_pass_draws_each_photo_with_its_probability(folder):
-    split = stream(folder)
-    split.probabilities = np.linspace(0.1, 1.0, PHOTOS)
-    passes = 400
-    visits = islice(split.visits(0, 1), passes * TARS)
-    drawn = np.array([visit.drawn for visit in islice(visits, 0, None, TARS)])
-    np.testing.assert_allclose(drawn.mean(axis=0), split.probabilities, atol=4 * np.sqrt(0.25 / passes))
-    expected = [row for visit in islice(split.visits(0, 1), 5 * TARS)
-                for row in split.data.rows_of_shard[visit.shard] if visit.drawn[row]]  # fmt: skip
+UNEQUAL = np.array([1.0, 4.0, 0.2, 1.0, 9.0, 1.0, 0.5, 3.0, 1.0, 0.1, 1.0, 2.0])
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 0), (4, 0), (1, 2), (2, 2)])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pass_shows_each_photo_as_often_as_an_epoch_of_random_access(folder, seed, world_size, workers):
+    """All readers together, whatever their number; nobody tells them what the others read."""
+    expected = stream(folder, weights=UNEQUAL, samples=10, seed=seed).draw
+    seen, one = Counter(), 3
+    for rank in range(world_size):
+        split = stream(folder, weights=UNEQUAL, samples=10, seed=seed, rank=rank, world_size=world_size)
+        for lane in range(max(1, workers)):
+            visits = split.visits(rank * max(1, workers) + lane, world_size * max(1, workers))
+            share = TARS // (world_size * max(1, workers))
+            for visit in islice(visits, one * share, (one + 1) * share):
+                rows_there = split.data.rows_of_shard[visit.shard]
+                seen.update({row: int(visit.counts[row]) for row in rows_there})
+    assert seen == Counter(dict(enumerate(expected.counts(one).tolist())))
+    assert max(seen.values()) > 1
+
+
+def test_a_photo_that_a_pass_shows_several_times_comes_with_other_copies_from_one_reading(folder):
+    shares = {"augment_share": 0.5, "streetvision_share": 0.5}
+    split = stream(folder, weights=UNEQUAL, samples=10, **shares)
+    found = list(islice(split, 10))
+    assert Counter(int(sample["row"]) for sample in found) == Counter(
+        SystematicDraw(UNEQUAL, 10, seed=0, max_repeats=4, strata=split.data.split.strata).order(0).tolist()
+    )
+    often = [sample for sample in found if sample["row"] == 4]
+    assert len(often) > 1
+    for first, second in combinations(often, 2):
+        assert first["views"].shape != second["views"].shape or not torch.equal(first["views"], second["views"])
+
+
+def test_the_samples_of_a_pass_are_those_that_its_visits_name(folder):
+    split = stream(folder, weights=UNEQUAL, samples=10)
+    visits = islice(split.visits(0, 1), 5 * TARS)
+    expected = [int(row) for visit in visits for row in split.data.rows_of_shard[visit.shard]
+                for _ in range(visit.counts[row])]  # fmt: skip
     assert rows(split, len(expected)) == expected
 
 
-@pytest.mark.parametrize("samples", [1, 30, 150, 199, 200])
-def test_inclusion_adds_up_and_grows_with_the_weight(samples):
-    weights = np.random.default_rng(0).lognormal(0, 1.5, size=200)
-    found = inclusion(weights, samples)
-    assert found.sum() == pytest.approx(samples, rel=1e-6)
-    assert 0 < found.min() <= found.max() <= 1
-    assert (np.diff(found[np.argsort(weights)]) >= 0).all()
-    np.testing.assert_allclose(inclusion(1e-9 * weights, samples), found, rtol=1e-6)
-    np.testing.assert_allclose(inclusion(np.full(200, 3.0), samples), samples / 200)
-
-
-def test_a_pass_favours_the_same_photos_as_an_epoch_of_random_access():
-    weights = np.random.default_rng(1).choice([0.2, 1.0, 5.0], size=200)
-    counts = np.zeros(200)
-    for epoch in range(2000):
-        counts[order(0, epoch, weights, 80)] += 1
-    for weight in (0.2, 1.0, 5.0):
-        rows_of_weight = weights == weight
-        share = counts[rows_of_weight].mean() / 2000
-        np.testing.assert_allclose(inclusion(weights, 80)[rows_of_weight], share, atol=0.005)
+def test_a_resumed_stream_begins_the_pass_after_the_one_that_was_interrupted(folder):
+    for start, number in ((0, 0), (10, 1), (11, 2), (20, 2)):
+        split = stream(folder, weights=UNEQUAL, samples=10, start=start)
+        np.testing.assert_array_equal(next(split.visits(0, 1)).counts, split.draw.counts(number))
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
@@ -164,7 +179,7 @@ def test_a_tampered_sample_that_the_pass_leaves_out_is_refused_too(folder):
     change, words = TAMPERED["a missing photo"]
     tamper(folder / "train-00000.tar", change)
     with pytest.raises(UserError, match=words):
-        rows(stream(folder, probability=0.01), 1)
+        rows(stream(folder, samples=1), 2)
 
 
 def test_fewer_samples_than_the_index_promises_are_refused(folder):

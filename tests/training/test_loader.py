@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.config import Config, DataConfig, TrainConfig
 from pipeline.data.features import open_cache
-from pipeline.data.index import read_index
+from pipeline.data.index import Split, read_index
 from pipeline.data.views import view_boxes
 from pipeline.errors import UserError
 from pipeline.training.loader import open_loader
@@ -47,6 +49,21 @@ def test_an_epoch_of_batches_holds_every_photo_and_goes_on_without_end(shards, s
     assert sorted(row for batch in found[:6] for row in batch) == list(range(PHOTOS))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("data", "heavy"), [({}, 4), ({"max_repeats": 3}, 3), ({"max_repeats": 1}, 1), ({"sampling": "uniform"}, 1)]
+)
+def test_an_epoch_shows_heavy_photos_again_up_to_the_cap(shards, monkeypatch, streaming, data, heavy):
+    """Two of twelve photos weigh far more than all others."""
+    weights = np.where(np.isin(np.arange(PHOTOS), (4, 9)), 1e3, 1.0)
+    monkeypatch.setattr(Split, "weights", property(lambda split: weights[: len(split.samples)]))
+    batches = rows(train_loader(shards, streaming=streaming, shuffle_buffer=1, **data), 60)
+    seen = Counter(row for batch in batches for row in batch)  # ten epochs of twelve
+    assert (seen[4], seen[9]) == (10 * heavy, 10 * heavy)
+    others = 120 - 20 * heavy
+    assert all(abs(seen[row] - others / 10) <= 2 for row in range(PHOTOS) if row not in (4, 9))
+
+
 def test_streaming_and_its_buffer_change_the_order(shards):
     orders = [
         rows(train_loader(shards), 6),
@@ -66,7 +83,7 @@ def test_a_resumed_stream_starts_a_new_pass_and_a_resumed_random_access_goes_on(
 
 def test_a_shorter_epoch_streams_that_share_of_the_photos(shards):
     streamed = train_loader(shards, streaming=True, epoch_share=0.5, sampling="uniform")
-    assert streamed.order.probabilities.tolist() == pytest.approx([0.5] * PHOTOS)
+    assert streamed.order.draw.expected.tolist() == pytest.approx([0.5] * PHOTOS)
 
 
 def test_there_are_no_more_readers_than_tars(shards, capsys):

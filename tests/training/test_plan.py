@@ -1,10 +1,12 @@
+import numpy as np
 import pytest
 
 from pipeline.config import Config, DataConfig, TrainConfig
+from pipeline.data.index import Sample, Split
 from pipeline.distributed.settings import check_mixup, plan_batches
 from pipeline.errors import UserError
 from pipeline.optim.config import OptimConfig
-from pipeline.training.plan import describe_schedule, plan_schedule
+from pipeline.training.plan import describe_sampling, describe_schedule, plan_sampling, plan_schedule
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 64])
@@ -54,3 +56,56 @@ def test_a_setting_of_sophias_without_sophia_is_told(name, notes):
     told = [text for _, text in describe_schedule(config, plan_schedule(config, 1000)) if "Sophia" in text]
     assert len(told) == len(notes)
     assert all(note in line for note, line in zip(notes, told, strict=True))
+
+
+def split_of(roadwork: float, clusters: dict[int, int], weights: dict[int, float]) -> Split:
+    """Photos of clusters of these sizes, by their numbers; roadwork is that share of each; one weight a class."""
+    labels = {cluster: np.arange(size) < round(roadwork * size) for cluster, size in clusters.items()}
+    return Split((), tuple(
+        Sample(f"{cluster}-{row}", 0, {}, int(label), row, cluster, weights[int(label)], 96, 64)
+        for cluster, of in labels.items() for row, label in enumerate(of)
+    ))  # fmt: skip
+
+
+def told_of(config: Config, split: Split) -> list[tuple[str, str]]:
+    return list(describe_sampling(plan_sampling(config, split)))
+
+
+RARE = split_of(0.1, {0: 700, 3: 300}, {0: 0.5 / 0.9, 1: 5.0})
+
+
+def test_the_plan_says_what_is_asked_and_what_an_epoch_obtains():
+    words = "share of the photos -> asked -> of an epoch: roadwork 10.0% -> "
+    assert told_of(Config(), RARE) == [("sampling", f"{words}50.0% -> 50.0%")]
+    assert told_of(Config(data=DataConfig(sampling="uniform")), RARE) == [("sampling", f"{words}10.0% -> 10.0%")]
+
+
+@pytest.mark.parametrize(("most", "obtained"), [(2, "25.0%"), (1, "12.5%")])
+def test_the_plan_says_where_the_cap_holds_the_epoch_back(most, obtained):
+    (_, line), (about, note) = told_of(Config(data=DataConfig(max_repeats=most)), RARE)
+    assert f"roadwork 10.0% -> 50.0% -> {obtained}" in line
+    assert about == "note"
+    assert note.startswith(f"data.max_repeats {most} holds 100 photos back")
+    assert note.endswith("up to 4.0 times an epoch")
+
+
+def test_the_clusters_that_change_most_are_told():
+    sizes = {1: 100, 2: 400, 7: 100, 11: 200}
+    samples = split_of(0.5, sizes, {0: 1.0, 1: 1.0}).samples
+    heavy = {2: 0.25, 7: 5.0}
+    split = Split((), tuple(Sample(**{**vars(s), "weight": heavy.get(s.cluster, 1.0)}) for s in samples))
+    line = told_of(Config(), split)[0][1]
+    assert "cluster 7 12.5% -> 55.6% -> " in line
+    assert "cluster 2 50.0% -> 11.1% -> " in line
+    assert "cluster 1 " not in line
+
+
+def test_the_report_counts_what_the_loader_will_show():
+    sampling = plan_sampling(Config(data=DataConfig(max_repeats=3)), RARE)
+    report, rows = sampling.report(), sampling.draw.order(0)
+    assert len(rows) == 800
+    for cluster, label, name in ((0, 0, "none"), (0, 1, "roadwork"), (3, 0, "none"), (3, 1, "roadwork")):
+        there = (RARE.clusters[rows] == cluster) & (RARE.labels[rows] == label)
+        assert report["obtained"][str(cluster)][name] == pytest.approx(there.mean(), abs=1e-6)
+    assert report["photos"] == {"0": {"roadwork": 0.07, "none": 0.63}, "3": {"roadwork": 0.03, "none": 0.27}}
+    assert report["asked"] == {"0": {"roadwork": 0.35, "none": 0.35}, "3": {"roadwork": 0.15, "none": 0.15}}

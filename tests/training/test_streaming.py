@@ -39,6 +39,9 @@ def test_two_processes_stream_from_a_url_and_finish_together(world):
     summary = json.loads((world / "run" / "summary.json").read_text())
     assert (summary["steps"], summary["samples_seen"]) == (6, 48)
     assert summary["best"]["val"]["n"] == 9
+    assert summary["sampling"]["obtained"] == summary["sampling"]["asked"] == summary["sampling"]["photos"]
+    share = sum(classes["roadwork"] for classes in summary["sampling"]["photos"].values())
+    assert f"sampling   share of the photos -> asked -> of an epoch: roadwork {share:.1%} -> {share:.1%}" in err
 
 
 @pytest.mark.parametrize("key", ["train_16", "val_3"])

@@ -21,6 +21,7 @@ from data_prep.decisions.gps import (
     target_shares,
     unit_sphere,
 )
+from pipeline.data.sampler import expected_counts
 from pipeline.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -136,7 +137,7 @@ def test_the_choice_is_the_best_mean_silhouette(seed):
     assert choose_clusters(points, seed) == max(scores, key=scores.get)
 
 
-def independent_weights(clusters, labels, temper, target=None):
+def independent_weights(clusters, labels, temper, balance, target=None):
     """The formula of the docstring, photo by photo, in plain Python."""
     raw = []
     for cluster, label in zip(clusters, labels, strict=True):
@@ -145,22 +146,43 @@ def independent_weights(clusters, labels, temper, target=None):
         weight = (wanted * len(clusters) / len(members)) ** temper
         counts = {value: sum(labels[i] == value for i in members) for value in (0, 1)}
         if label in (0, 1) and counts[0] and counts[1]:
-            weight *= (counts[0] + counts[1]) / (2 * counts[label])
-        raw.append(min(10.0, weight))
+            known = counts[0] + counts[1]
+            factors = {value: (known / (2 * counts[value])) ** balance for value in (0, 1)}
+            weight *= factors[label] / (sum(factors[value] * counts[value] for value in (0, 1)) / known)
+        raw.append(weight)
     mean = sum(raw) / len(raw)
     return [weight / mean for weight in raw]
 
 
 @pytest.mark.parametrize("target", [None, [0.1, 0.05, 0.2, 0.15, 0.5]])
-@pytest.mark.parametrize("temper", [0.0, 0.5, 1.0])
-def test_weights_follow_the_formula(temper, target):
+@pytest.mark.parametrize(("temper", "balance"), [(0.0, 1.0), (0.5, 0.0), (0.5, 0.5), (1.0, 0.3), (1.0, 1.0)])
+def test_weights_follow_the_formula(temper, balance, target):
     rng = np.random.default_rng(3)
     clusters = rng.choice(5, 400, p=[0.02, 0.5, 0.3, 0.15, 0.03])
     labels = rng.choice([-1, 0, 1], 400, p=[0.2, 0.75, 0.05])
     labels[clusters == 3] = 0  # one class only
-    weights = sample_weights(clusters, labels, temper, None if target is None else np.array(target))
-    assert np.allclose(weights, independent_weights(clusters.tolist(), labels.tolist(), temper, target), atol=1e-12)
-    assert np.isclose(weights.mean(), 1)
+    labels[clusters == 4] = -1  # none at all
+    weights = sample_weights(clusters, labels, temper, None if target is None else np.array(target), balance)
+    expected = independent_weights(clusters.tolist(), labels.tolist(), temper, balance, target)
+    np.testing.assert_allclose(weights, expected, rtol=1e-12)
+    assert weights.mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("balance", "share"), [(0.0, 0.1), (0.5, 0.25), (1.0, 0.5)])
+def test_balance_moves_weight_between_the_classes_of_a_cluster_and_not_between_clusters(balance, share):
+    """The odds of roadwork go from 1:9 over 1:3 to 1:1; the other cluster keeps its own, and both keep their sums."""
+    clusters, labels = np.repeat([1, 2], [100, 60]), np.concatenate([np.arange(100) < 10, np.arange(60) < 30])
+    weights = sample_weights(clusters, labels.astype(int), 0.0, balance=balance)
+    assert weights[clusters == 1].sum() == pytest.approx(100)
+    assert weights[(clusters == 1) & labels].sum() == pytest.approx(100 * share)
+    np.testing.assert_allclose(weights[clusters == 2], 1)
+
+
+def test_photos_without_a_label_and_clusters_of_one_class_keep_their_weight_at_any_balance():
+    clusters, labels = np.repeat([0, 1, 2], [30, 40, 30]), np.repeat([1, -1, 0, 1, -1], [30, 10, 25, 5, 30])
+    weights = sample_weights(clusters, labels, 0.0, balance=0.7)
+    np.testing.assert_allclose(weights[(labels == -1) | (clusters != 1)], 1)
+    assert weights[(clusters == 1) & (labels == 1)].min() > 1 > weights[(clusters == 1) & (labels == 0)].max()
 
 
 def test_full_temper_gives_every_cluster_and_class_the_same_mass():
@@ -170,10 +192,14 @@ def test_full_temper_gives_every_cluster_and_class_the_same_mass():
     assert np.allclose(masses, 25)
 
 
-def test_a_rare_photo_is_not_drawn_without_limit():
+def test_a_rare_photo_asks_for_all_that_its_cluster_is_to_have_and_training_caps_it_exactly():
     clusters = np.array([1] * 999 + [2])
     weights = sample_weights(clusters, np.full(1000, -1), 1.0)
-    assert np.isclose(weights[-1] / weights[0], 10 / (1000 / (2 * 999)))
+    assert weights[-1] == pytest.approx(500)
+    for cap in (1, 4, 10):
+        expected = expected_counts(weights, 800, cap)
+        assert expected.max() == expected[-1] == cap
+        np.testing.assert_allclose(expected[:-1], (800 - cap) / 999)
 
 
 def test_full_temper_samples_the_clusters_as_the_deployment_has_them():

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import webdataset
 
 from data_prep.shards.command import shard
 from pipeline.data.index import SAFE_KEY, SPLITS, read_index
+from pipeline.errors import UserError
 from tests.data_prep.examples import (
     CITIES,
     city_rows,
@@ -129,13 +132,36 @@ def test_weights_of_training_have_mean_one_and_all_others_are_one(shards):
     assert (index.splits["test"].weights == 1).all()
 
 
+def test_the_index_says_what_share_of_training_each_cluster_and_class_is_to_have(shards):
+    index = read_index(shards)
+    rows = pd.DataFrame([vars(sample) for sample in index.splits["train"].samples])
+    masses = rows.groupby(["cluster", "label"])["weight"].sum() / rows["weight"].sum()
+    found = {(int(cluster), name): share for cluster, of in index.asked_shares.items() for name, share in of.items()}
+    assert found == pytest.approx(
+        {(cluster, ("none", "roadwork")[label]): share for (cluster, label), share in masses.items()}, abs=1e-5
+    )
+    assert sum(found.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_shards_made_before_the_balance_could_be_chosen_are_those_of_full_balance(folder, shards, tmp_path):
+    older = shutil.copytree(shards, tmp_path / "older")
+    values = json.loads((older / "index.json").read_text())
+    del values["arguments"]["balance"], values["asked_shares"]
+    (older / "index.json").write_text(json.dumps(values))
+    assert read_index(older).asked_shares is None
+    assert shard(folder, older, **{**PLAIN, "balance": 1.0}) == older / "summary.json"
+    with pytest.raises(UserError, match=r"made with --balance 1\.0, not 0\.5"):
+        shard(folder, older, **{**PLAIN, "balance": 0.5})
+
+
 def test_bytes_do_not_depend_on_the_number_of_workers(folder, shards, tmp_path):
     shard(folder, tmp_path / "two", **{**PLAIN, "workers": 2})
     assert content(tmp_path / "two") == content(shards)
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"clusters": 5}, {"temper": 1.0}, {"test_share": 0.3}, {"distance_m": 400.0}]
+    "change",
+    [{"seed": 1}, {"clusters": 5}, {"temper": 1.0}, {"balance": 0.5}, {"test_share": 0.3}, {"distance_m": 400.0}],
 )
 def test_every_content_argument_changes_the_content(folder, shards, tmp_path, change):
     shard(folder, tmp_path / "other", **{**PLAIN, **change})

@@ -164,6 +164,7 @@ def test_too_many_rejects_stop_the_run(tmp_path, limit, stops):
         {"distance_m": -1},
         {"clusters": -1},
         {"temper": 1.5},
+        {"balance": -0.1},
         {"shard_mb": 0},
         {"seed": -1},
         {"workers": -1},

@@ -1,0 +1,129 @@
+"""The folds of a cross-validation: the photos of some shards dealt anew to training, validation and a held-out part."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.data.index import SPLITS, Index, Sample, Shard, Split, read_index
+from pipeline.errors import UserError
+from pipeline.files import write_text
+
+FORMAT = "roadwork folds 1"
+FEWEST_PARTS = 3  # one that is held out, one that validates, and one or more that train
+
+
+@dataclass(frozen=True)
+class Folds:
+    """The part of each photo. In fold i, part i is held out, part i + 1 validates, and all others train."""
+
+    source_sha256: str
+    """Fingerprint of the photos, as in `Index`."""
+    parts: int
+    part_of: dict[str, int]
+    """Part of each photo by its key, from 0; photos that are not here take no part."""
+
+
+@dataclass(frozen=True)
+class DealtSplit(Split):
+    """A split whose photos lie in the tars of several splits of the shards."""
+
+    homes: tuple[str, ...]
+    """For each sample, the split of the shards that it belongs to, which its record names."""
+    contents: tuple[tuple[Sample, ...], ...]
+    """For each tar, all of its samples, those of other splits too."""
+
+
+def write_folds(path: Path, folds: Folds) -> None:
+    """Write folds as JSON, atomically."""
+    write_text(path, json.dumps({"format": FORMAT, **vars(folds)}, indent=0) + "\n")
+
+
+def read_folds(path: Path, index: Index) -> Folds:
+    """Read folds, and check that they are folds of these photos.
+
+    Raises:
+        UserError: The file is missing or malformed, has a part without photos, or is of other shards.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"data.folds is {str(path)!r}, and there is no such file; `crossval` makes one") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); let `crossval` make it anew") from error
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        raise UserError(f"{path} holds no folds of this program's format ({FORMAT}); let `crossval` make it anew")
+    try:
+        folds = Folds(**values)
+        found = set(folds.part_of.values())
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not describe folds ({error}); let `crossval` make it anew") from error
+    if folds.source_sha256 != index.source_sha256:
+        raise UserError(f"{path} holds folds of other shards; choose another data.folds or data.shards")
+    if folds.parts < FEWEST_PARTS or found != set(range(folds.parts)):
+        raise UserError(
+            f"{path} has photos in the parts {sorted(found)}, but must have them in each of {FEWEST_PARTS} or more "
+            "parts from 0 on; let `crossval` make it anew"
+        )
+    return folds
+
+
+def read_dealt(shards: Path | str, folds: str, fold: int) -> Index:
+    """The index of some shards, with the splits of a fold where folds are given.
+
+    Args:
+        shards: Folder or URL of the shards.
+        folds: Path of the folds, as in `data.folds`; empty for the shards' own splits.
+        fold: Number of the fold, as in `data.fold`.
+    """
+    index = read_index(shards)
+    return deal(index, read_folds(Path(folds), index), fold) if folds else index
+
+
+def deal(index: Index, folds: Folds, fold: int) -> Index:
+    """The same photos in other splits: `train` and `val` of a fold, and `test` for the part that it holds out.
+
+    The tars stay as they are. Each new split lists all of them, since its photos may lie in any.
+
+    Args:
+        index: The shards' index.
+        folds: Parts of their photos.
+        fold: Number of the fold, from 0.
+
+    Raises:
+        UserError: There is no such fold, or a photo is not in the shards.
+    """
+    if not 0 <= fold < folds.parts:
+        raise UserError(f"data.fold is {fold}, but must be one of the {folds.parts} folds, 0 to {folds.parts - 1}")
+    shards: list[Shard] = []
+    samples: list[Sample] = []
+    homes: dict[str, str] = {}
+    for home in SPLITS:
+        split, first = index.splits[home], len(shards)
+        shards += split.shards
+        samples += [replace(sample, shard=first + sample.shard) for sample in split.samples]
+        homes |= dict.fromkeys((sample.key for sample in split.samples), home)
+    absent = folds.part_of.keys() - homes.keys()
+    if absent:
+        raise UserError(
+            f"the folds name {len(absent)} photos that are not in the shards, such as {min(absent)!r}; let `crossval` "
+            "make them anew"
+        )
+    contents: list[list[Sample]] = [[] for _ in shards]
+    chosen: dict[str, list[Sample]] = {name: [] for name in SPLITS}
+    for sample in samples:
+        contents[sample.shard].append(sample)
+        if sample.key in folds.part_of:
+            chosen[role_of(folds.part_of[sample.key], folds.parts, fold)].append(sample)
+    whole = tuple(map(tuple, contents))
+    splits: dict[str, Split] = {
+        name: DealtSplit(tuple(shards), tuple(part), tuple(homes[sample.key] for sample in part), whole)
+        for name, part in chosen.items()
+    }
+    return replace(index, splits=splits)
+
+
+def role_of(part: int, parts: int, fold: int) -> str:
+    """The split that a part is in a fold: `test` if it is held out, `val`, or `train`."""
+    return {0: "test", 1: "val"}.get((part - fold) % parts, "train")
