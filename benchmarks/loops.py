@@ -20,7 +20,7 @@ from pipeline.distributed.settings import engine_settings
 from pipeline.distributed.startup import start, world_size
 from pipeline.model.losses import Targets, count_targets
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim.build import build_optimizer
+from pipeline.optim.build import build_optimizer, set_lr
 from pipeline.optim.config import OptimConfig
 from pipeline.optim.hessian import hutchinson, rademacher
 from pipeline.optim.sampled_loss import draws_needed, sampled_loss, uniform
@@ -53,8 +53,7 @@ class BareLoop:
         """
         if isinstance(self.optimizer, Sophia) and number % self.config.hessian_every == 0:
             self.estimate(number, *batches, keep_all=keep_all)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(number, self.steps, self.config)
+        set_lr(self.optimizer, lr_at(number, self.steps, self.config))
         self.optimizer.zero_grad()
         total = 0.0
         for batch in batches:

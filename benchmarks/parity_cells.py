@@ -200,7 +200,7 @@ def bare_loop(cell: Cell) -> Curve:
     losses, norms = [], []
     for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, STEPS, settings.optim)
+            group["lr"] = group["lr_scale"] * lr_at(step, STEPS, settings.optim)
         photos = batch(step, range(BATCH), model)
         if isinstance(optimizer, Sophia) and step % HESSIAN_EVERY == 0:
             diagonal = bare_estimate(optimizer, model, photos, step)

@@ -38,6 +38,11 @@ COMMANDS = {
         "pipeline.launch.launcher",
         "train a recipe: RECIPE [--config_file ACCELERATE.yaml] [--epochs N] [--dry-run] [--section.key VALUE ...]",
     ),
+    "crossval": (
+        "pipeline.crossval",
+        "cross-validate a recipe on whole places: RECIPE --folds N --seeds S [options of train]; leaves out-of-fold "
+        "predictions, doubtful labels and the ensemble of all heads",
+    ),
     "evaluate": ("pipeline.evaluate", "score a run on splits that it was not trained on, and write its report"),
     "early-exit": (
         "pipeline.early_exit",

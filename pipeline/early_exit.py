@@ -22,8 +22,9 @@ def early_exit(
 ) -> Path:
     """Measure on the validation split how many views a model needs, and write the rule into its configuration.
 
-    From then on the model in RUN/model prunes by that rule wherever it is used. Evaluate it again afterwards: the cut
-    of an earlier evaluation was chosen without the rule.
+    From then on the model in RUN/model prunes by that rule wherever it is used. Evaluate it again afterwards: it is
+    another model now, and `export` refuses the calibration of the one before. What this command reports is measured on
+    the photos that the rule was fitted to; the evaluation's scores on `test` are not.
 
     Args:
         run: Run folder of a model with the head `roadwork`. A model trained with `model.pruning` `dynamic` has learnt

@@ -24,8 +24,10 @@ def evaluate(
 ) -> Path:
     """Measure a run's best weights, with and without metadata, and write its predictions and report.
 
-    The cut is chosen on `val` with all metadata NULL, and applied to all splits. Results are added to the run's
-    summary.json; predictions.csv and report.html are written anew.
+    Probabilities are calibrated on `val` with all metadata NULL: 0.5 is the best cut, and their slope around it has the
+    highest likelihood. All splits get this calibration; the scores of `val` itself are cross-fitted, each photo by cuts
+    and slopes that were fitted without it. Results are added to the run's summary.json; predictions.csv and
+    report.html are written anew.
 
     Args:
         run: Run folder.
@@ -33,10 +35,10 @@ def evaluate(
         features: Folder or URL of a feature cache to take the tokens from, or '' for the photos themselves; by default
             the cache that the run was trained from, if it still exists and is of these shards.
         baseline: Another evaluated run on the same shards, such as one of a baseline head, to show beside this one.
-        splits: Splits to measure. Without `val`, the cut is that of an earlier evaluation or of training.
+        splits: Splits to measure. Without `val`, the calibration is that of an earlier evaluation or of training.
         profile: `native` measures the photos as they are; `streetvision` as the NATIX challenge sent them in its older
             form: 224 px, at one of four levels of degradation, without metadata. (It stopped sending work in May 2026.)
-            The profile `streetvision` has its own cut, summary, predictions and report in RUN/streetvision, and a
+            The profile `streetvision` has its own calibration, summary, predictions and report in RUN/streetvision. A
             native report that is written later shows its scores too.
         batch_size: Photos in one forward pass.
         workers: Processes that read, decode and cut views; 0 does it in this one.
@@ -61,7 +63,9 @@ def evaluate(
     from pipeline.data.index import read_index
     from pipeline.devices import pick_device
     from pipeline.evaluation import scoring
+    from pipeline.evaluation.inference import evidence_map
     from pipeline.evaluation.report import write_report
+    from pipeline.evaluation.results import without_stale
     from pipeline.files import write_summary, write_text
     from pipeline.progress import say
     from pipeline.training.run_folder import RunFolder
@@ -77,27 +81,29 @@ def evaluate(
     cache = scoring.find_cache(features, config.data.features, index, model) if native else None
     datasets = {name: open_split(place, index, name, model.config.input_spec, cache) for name in splits}
     results = folder.results(profile)
-    earlier = None if "val" in splits else scoring.known_threshold(run, results)
-    if not native and results.get("evaluation", {}).get("source_sha256") != index.source_sha256:
-        results.clear()  # they are of other shards, and the page would show them beside these
+    earlier = None if "val" in splits else scoring.known_calibration(run, results, model, profile)
     copy = 0 if native else STREETVISION.first
     parts = [scoring.predict_split(model, dataset, batch_size, workers, copy) for dataset in datasets.values()]
     predictions = pd.concat(parts, ignore_index=True)
-    threshold = scoring.choose_threshold(predictions) if earlier is None else earlier
-    predictions["prediction"] = (predictions["probability_null"] > threshold).astype(int)
+    calibration = scoring.fit_calibration(predictions) if earlier is None else earlier
+    predictions = scoring.calibrate(predictions, calibration)
     wall_s = time.monotonic() - start
+    about = scoring.describe(index, place, model, calibration, earlier is not None, len(predictions), wall_s)
+    results = {**without_stale(results, about), "evaluation": about}
     for name in splits:
         rows = predictions[predictions["split"] == name].dropna(subset=["label"])
-        clusters = scoring.score_clusters(rows, threshold, index)
-        results[name] = {**scoring.score_split(rows, threshold), "clusters": clusters}
+        rows = scoring.held_out(rows) if name == "val" else rows
+        results[name] = {**scoring.score_split(rows), "clusters": scoring.score_clusters(rows, index)}
         say(scoring.in_words(name if native else f"{name}, {profile}", results[name]))
-    results["evaluation"] = scoring.describe(index, place, threshold, earlier is not None, len(predictions), wall_s)
     if beside is not None:
         results["baseline"] = beside
     out = folder.profile(profile)
     write_text(out / "predictions.csv", predictions.to_csv(index=False))
     written = write_summary(out, results)
-    page = write_report(run, profile, predictions, lambda split, row: datasets[split].photo(row))
+    page = write_report(
+        run, profile, predictions, lambda split, row: datasets[split].photo(row),
+        lambda split, row: evidence_map(model, datasets[split][row]) if native else None,
+    )  # fmt: skip
     say(f"report: {page}")
     return written
 

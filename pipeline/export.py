@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from pathlib import Path
@@ -12,9 +11,10 @@ from pipeline.errors import UserError
 
 
 def export(run: Path, *, out: Path | None = None, half: bool = False) -> Path:
-    """Write a run's best weights with a model card, and with the best cut folded in, so that 0.5 is the cut.
+    """Write a run's best weights with a model card, and with the calibration of its probabilities.
 
-    Evaluate first: the card then shows the results. The written folder is loaded again and must give the same logits.
+    Evaluate first: the card then shows the results. If the model has changed since, by `early-exit` for one, export
+    refuses. The written folder is loaded again and must give the same logits.
 
     Args:
         run: Run folder.
@@ -28,7 +28,7 @@ def export(run: Path, *, out: Path | None = None, half: bool = False) -> Path:
 
     from pipeline.evaluation.exported import save, verify
     from pipeline.evaluation.model_card import model_card
-    from pipeline.evaluation.scoring import known_threshold
+    from pipeline.evaluation.scoring import known_calibration
     from pipeline.files import sync, write_summary
     from pipeline.progress import say
     from pipeline.training.run_folder import RunFolder
@@ -37,25 +37,28 @@ def export(run: Path, *, out: Path | None = None, half: bool = False) -> Path:
     if target.exists() and not target.is_dir():
         raise UserError(f"--out is {str(target)!r}, which is a file; name a folder")
     summary, model = source.results(), source.load_model(torch.device("cpu"))
-    threshold = known_threshold(run, summary)
-    model.config.decision_bias = math.log(threshold / (1 - threshold))
+    calibration = known_calibration(run, summary, model)
+    model.config.decision_bias, model.config.decision_slope = calibration.cut, calibration.slope
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
         fresh = Path(folder)
         save(model, fresh, half)
-        (fresh / "README.md").write_text(model_card(run.resolve().name, model, summary, threshold, half))
+        (fresh / "README.md").write_text(model_card(run.resolve().name, model, summary, half))
         difference = verify(model, fresh, half)
         target.mkdir(exist_ok=True)
         # The weights are moved before the configuration that describes them; other files in the folder stay.
         for file in sorted(fresh.iterdir(), key=lambda file: file.name == "config.json"):
             sync(file)
             os.replace(file, target / file.name)
-    say(f"exported to {target}; 0.5 now stands for a threshold of {threshold:.4f}")
+    say(
+        f"exported to {target}; a probability of 0.5 stands for log-odds of {calibration.cut:.4f}, the best cut on "
+        "validation"
+    )
     values = {
         "model": str(target.resolve()),
         "backbone": model.config.backbone,
-        "threshold": threshold,
-        "decision_bias": model.config.decision_bias,
+        "decision_bias": calibration.cut,
+        "decision_slope": calibration.slope,
         "weights": "float16" if half else "float32",
         "largest_logit_difference": difference,
         "bytes": sum(file.stat().st_size for file in target.glob("*.safetensors")),

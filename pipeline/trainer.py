@@ -27,7 +27,7 @@ from pipeline.model.config import TERMS
 from pipeline.model.losses import Targets, count_targets
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.roadwork import RoadworkModel
-from pipeline.optim.build import build_optimizer
+from pipeline.optim.build import build_optimizer, set_lr
 from pipeline.optim.schedule import lr_at
 from pipeline.progress import format_seconds, say
 from pipeline.training.best_model import BestModel
@@ -164,8 +164,7 @@ class Trainer:
         seeds = np.random.SeedSequence((self.config.train.seed, step, self.rank))
         torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0]))
         lr = lr_at(step, self.schedule.steps, self.config.optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         every = self.config.train.distil_every
         keep_all = every > 0 and step % every == 0
         counts, outputs = counts.to(self.accelerator.device), []
@@ -228,8 +227,8 @@ class Trainer:
         self._write({"kind": "val", "step": state.step, **scores})
         if self.rank == 0:
             say(
-                f"step {state.step}/{self.schedule.steps}  validation: MCC {scores['mcc']:.3f} (metadata NULL, "
-                f"n={scores['n']}){', the best so far' if better else ''}"
+                f"step {state.step}/{self.schedule.steps}  validation: loss {scores['loss']:.4f}, MCC {scores['mcc']:.3f} "
+                f"(cross-fitted, metadata NULL, n={scores['n']}){'; the lowest loss so far' if better else ''}"
             )
 
     def _resume(self) -> None:
@@ -274,7 +273,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         if self.rank == 0 and self.state.is_out_of_patience(self.config.train.patience):
-            say(f"stopped early: {self.state.validations_since_best} validations without a better MCC")
+            say(f"stopped early: {self.state.validations_since_best} validations without a lower loss")
         if self.folder and self.state.best is None:
             # There was nothing to validate on: the last average is the best model.
             self.best_model.save(self.best_model.averaged())

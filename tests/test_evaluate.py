@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from sklearn import metrics as sk
+from sklearn.model_selection import StratifiedGroupKFold
 
 from pipeline.data import dataset as dataset_module
 from pipeline.data.batch import collate
@@ -16,6 +17,7 @@ from pipeline.data.photo import decode
 from pipeline.devices import pick_device
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate
+from pipeline.evaluation.calibration import fit
 from pipeline.evaluation.inference import kept_views
 from pipeline.evaluation.report.headline import headline
 from pipeline.evaluation.scoring import score_clusters, score_split
@@ -25,7 +27,7 @@ from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.predict import predict
 from tests.feature_cache import make_cache
-from tests.small_run import make_backbone, make_model, make_run, make_shards, noisy_photo, random_labels
+from tests.small_run import make_backbone, make_model, make_run, make_shards, noisy_photo, telling_labels
 
 N = {"val": 40, "test": 61}
 
@@ -34,9 +36,10 @@ N = {"val": 40, "test": 61}
 def trained(tmp_path_factory):
     """A run as training leaves it."""
     folder = tmp_path_factory.mktemp("evaluate")
-    labels = {"train": [0, 1], "val": random_labels(40, 0), "test": [*random_labels(60, 1), None]}
-    make_shards(folder / "shards", labels)
-    return make_run(folder / "run", make_model(make_backbone(folder / "backbone")), folder / "shards")
+    model = make_model(make_backbone(folder / "backbone"))
+    labels = {"val": telling_labels(model, "val", 40, 0), "test": [*telling_labels(model, "test", 60, 1), None]}
+    make_shards(folder / "shards", {"train": [0, 1], **labels})
+    return make_run(folder / "run", model, folder / "shards")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +58,7 @@ def evaluated(trained, tmp_path_factory):
 def test_training_keys_stay_in_the_summary(evaluated):
     summary = evaluated[1]
     assert summary["steps"] == 8
-    assert summary["best"]["val"]["threshold"] == 0.3
+    assert summary["best"]["val"]["cut"] == -0.8
     assert summary["evaluation"]["data"] == "noise <of> photos"
 
 
@@ -70,14 +73,16 @@ def test_every_sample_has_one_row_and_unlabelled_ones_are_not_scored(evaluated):
 def test_metrics_are_those_of_scikit_learn_on_the_written_rows(evaluated):
     _, summary, rows, _ = evaluated
     known = rows[(rows["split"] == "test") & rows["label"].notna()]
-    labels, threshold = known["label"].astype(int), summary["val"]["threshold"]
-    called, informed = known["probability_null"] > threshold, known["probability"] > threshold
+    labels, called, informed = known["label"].astype(int), known["probability_null"] > 0.5, known["probability"] > 0.5
     test = summary["test"]
-    assert test["threshold"] == threshold
     assert test["mcc_null_metadata"] == pytest.approx(sk.matthews_corrcoef(labels, called))
     assert test["mcc"] == pytest.approx(sk.matthews_corrcoef(labels, informed))
     assert test["auroc"] == pytest.approx(sk.roc_auc_score(labels, known["probability_null"]))
     assert test["accuracy"] == pytest.approx((labels == called).mean())
+    raw = 1 / (1 + np.exp(-known["log_odds_null"]))
+    for name, found, before in (("nll", sk.log_loss, "nll_before"), ("brier", sk.brier_score_loss, "brier_before")):
+        assert test[name] == pytest.approx(found(labels, known["probability_null"]))
+        assert test["calibration"][before] == pytest.approx(found(labels, raw))
     assert (known["prediction"] == called).all()
     assert set(test["ci95"]) == {"mcc", "mcc_null_metadata", "auroc", "average_precision", "accuracy", "f1"}
     low, high = test["ci95"]["mcc_null_metadata"]
@@ -85,16 +90,33 @@ def test_metrics_are_those_of_scikit_learn_on_the_written_rows(evaluated):
     assert test["ci95"]["mcc"] != test["ci95"]["mcc_null_metadata"]
 
 
-def test_the_threshold_is_the_best_of_validation_without_metadata(evaluated):
+def test_all_probabilities_are_on_the_one_scale_that_validation_gave_without_metadata(evaluated):
+    _, summary, rows, _ = evaluated
+    val, about = rows[rows["split"] == "val"], summary["evaluation"]
+    calibration = fit(val["label"].to_numpy(int), val["log_odds_null"].to_numpy())
+    assert (about["cut"], about["slope"]) == pytest.approx((calibration.cut, calibration.slope))
+    for ending in ("", "_null"):
+        odds = np.exp(about["slope"] * (rows[f"log_odds{ending}"] - about["cut"]))
+        np.testing.assert_allclose(rows[f"probability{ending}"], odds / (1 + odds), rtol=1e-9)
+    assert (rows["prediction"] == (rows["log_odds_null"] > about["cut"])).all()
+    assert 0 < rows["prediction"].mean() < 1
+
+
+def test_validations_own_scores_are_cross_fitted(evaluated):
     _, summary, rows, _ = evaluated
     val = rows[rows["split"] == "val"]
-    values = np.unique(val["probability_null"])
-    cuts = (values[1:] + values[:-1]) / 2
-    highest = max(sk.matthews_corrcoef(val["label"], val["probability_null"] > cut) for cut in cuts)
-    assert summary["val"]["mcc_null_metadata"] == pytest.approx(highest)
+    labels, held_out = val["label"].to_numpy(int), np.empty(40)
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0).split(labels, labels, val["group"])
+    for others, held in folds:
+        found = fit(labels[others], val["log_odds_null"].to_numpy()[others])
+        held_out[held] = found.probability(val["log_odds_null"].to_numpy()[held])
+    assert summary["val"]["mcc_null_metadata"] == pytest.approx(sk.matthews_corrcoef(labels, held_out > 0.5))
+    assert summary["val"]["nll"] == pytest.approx(sk.log_loss(labels, held_out))
+    assert summary["val"]["auroc"] == pytest.approx(sk.roc_auc_score(labels, val["log_odds_null"]))
+    assert summary["val"]["nll"] > sk.log_loss(labels, val["probability_null"])
 
 
-def test_probabilities_and_kept_views_are_the_models_own(evaluated, trained):
+def test_log_odds_and_kept_views_are_the_models_own(evaluated, trained):
     rows = evaluated[2]
     model = RoadworkModel.from_pretrained(trained / "model").eval()
     shards = trained.parent / "shards"
@@ -104,14 +126,16 @@ def test_probabilities_and_kept_views_are_the_models_own(evaluated, trained):
         blind = model(batch, null_metadata=True)
         informed = model(batch)
     written = rows[rows["split"] == "test"].head(5)
-    np.testing.assert_allclose(written["probability_null"], model.probability(blind.logits), atol=1e-5)
-    np.testing.assert_allclose(written["probability"], model.probability(informed.logits), atol=1e-5)
-    assert not np.allclose(written["probability"], written["probability_null"], atol=1e-3)
+    np.testing.assert_allclose(written["log_odds_null"], model.log_odds(blind), atol=1e-5)
+    np.testing.assert_allclose(written["log_odds"], model.log_odds(informed), atol=1e-5)
+    assert not np.allclose(written["log_odds"], written["log_odds_null"], atol=1e-3)
     assert written["kept_views"].tolist() == [";".join(names) for names in kept_views(blind)]
 
 
 def test_both_regimes_share_one_pass_of_the_backbone(evaluated):
-    assert evaluated[3] == 4 * sum(N.values())  # four views are kept
+    shown = (evaluated[0] / "report.html").read_text().count('alt="evidence in ')  # drawn from one more pass each
+    assert 0 < shown <= 12
+    assert evaluated[3] == 4 * (sum(N.values()) + shown)  # four views are kept
 
 
 def test_evaluating_again_changes_no_result(evaluated):
@@ -125,14 +149,46 @@ def test_evaluating_again_changes_no_result(evaluated):
     assert (run / "report.html").read_bytes() == page
 
 
-def test_a_split_alone_takes_the_threshold_that_the_run_knows(trained, tmp_path):
+def test_a_split_alone_takes_the_calibration_that_the_run_knows(trained, evaluated, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     summary = json.loads(evaluate(run, splits=["test"], workers=0).read_text())
-    assert summary["test"]["threshold"] == 0.3
+    assert (summary["evaluation"]["cut"], summary["evaluation"]["slope"]) == (-0.8, 1.7)
     assert "val" not in summary
     (run / "summary.json").unlink()
-    with pytest.raises(UserError, match="no threshold"):
+    with pytest.raises(UserError, match="no calibration yet"):
         evaluate(run, splits=["test"], workers=0)
+    run = shutil.copytree(evaluated[0], tmp_path / "evaluated")
+    summary = json.loads(evaluate(run, splits=["test"], workers=0).read_text())
+    assert summary["evaluation"]["cut"] == evaluated[1]["evaluation"]["cut"]
+    assert summary["val"] == evaluated[1]["val"]
+
+
+def change_weights(run):
+    model = RoadworkModel.from_pretrained(run / "model")
+    with torch.no_grad():
+        next(model.head.parameters()).mul_(1.5)
+    model.save_pretrained(run / "model")
+
+
+def test_scores_and_cut_of_another_model_do_not_stay_beside_new_ones(evaluated, tmp_path):
+    run = shutil.copytree(evaluated[0], tmp_path / "run")
+    change_weights(run)
+    with pytest.raises(UserError, match=r"has changed since it was evaluated; run `.*evaluate --run .*run` once more"):
+        evaluate(run, splits=["test"], workers=0)
+    summary = json.loads(evaluate(run, splits=["val"], workers=0).read_text())
+    assert "test" not in summary
+    assert summary["steps"] == 8
+    assert summary["evaluation"]["model_sha256"] != evaluated[1]["evaluation"]["model_sha256"]
+
+
+def test_answers_that_are_not_numbers_end_in_one_sentence(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    model = RoadworkModel.from_pretrained(run / "model")
+    with torch.no_grad():
+        next(model.head.parameters()).fill_(torch.nan)
+    model.save_pretrained(run / "model")
+    with pytest.raises(UserError, match=r"gives no number for 40 of 40 photos, the first of which is val_0"):
+        evaluate(run, workers=0)
 
 
 def test_a_baseline_is_evaluated_too(trained, tmp_path):
@@ -182,6 +238,8 @@ def frame(labels, probabilities, clusters):
             "label": pd.array(labels, dtype="Int64"),
             "probability_null": probabilities,
             "probability": probabilities,
+            "log_odds_null": np.log(probabilities) - np.log1p(-np.array(probabilities)),
+            "log_odds": np.log(probabilities) - np.log1p(-np.array(probabilities)),
             "group": range(len(labels)),
             "cluster": clusters,
         }
@@ -193,7 +251,7 @@ def test_clusters_are_listed_worst_first_and_only_when_large_enough(trained):
     labels = [0, 1] * 10 + [0, 1] * 10 + [1] * 5
     good, bad = [0.1, 0.9] * 10, [0.1, 0.9] * 6 + [0.9, 0.1] * 4
     rows = frame(labels, good + bad + [0.9] * 5, [0] * 20 + [1] * 20 + [2] * 5)
-    places = score_clusters(rows, 0.5, index)
+    places = score_clusters(rows, index)
     assert [(place["cluster"], place["n"]) for place in places] == [(1, 20), (0, 20)]
     assert [place["mcc"] for place in places] == pytest.approx([0.2, 1.0])
     assert places[0]["centre"] == (55.7, 13.2)
@@ -202,15 +260,16 @@ def test_clusters_are_listed_worst_first_and_only_when_large_enough(trained):
 def test_a_cluster_of_one_class_has_no_mcc_and_comes_last(trained):
     index = read_index(trained.parent / "shards")
     rows = frame([1] * 20 + [0, 1] * 10, [0.4] * 20 + [0.1, 0.9] * 10, [0] * 20 + [1] * 20)
-    places = score_clusters(rows, 0.5, index)
+    places = score_clusters(rows, index)
     assert [place["mcc"] for place in places] == [1.0, None]
 
 
 def test_a_split_of_one_class_is_json_without_nan():
-    scores = score_split(frame([1] * 6, np.linspace(0.2, 0.9, 6), [0] * 6), 0.5)
+    scores = score_split(frame([1] * 6, np.linspace(0.2, 0.9, 6), [0] * 6))
     text = json.loads(json.dumps(scores, allow_nan=False))
     assert text["auroc"] is None
     assert text["ci95"]["mcc"] is None
+    assert text["calibration"]["slope"] is None
 
 
 @pytest.fixture(scope="module")
@@ -239,11 +298,11 @@ def test_a_cache_that_does_not_fit_is_passed_over_with_a_word_and_refused_when_a
     values = json.loads((run / "model" / "config.json").read_text())
     (run / "model" / "config.json").write_text(json.dumps({**values, "view_side": 48}))
     with pytest.raises(UserError, match="is stale: it was made with the view side 32, and not 48"):
-        evaluate(run, splits=["test"], features=str(cached[1]), workers=0)
+        evaluate(run, splits=["val"], features=str(cached[1]), workers=0)
     capsys.readouterr()
-    evaluate(run, splits=["test"], workers=0)
+    evaluate(run, splits=["val"], workers=0)
     assert "computing the tokens anew: the feature cache" in capsys.readouterr().err
-    evaluate(run, splits=["test"], features="", workers=0)
+    evaluate(run, splits=["val"], features="", workers=0)
     assert "computing the tokens anew" not in capsys.readouterr().err
 
 
@@ -275,21 +334,17 @@ def test_the_client_is_answered_from_its_224_pixels_without_metadata(sent, train
     with torch.no_grad():
         output = model(collate(views), null_metadata=True)
     written = rows[rows["split"] == "test"].head(5)
-    np.testing.assert_allclose(written["probability_null"], model.probability(output.logits), atol=1e-5)
+    np.testing.assert_allclose(written["log_odds_null"], model.log_odds(output), atol=1e-5)
     np.testing.assert_allclose(rows["probability"], rows["probability_null"], atol=1e-6)
 
 
-def test_the_clients_cut_is_the_best_on_what_it_sends(sent, evaluated):
+def test_the_clients_calibration_is_that_of_what_it_sends(sent, evaluated):
     _, client, rows = sent
     val = rows[rows["split"] == "val"]
-    values = np.unique(val["probability_null"])
-    highest = max(
-        sk.matthews_corrcoef(val["label"], val["probability_null"] > cut) for cut in (values[1:] + values[:-1]) / 2
-    )
-    assert client["val"]["mcc_null_metadata"] == pytest.approx(highest)
-    threshold = client["evaluation"]["threshold"]
-    assert threshold == client["test"]["threshold"] != evaluated[1]["test"]["threshold"]
-    assert (rows["prediction"] == (rows["probability_null"] > threshold)).all()
+    found = fit(val["label"].to_numpy(int), val["log_odds_null"].to_numpy())
+    assert client["evaluation"]["cut"] == pytest.approx(found.cut)
+    assert client["evaluation"]["cut"] != evaluated[1]["evaluation"]["cut"]
+    assert (rows["prediction"] == (rows["probability_null"] > 0.5)).all()
 
 
 def test_each_profile_has_a_report_and_a_later_native_one_shows_both(sent, evaluated, tmp_path):
@@ -299,7 +354,7 @@ def test_each_profile_has_a_report_and_a_later_native_one_shows_both(sent, evalu
     run = shutil.copytree(sent[0], tmp_path / "run")
     evaluate(run, splits=["test"], workers=0)
     page = (run / "report.html").read_text()
-    assert page.count("test, streetvision") == 1
+    assert page.count("<tr><td>test, streetvision</td>") == 2  # scores and calibration
     assert "val, streetvision" in page
 
 
@@ -316,7 +371,7 @@ def test_scores_on_other_shards_are_not_shown_beside_these(sent, tmp_path, capsy
     evaluate(run, profile="streetvision", splits=["test"], baseline=sent[0], workers=0)
     again = json.loads(path.read_text())
     assert again.keys() == {"test", "evaluation", "baseline"}
-    assert again["evaluation"]["threshold"] == client["evaluation"]["threshold"]
+    assert again["evaluation"]["cut"] == client["evaluation"]["cut"]
     page = (run / "streetvision" / "report.html").read_text()
     assert f"on the same frozen backbone and photos: MCC {again['baseline']['mcc']:.3f}" in page
 
@@ -340,7 +395,8 @@ def test_the_clients_profile_takes_no_cache_and_no_cut_for_whole_photos(trained,
     run = shutil.copytree(trained, tmp_path / "run")
     with pytest.raises(UserError, match=r"leave --features out with --profile streetvision"):
         evaluate(run, profile="streetvision", features=str(cached[1]), workers=0)
-    with pytest.raises(UserError, match="no threshold"):  # that of training is for whole photos
+    # The calibration of training is for whole photos.
+    with pytest.raises(UserError, match=r"no calibration yet; run `.*--profile streetvision` with `val`"):
         evaluate(run, profile="streetvision", splits=["test"], workers=0)
     evaluate(run, profile="streetvision", splits=["val"], workers=0)
     assert not (run / "report.html").exists()

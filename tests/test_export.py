@@ -1,9 +1,9 @@
 import json
-import math
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -13,21 +13,24 @@ import pipeline.evaluation.exported
 from pipeline.data.batch import collate
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
+from pipeline.early_exit import early_exit
 from pipeline.errors import UserError
 from pipeline.evaluate import evaluate
 from pipeline.export import export
 from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.predict import predict
-from tests.small_run import make_backbone, make_model, make_run, make_shards, noisy_photo, random_labels
+from tests.small_run import make_backbone, make_model, make_run, make_shards, noisy_photo, telling_labels
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     """An evaluated run."""
     folder = tmp_path_factory.mktemp("export")
-    make_shards(folder / "shards", {"val": random_labels(30, 0), "test": random_labels(30, 1)})
-    run = make_run(folder / "run", make_model(make_backbone(folder / "backbone")), folder / "shards")
+    model = make_model(make_backbone(folder / "backbone"))
+    labels = {name: telling_labels(model, name, 30, seed) for seed, name in enumerate(("val", "test"))}
+    make_shards(folder / "shards", labels)
+    run = make_run(folder / "run", model, folder / "shards")
     evaluate(run, workers=0)
     return run
 
@@ -54,18 +57,22 @@ def test_the_exported_folder_gives_bitwise_the_same_logits(run, tmp_path):
     assert RoadworkModel.from_pretrained(run / "model").config.decision_bias == 0
 
 
-def test_one_half_is_the_right_cut_of_an_exported_model(run, tmp_path):
+def test_a_photo_has_the_same_probability_in_evaluation_and_prediction_and_one_half_is_the_cut(run, tmp_path):
     path = export(run)
     assert path == (run / "model" / "summary.json").resolve()
-    threshold = json.loads((run / "summary.json").read_text())["evaluation"]["threshold"]
-    bias = RoadworkModel.from_pretrained(run / "model").config.decision_bias
-    assert bias == pytest.approx(math.log(threshold / (1 - threshold)))
+    about = json.loads((run / "summary.json").read_text())["evaluation"]
+    config = RoadworkModel.from_pretrained(run / "model").config
+    assert (config.decision_bias, config.decision_slope) == (about["cut"], about["slope"])
+    assert about["slope"] not in (1.0, 0.0)
     (tmp_path / "photos").mkdir()
     for number in range(30):
         (tmp_path / "photos" / f"{number:02d}.jpg").write_bytes(noisy_photo(2000 + number))
     predict(run / "model", [str(tmp_path / "photos")], tmp_path / "x.csv", workers=0)
     evaluated = pd.read_csv(run / "predictions.csv").query("split == 'test'")
-    called = pd.read_csv(tmp_path / "x.csv", keep_default_na=False)["label"] == "Roadwork"
+    found = pd.read_csv(tmp_path / "x.csv", keep_default_na=False)
+    np.testing.assert_allclose(found["probability"], evaluated["probability_null"], atol=2e-6)
+    assert found["probability"].std() > 0.1
+    called = found["label"] == "Roadwork"
     assert called.tolist() == (evaluated["prediction"] == 1).tolist()
     assert 0 < called.sum() < 30
 
@@ -75,6 +82,9 @@ def test_evaluating_an_exported_run_gives_the_same_result(run):
     export(run)
     after = json.loads(evaluate(run, workers=0).read_text())
     assert after["test"] == before["test"]
+    assert after["evaluation"]["model_sha256"] == before["evaluation"]["model_sha256"]
+    assert after["evaluation"]["cut"] == before["evaluation"]["cut"]
+    export(run)  # what export wrote is not taken for a change of the model
 
 
 def test_half_stores_16_bits_and_loads_in_32(run):
@@ -134,7 +144,11 @@ def test_the_card_shows_results_data_and_licences(run):
         json.loads((run / "summary.json").read_text())["test"],
     )
     assert "On noise <of> photos:" in card
-    assert f"| test | 30 | {test['mcc_null_metadata']:.3f} |" in card
+    (row,) = (line for line in card.splitlines() if line.startswith("| test | 30 |"))
+    shown = (test["mcc_null_metadata"], test["ece"], test["calibration"]["ece_perfect"]["mean"], test["nll"])
+    assert all(f"| {value:.3f} |" in row for value in shown)
+    about = json.loads((run / "summary.json").read_text())["evaluation"]
+    assert f"sigmoid({about['slope']:.4f} (z - {about['cut']:.4f}))" in card
     assert "loaded from the place named above" in card
     assert "encodes 4 of 12 views" in card
 
@@ -151,11 +165,52 @@ def test_the_cards_python_runs_as_written(run, tmp_path, monkeypatch):
     assert names["probability"].tolist() == pytest.approx([written])
 
 
-def test_without_evaluation_the_threshold_is_that_of_training(run):
+def test_without_evaluation_the_calibration_is_that_of_training(run):
     summary = json.loads((run / "summary.json").read_text())
     (run / "summary.json").write_text(json.dumps({"best": summary["best"]}))
-    assert json.loads(export(run).read_text())["threshold"] == 0.3
+    written = json.loads(export(run).read_text())
+    assert (written["decision_bias"], written["decision_slope"]) == (-0.8, 1.7)
     assert "Not evaluated yet" in (run / "model" / "README.md").read_text()
+
+
+def weights_change(run):
+    model = RoadworkModel.from_pretrained(run / "model")
+    with torch.no_grad():
+        next(model.head.parameters()).mul_(1.5)
+    model.save_pretrained(run / "model")
+
+
+def early_exit_instead_of_evaluation(run):
+    early_exit(run, max_loss=0.3, workers=0)
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({key: summary[key] for key in ("best", "calibration")}))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda run: early_exit(run, max_loss=0.3, workers=0), "has changed since it was evaluated"),
+        (lambda run: early_exit(run, pruning="fixed", workers=0), "has changed since it was evaluated"),
+        (weights_change, "has changed since it was evaluated"),
+        (early_exit_instead_of_evaluation, "early-exit has changed the model"),
+    ],
+)
+def test_a_cut_and_scores_of_another_model_are_not_exported(run, change, sentence):
+    change(run)
+    before = (run / "model" / "config.json").read_bytes()
+    with pytest.raises(UserError, match=f"{sentence}.*; run `.*evaluate --run {run}`"):
+        export(run)
+    assert (run / "model" / "config.json").read_bytes() == before
+    evaluate(run, workers=0)
+    export(run)
+
+
+def test_a_run_that_an_older_version_evaluated_is_to_be_evaluated_again(run):
+    summary = json.loads((run / "summary.json").read_text())
+    summary["evaluation"] = {"data": "photos", "source_sha256": "ab", "threshold": 0.4}
+    (run / "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(UserError, match=r"evaluated by an older version.*; run `.*evaluate --run"):
+        export(run)
 
 
 def test_wrong_input_is_refused(run, tmp_path):
@@ -165,7 +220,7 @@ def test_wrong_input_is_refused(run, tmp_path):
     with pytest.raises(UserError, match="no run at"):
         export(tmp_path / "nowhere")
     (run / "summary.json").unlink()
-    with pytest.raises(UserError, match="no threshold"):
+    with pytest.raises(UserError, match="no calibration yet"):
         export(run)
     shutil.rmtree(run / "model")
     with pytest.raises(UserError, match="no model in"):

@@ -21,10 +21,10 @@ FLOORS = (
     {"pipeline.checkpoints"},
     {"pipeline.training"},
     {"pipeline.launch"},
-    {"pipeline.trainer"},
+    {"pipeline.trainer", "pipeline.crossvalidation"},
     {
         "pipeline.train", "pipeline.evaluate", "pipeline.predict", "pipeline.export", "pipeline.doctor",
-        "pipeline.early_exit", "pipeline.__main__",
+        "pipeline.early_exit", "pipeline.crossval", "pipeline.__main__",
     },
     {"data_prep.sources", "data_prep.work"},
     {"data_prep.photos"},
@@ -115,6 +115,6 @@ def test_an_import_the_wrong_way_is_found(tmp_path, module, line, fault):
     assert any(found.startswith(fault) for found in faults(graph_of(tmp_path)))
 
 
-@pytest.mark.parametrize(("folder", "most"), [("pipeline", 15), ("data_prep", 3)])
+@pytest.mark.parametrize(("folder", "most"), [("pipeline", 16), ("data_prep", 3)])
 def test_few_modules_lie_flat(folder, most):
     assert len(list((ROOT / folder).glob("*.py"))) <= most + 1  # and __init__

@@ -89,7 +89,7 @@ def test_jsonl_holds_the_same_as_csv(model_folder, photos, tmp_path):
 
 
 def test_one_half_counts_as_none(tmp_path):
-    model = make_model(make_backbone(tmp_path / "backbone"))
+    model = make_model(make_backbone(tmp_path / "backbone"), evidence=False)
     with torch.no_grad():
         for parameter in model.head.binary.parameters():
             parameter.zero_()
@@ -98,6 +98,36 @@ def test_one_half_counts_as_none(tmp_path):
     predict(tmp_path / "model", [str(tmp_path / "a.jpg")], tmp_path / "x.csv", workers=0)
     row = read_csv(tmp_path / "x.csv")[0]
     assert (row["probability"], row["label"]) == ("0.5", "None")
+
+
+def test_an_answer_that_is_not_a_number_is_a_row_with_an_error_and_valid_json(model_folder, photos, tmp_path):
+    model = RoadworkModel.from_pretrained(model_folder)
+    with torch.no_grad():
+        next(model.head.parameters()).fill_(torch.nan)
+    model.save_pretrained(tmp_path / "broken")
+    inputs = [str(photos / "a.jpg"), str(photos / "b.JPG")]
+    for name in ("x.csv", "x.jsonl"):
+        summary = predict(tmp_path / "broken", inputs, tmp_path / name, workers=0)
+    lines = (tmp_path / "x.jsonl").read_text().splitlines()
+    broken, truncated = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert broken["error"] == "the model's answer is not a number"
+    assert broken["probability"] is broken["label"] is broken["kept_views"] is None
+    assert truncated["error"] not in (None, broken["error"])
+    assert [row["label"] for row in read_csv(tmp_path / "x.csv")] == ["", ""]
+    values = json.loads(summary.read_text(), parse_constant=pytest.fail)
+    assert (values["failed"], values["labels"]) == (2, {})
+
+
+def test_a_model_without_calibration_says_so_and_an_exported_one_does_not(model_folder, photos, tmp_path, capsys):
+    summary = predict(model_folder, [str(photos / "a.jpg")], tmp_path / "x.csv", workers=0)
+    assert json.loads(summary.read_text())["calibrated"] is False
+    assert "its probabilities are not calibrated, and 0.5 may not be the best cut; run `" in capsys.readouterr().err
+    model = RoadworkModel.from_pretrained(model_folder)
+    model.config.decision_bias, model.config.decision_slope = 0.3, 2.0
+    model.save_pretrained(tmp_path / "exported")
+    summary = predict(tmp_path / "exported", [str(photos / "a.jpg")], tmp_path / "x.csv", workers=0)
+    assert json.loads(summary.read_text())["calibrated"] is True
+    assert "calibrated" not in capsys.readouterr().err
 
 
 def test_the_decision_bias_moves_the_probability(model_folder, photos, tmp_path):

@@ -74,7 +74,7 @@ def read_answers(work: Work, arm: Arm, photos: Photos, results: Path) -> ArmAnsw
             rows = make_fold(photos, training.parts, training.fold, training.seen_places).test
             labels, answers = photos.labels[rows], outcome[key]
             probabilities = np.array(answers["test"])
-            outcomes[number, rows] = confusion_counts(labels, probabilities, answers["threshold"])
+            outcomes[number, rows] = confusion_counts(labels, probabilities, 0.5)
             scores = roc_auc_score(labels, probabilities), calibration_error(labels, probabilities)
             found.append((*scores, training.optim.lr, outcome["curve"], outcome["wall_s"]))
     aurocs, eces, lrs, curves, walls = zip(*found, strict=True)

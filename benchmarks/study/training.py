@@ -23,9 +23,11 @@ from benchmarks.study.views import ask_views
 from data_prep.work.threads import one_thread
 from pipeline.config import DataConfig
 from pipeline.data.sampler import SystematicDraw
-from pipeline.evaluation.metrics import best_threshold, binary_metrics
+from pipeline.evaluation.calibration import cross_fit, fit
+from pipeline.evaluation.metrics import binary_metrics
 from pipeline.files import write_json
 from pipeline.model.config import LossConfig, ModelConfig
+from pipeline.model.losses import focal_loss
 from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
 from pipeline.optim.config import OptimConfig
 from pipeline.optim.ema import WeightAverage, copy_into
@@ -170,30 +172,31 @@ def batch_rows(training: Training, rows: np.ndarray, weights: np.ndarray) -> Ite
 
 
 def answers_of(model: RoadworkModel, photos: Photos, fold: Fold, null_metadata: bool) -> dict[str, Any]:
-    """The cut that validation chooses, the scores at this cut, and the probabilities of roadwork on the tested photos.
+    """The scores on validation, and the probabilities of roadwork on the tested photos, calibrated by validation.
 
     Returns:
-        `threshold`, `val_mcc`, `val_loss` (the term `roadwork`), and `test`, in the order of the fold's rows.
+        `val_mcc`, cross-fitted; `val_loss`, the focal loss; and `test`, in the order of the fold's rows. A probability
+        above 0.5 is above the cut.
     """
     on_val, val_loss = predict(model, photos, fold.val, null_metadata)
-    labels = photos.labels[fold.val]
-    threshold = best_threshold(labels, on_val)
+    labels, groups = photos.labels[fold.val], photos.groups[fold.val]
     on_test, _ = predict(model, photos, fold.test, null_metadata)
     return {
-        "threshold": threshold,
-        "val_mcc": binary_metrics(labels, on_val, threshold)["mcc"],
+        "val_mcc": binary_metrics(labels, cross_fit(labels, on_val, groups))["mcc"],
         "val_loss": val_loss,
-        "test": on_test.round(DIGITS).tolist(),
+        "test": fit(labels, on_val).probability(on_test).round(DIGITS).tolist(),
     }
 
 
 @torch.inference_mode()
 def predict(model: RoadworkModel, photos: Photos, rows: np.ndarray, null_metadata: bool) -> tuple[np.ndarray, float]:
-    """Probability of roadwork of some photos, float64 [M], and the mean of the loss term `roadwork`."""
-    probabilities, loss = [], 0.0
+    """Log-odds of roadwork of some photos, float64 [M], and the mean of the answer's focal loss."""
+    assert model.loss_config is not None
+    log_odds, loss = [], 0.0
     for start in range(0, len(rows), PHOTOS_PER_ANSWER):
         batch = photos.batch(rows[start : start + PHOTOS_PER_ANSWER], model.config.input_spec.num_views)
-        output = model(batch, with_loss=True, null_metadata=null_metadata)
-        probabilities.append(model.probability(output.logits).double().numpy())
-        loss += float(output.loss_terms["roadwork"].sum())
-    return np.concatenate(probabilities), loss / len(rows)
+        output = model(batch, null_metadata=null_metadata)
+        assert output.logits is not None
+        log_odds.append(model.log_odds(output).double().numpy())
+        loss += float(focal_loss(output.logits, batch["labels"], model.loss_config).sum())
+    return np.concatenate(log_odds), loss / len(rows)

@@ -12,8 +12,8 @@ import torch
 from benchmarks.study.folds import Fold
 from benchmarks.study.photos import Photos
 from pipeline.evaluation import early_exit
+from pipeline.evaluation.calibration import best_cut
 from pipeline.evaluation.early_exit import RoundAnswers, answer_from, answer_rounds, best_order, fit_rule
-from pipeline.evaluation.metrics import best_threshold
 from pipeline.model.pruning import rank_views
 from pipeline.model.roadwork import RoadworkModel
 
@@ -52,7 +52,7 @@ def ask_views(model: RoadworkModel, photos: Photos, fold: Fold, seed: int) -> di
         many were looked at.
     """
     on_val, on_test = (rounds_of(model, photos, rows) for rows in (fold.val, fold.test))
-    cut = best_threshold(on_val.labels, on_val.log_odds[:, -1])
+    cut = best_cut(on_val.labels, on_val.log_odds[:, -1])
     fixed = fixed_order(model, photos, fold.val[:PHOTOS_FOR_ORDER])
     torch.manual_seed(seed)
     by_policy = np.concatenate([ask_policies(model, some, fixed) for some in batches(model, photos, fold.test)], axis=2)

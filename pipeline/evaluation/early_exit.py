@@ -16,7 +16,8 @@ from pipeline.data.batch import Batch, batches_of
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
-from pipeline.evaluation.metrics import TIE, best_threshold, confusion_counts, has_both, mcc_of
+from pipeline.evaluation.calibration import best_cut, check_finite
+from pipeline.evaluation.metrics import TIE, confusion_counts, has_both, mcc_of
 from pipeline.evaluation.scoring import find_cache
 from pipeline.model.encoder import CachedTokens, Tokens, TokenSource
 from pipeline.model.pruning import StoppingRule, rank_views, rounds_up_to
@@ -233,10 +234,12 @@ def open_validation(
 
 @torch.inference_mode()
 def fit_dynamic(model: RoadworkModel, loader: Loader, max_loss: float) -> dict[str, Any]:
-    """Set the model's stopping rule; returns it with its effect on the validation split."""
+    """Set the model's stopping rule; returns it with its effect on the photos that it was fitted to."""
     parts = [(labels, *answer_rounds(model, photos)) for photos, labels in opened(model, loader, "answering")]
     answers = RoundAnswers(*(np.concatenate(part) for part in zip(*parts, strict=True)))
-    cut = best_threshold(answers.labels, answers.log_odds[:, -1])
+    names = [f"number {number + 1}" for number in range(len(answers.labels))]
+    check_finite(answers.log_odds.sum(axis=1), names, "the model, on the labelled photos of the split 'val',")
+    cut = best_cut(answers.labels, answers.log_odds[:, -1])
     rule = fit_rule(answers, cut, max_loss)
     model.config.stopping = asdict(rule)
     log_odds, views = answers.stopped(rule)
@@ -244,7 +247,8 @@ def fit_dynamic(model: RoadworkModel, loader: Loader, max_loss: float) -> dict[s
     of = model.config.input_spec.num_views
     say(
         f"{views.mean():.2f} of {of} views on average, and MCC {after:.3f} against {before:.3f} "
-        f"with {model.config.keep_views} views of every photo (validation, n={len(views)})"
+        f"with {model.config.keep_views} views of every photo, both on the {len(views)} validation photos that the "
+        "rule was fitted to"
     )
     return {
         "max_loss": max_loss, "stopping": asdict(rule), "n": len(views), "views": float(views.mean()),

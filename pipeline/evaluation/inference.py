@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from pipeline.data.batch import collate
 from pipeline.errors import UserError
+from pipeline.model.evidence import stitch_map
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.names import VIEW_NAMES
+
+MAP_SIDE = 96  # points per side of a heat map, more than the cells of all views resolve
+# What export sets, and what transformers notes about the folder that a model was read from.
+NOT_OF_THE_ANSWER = {
+    "decision_bias", "decision_slope", "architectures", "dtype", "id2label", "label2id", "transformers_version",
+    "_name_or_path",
+}  # fmt: skip
 
 
 def load_model(folder: Path, device: torch.device) -> RoadworkModel:
@@ -23,11 +35,19 @@ def load_model(folder: Path, device: torch.device) -> RoadworkModel:
     return RoadworkModel.from_pretrained(folder).to(device).eval()
 
 
-def probability_of(model: RoadworkModel, output: RoadworkOutput, decision_bias: float | None = None) -> list[float]:
-    """The probability of roadwork per photo; see `RoadworkModel.probability` for the bias."""
-    assert output.logits is not None
-    probabilities: list[float] = model.probability(output.logits, decision_bias).tolist()
-    return probabilities
+def is_calibrated(model: RoadworkModel) -> bool:
+    """Whether `export` has set the slope of the model's probabilities."""
+    return bool(model.config.decision_slope != 1.0)
+
+
+def fingerprint(model: RoadworkModel) -> str:
+    """SHA-256 of all that decides a model's log-odds: the head's weights and its configuration, but no calibration."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_OF_THE_ANSWER}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def kept_views(output: RoadworkOutput) -> list[list[str]]:
@@ -39,3 +59,22 @@ def kept_views(output: RoadworkOutput) -> list[list[str]]:
         [VIEW_NAMES[view] for view, exists in zip(views, mask, strict=True) if exists]
         for views, mask in zip(numbers, present, strict=True)
     ]
+
+
+@torch.inference_mode()
+def evidence_map(model: RoadworkModel, sample: dict[str, torch.Tensor]) -> np.ndarray | None:
+    """The probability that each place of a photo shows roadwork, as the cells of the kept views judge it.
+
+    Args:
+        model: The model; it answers with metadata NULL.
+        sample: One sample of a dataset, its views or its tokens.
+
+    Returns:
+        float32 [96, 96] over the whole photo; None for a model without cell evidence.
+    """
+    batch = collate([sample])
+    output = model(batch, null_metadata=True)
+    if output.evidence_map is None:
+        return None
+    found: np.ndarray = stitch_map(output, MAP_SIDE)[0].float().cpu().numpy()
+    return found

@@ -1,4 +1,4 @@
-"""Scores of a binary classifier, the cut that is best on validation data, and how far to trust both."""
+"""Scores of a binary classifier, and how far to trust them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
 BINS = 15  # as in Guo et al. 2017, arXiv 1706.04599
 TIE = 1e-12  # MCCs closer than this differ by rounding only
 DEFAULT_THRESHOLD = 0.5
 
 
-def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> dict[str, Any]:
+def binary_metrics(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    threshold: float = DEFAULT_THRESHOLD,
+    ranking: np.ndarray | None = None,
+) -> dict[str, Any]:
     """Every headline number of one set of predictions.
 
     A photo counts as roadwork where its probability is above `threshold`, and as none where it equals it.
@@ -22,22 +27,26 @@ def binary_metrics(labels: np.ndarray, probabilities: np.ndarray, threshold: flo
         labels: 0 or 1, [N], N >= 1.
         probabilities: Probability of roadwork, [N].
         threshold: The cut.
+        ranking: Scores [N] that rank the photos for auroc and average_precision; by default their probabilities. In
+            probabilities by several calibrations, such as those of `cross_fit`, photos change places.
 
     Returns:
-        mcc, auroc, average_precision, accuracy, f1, ece, n, threshold and confusion {tn, fp, fn, tp}. Where one class
-        is absent, mcc is 0, and auroc and average_precision are None, since JSON has no NaN.
+        mcc, auroc, average_precision, accuracy, f1, ece, nll (natural logarithm), brier, n and confusion {tn, fp, fn,
+        tp}. Where one class is absent, mcc is 0, and auroc and average_precision are None, since JSON has no NaN.
     """
+    ranking = probabilities if ranking is None else ranking
     tn, fp, fn, tp = confusion_counts(labels, probabilities, threshold).sum(axis=0)
     both = has_both(labels)
     return {
         "mcc": float(mcc_of(tn, fp, fn, tp)),
-        "auroc": float(roc_auc_score(labels, probabilities)) if both else None,
-        "average_precision": float(average_precision_score(labels, probabilities)) if both else None,
+        "auroc": float(roc_auc_score(labels, ranking)) if both else None,
+        "average_precision": float(average_precision_score(labels, ranking)) if both else None,
         "accuracy": float(accuracy_of(tn, fp, fn, tp)),
         "f1": float(f1_of(tn, fp, fn, tp)),
         "ece": calibration_error(labels, probabilities),
+        "nll": float(log_loss(labels, probabilities, labels=[0, 1])),
+        "brier": float(brier_score_loss(labels, probabilities, pos_label=1)),
         "n": len(labels),
-        "threshold": float(threshold),
         "confusion": {"tn": int(tn), "fp": int(fp), "fn": int(fn), "tp": int(tp)},
     }
 
@@ -68,32 +77,6 @@ def accuracy_of(tn: np.ndarray, fp: np.ndarray, fn: np.ndarray, tp: np.ndarray) 
 def f1_of(tn: np.ndarray, fp: np.ndarray, fn: np.ndarray, tp: np.ndarray) -> np.ndarray:
     """F1 of roadwork; 0 where roadwork is neither present nor predicted."""
     return np.asarray(2 * tp / np.maximum(2 * tp + fp + fn, 1))
-
-
-def best_threshold(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """The cut with the highest MCC, in O(N log N).
-
-    Only the gaps between neighbouring distinct probabilities matter. Neighbouring gaps that tie form a
-    plateau; the cut is the middle of the widest, which depends least on which photos were at hand.
-
-    Args:
-        labels: 0 or 1, [N].
-        probabilities: [N].
-
-    Returns:
-        The cut; 0.5 where nothing can be learnt because one class is absent or all probabilities are equal.
-    """
-    values, position = np.unique(np.asarray(probabilities, dtype=np.float64), return_inverse=True)
-    if len(values) < 2 or not has_both(labels):
-        return DEFAULT_THRESHOLD
-    ones = np.bincount(position, weights=labels == 1)
-    zeros = np.bincount(position, weights=labels == 0)
-    fn, tn = np.cumsum(ones)[:-1], np.cumsum(zeros)[:-1]  # at gap i, the values up to i are predicted as none
-    scores = mcc_of(tn, zeros.sum() - tn, fn, ones.sum() - fn)
-    best = np.concatenate(([False], scores >= scores.max() - TIE, [False])).astype(np.int8)
-    starts, ends = np.flatnonzero(np.diff(best) == 1), np.flatnonzero(np.diff(best) == -1)
-    widest = np.argmax(values[ends] - values[starts])
-    return float((values[starts[widest]] + values[ends[widest]]) / 2)
 
 
 def reliability(labels: np.ndarray, probabilities: np.ndarray) -> list[dict[str, float]]:
@@ -131,8 +114,9 @@ def bootstrap_intervals(
     labels: np.ndarray,
     probabilities: np.ndarray,
     groups: np.ndarray,
-    threshold: float,
+    threshold: float = DEFAULT_THRESHOLD,
     *,
+    ranking: np.ndarray | None = None,
     seed: int,
     rounds: int = 1000,
     level: float = 0.95,
@@ -140,13 +124,14 @@ def bootstrap_intervals(
     """Percentile intervals by the cluster bootstrap: whole groups are drawn with replacement.
 
     Frames of one video are near-duplicates; drawing photos one by one would treat them as independent, and give
-    intervals that are too narrow. The threshold stays fixed: it was chosen on other data.
+    intervals that are too narrow. The cut stays fixed: it was chosen on other data.
 
     Args:
         labels: 0 or 1, [N].
         probabilities: [N].
         groups: The group of each photo, as any value, [N].
         threshold: The cut.
+        ranking: See `binary_metrics`.
         seed: Seed of the draws; two sets of predictions with the same seed get the same draws.
         rounds: Number of draws.
         level: Probability mass inside an interval.
@@ -160,8 +145,8 @@ def bootstrap_intervals(
     _, group_of = np.unique(groups, return_inverse=True)
     if group_of.max() == 0:
         return dict.fromkeys(drawn)
-    ranking = Ranking(labels, probabilities)
-    for times in _draws(int(group_of.max()) + 1, seed, rounds):
+    order = Ranking(labels, probabilities if ranking is None else ranking)
+    for times in group_draws(int(group_of.max()) + 1, seed, rounds):
         weights = times[group_of]
         counts = weights @ outcomes
         drawn["accuracy"].append(float(accuracy_of(*counts)))
@@ -169,23 +154,23 @@ def bootstrap_intervals(
         tn, fp, fn, tp = counts
         if tn + fp > 0 and fn + tp > 0:
             drawn["mcc"].append(float(mcc_of(*counts)))
-            drawn["auroc"].append(ranking.auroc(weights))
-            drawn["average_precision"].append(ranking.average_precision(weights))
-    tail = 100 * (1 - level) / 2
-    return {name: _interval(values, tail) for name, values in drawn.items()}
+            drawn["auroc"].append(order.auroc(weights))
+            drawn["average_precision"].append(order.average_precision(weights))
+    return {name: percentile_interval(values, level) for name, values in drawn.items()}
 
 
-def _draws(groups: int, seed: int, rounds: int) -> Iterator[np.ndarray]:
+def group_draws(groups: int, seed: int, rounds: int) -> Iterator[np.ndarray]:
     """How often each group is drawn, int64 [groups], once per round."""
     rng = np.random.default_rng(seed)
     for _ in range(rounds):
         yield np.bincount(rng.integers(groups, size=groups), minlength=groups)
 
 
-def _interval(values: list[float], tail: float) -> tuple[float, float] | None:
+def percentile_interval(values: list[float], level: float = 0.95) -> tuple[float, float] | None:
+    """The middle `level` of bootstrap values; None without any."""
     if not values:
         return None
-    low, high = np.percentile(values, [tail, 100 - tail])
+    low, high = np.percentile(values, [50 * (1 - level), 50 * (1 + level)])
     return float(low), float(high)
 
 

@@ -18,14 +18,13 @@ LICENCES = {
 }
 
 
-def model_card(name: str, model: RoadworkModel, summary: dict[str, Any], threshold: float, half: bool) -> str:
+def model_card(name: str, model: RoadworkModel, summary: dict[str, Any], half: bool) -> str:
     """Describe a model and its scores.
 
     Args:
         name: The run's name.
-        model: Its weights and configuration.
+        model: Its weights and configuration, with its calibration.
         summary: The run's summary, with or without an evaluation.
-        threshold: The cut that was folded into the probability.
         half: Whether the weights are stored in 16 bits.
     """
     sizes = model.config.sizes
@@ -35,7 +34,8 @@ def model_card(name: str, model: RoadworkModel, summary: dict[str, Any], thresho
         kept = f"as many as the answer needs, at most {kept}"
     return render(
         CARD, name=name, head=sizes.head, parameters=sum(p.numel() for p in model.parameters()) / 1e6,
-        backbone=sizes.backbone, kept=kept, views=sizes.num_views, threshold=threshold, bits=16 if half else 32,
+        backbone=sizes.backbone, kept=kept, views=sizes.num_views, cut=model.config.decision_bias,
+        slope=model.config.decision_slope, bits=16 if half else 32,
         data=summary.get("evaluation", {}).get("data"),
         splits={split: summary[split] for split in ("val", "test") if split in summary and "evaluation" in summary},
         licence=next(text for prefix, text in LICENCES.items() if sizes.backbone.startswith(prefix)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +18,13 @@ from pipeline.data.batch import batches_of, collate
 from pipeline.data.dataset import prepare
 from pipeline.data.photo import BadPhoto
 from pipeline.errors import UserError, require
-from pipeline.evaluation.inference import kept_views, probability_of
+from pipeline.evaluation.inference import kept_views
 from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.names import LABEL_NAMES
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+NOT_A_NUMBER = "the model's answer is not a number"
 COLUMNS = ("path", "probability", "label", "kept_views", "error")
 Row = dict[str, Any]
 # A photo's views and an empty reason, or None and the reason why there are none.
@@ -84,18 +86,21 @@ def answers(model: RoadworkModel, files: list[Path], batch_size: int, workers: i
     for views, reasons in batches_of(dataset, batch_size, workers, collate_readable):
         scored = iter(() if views is None else score(model, views))
         for reason, path in zip(reasons, paths, strict=False):
-            answer = {} if reason else next(scored)
-            yield {**dict.fromkeys(COLUMNS), **answer, "path": os.fspath(path), "error": reason or None}
+            answer = {"error": reason} if reason else next(scored)
+            yield {**dict.fromkeys(COLUMNS), **answer, "path": os.fspath(path)}
 
 
 @torch.inference_mode()
 def score(model: RoadworkModel, views: dict[str, torch.Tensor]) -> list[Row]:
-    """Probability, label and kept views of each photo of a batch."""
+    """Probability, label and kept views of each photo of a batch, or an error where the answer is not a number."""
     output = model(views, null_metadata=True)
+    assert output.logits is not None
     return [
         # Nine digits restore every float32; exactly 0.5 counts as none.
         {"probability": float(f"{p:.9g}"), "label": LABEL_NAMES[int(p > 0.5)], "kept_views": kept}
-        for p, kept in zip(probability_of(model, output), kept_views(output), strict=True)
+        if math.isfinite(p)
+        else {"error": NOT_A_NUMBER}
+        for p, kept in zip(model.probability(output.logits).tolist(), kept_views(output), strict=True)
     ]
 
 
@@ -108,7 +113,7 @@ def csv_writer(stream: TextIO) -> Callable[[Row], object]:
 
 def jsonl_writer(stream: TextIO) -> Callable[[Row], object]:
     """Return a function that writes a row as one line of JSON. Views are a list."""
-    return lambda row: stream.write(json.dumps(row) + "\n")
+    return lambda row: stream.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 WRITERS: dict[str, Callable[[TextIO], Callable[[Row], object]]] = {".csv": csv_writer, ".jsonl": jsonl_writer}

@@ -1,14 +1,16 @@
-"""A model's answers on a split, and how good they are: predictions, the cut, metrics with intervals."""
+"""A model's answers on a split, and how good they are: predictions, calibration, metrics with intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import expit
 from torch.utils.data import Dataset
 
 from pipeline.config import read_config
@@ -18,9 +20,11 @@ from pipeline.data.feature_key import feature_key
 from pipeline.data.features import FeatureCache, open_cache
 from pipeline.data.index import Index
 from pipeline.data.inputs import check_inputs, leaking_inputs
-from pipeline.errors import UserError
-from pipeline.evaluation.inference import kept_views, probability_of
-from pipeline.evaluation.metrics import best_threshold, binary_metrics, bootstrap_intervals, has_both
+from pipeline.errors import UserError, typed
+from pipeline.evaluation.calibration import Calibration, check_finite, fit, out_of_fold
+from pipeline.evaluation.inference import fingerprint, kept_views
+from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, binary_metrics, bootstrap_intervals, has_both
+from pipeline.evaluation.reliability import FEWEST_PLACES, calibration_scores
 from pipeline.model.config import ModelConfig
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.names import Profile
@@ -53,22 +57,29 @@ def collate_with_source(samples: list[tuple[Batch, str]]) -> tuple[Batch, list[s
 def predict_split(
     model: RoadworkModel, dataset: ShardDataset, batch_size: int, workers: int, copy: int = 0
 ) -> pd.DataFrame:
-    """Probabilities with and without metadata for every sample of a split, or for a copy of each, labelled or not.
+    """Log-odds with and without metadata for every sample of a split, or for a copy of each, labelled or not.
 
     Returns:
-        The columns of predictions.csv but `prediction`, in the order of the shards; `label` is NA where unknown.
+        The columns of predictions.csv but those that `calibrate` adds, in the order of the shards; `label` is NA where
+        unknown.
+
+    Raises:
+        UserError: Some of the log-odds are no numbers.
     """
     loader = batches_of(WithSource(dataset, copy), batch_size, workers, collate_with_source)
     found = list(track(answers(model, loader), len(dataset), f"evaluating {dataset.name}"))
     samples = dataset.split.samples
+    keys = [sample.key for sample in samples]
+    for column in (1, 2):
+        check_finite(np.array([answer[column] for answer in found]), keys, f"the model, in the split {dataset.name!r},")
     return pd.DataFrame(
         {
             "split": dataset.name,
-            "key": [sample.key for sample in samples],
+            "key": keys,
             "source": [answer[0] for answer in found],
             "label": pd.array([sample.label for sample in samples], dtype="Int64"),
-            "probability_null": [answer[1] for answer in found],
-            "probability": [answer[2] for answer in found],
+            "log_odds_null": [answer[1] for answer in found],
+            "log_odds": [answer[2] for answer in found],
             "group": [sample.group for sample in samples],
             "cluster": [sample.cluster for sample in samples],
             "kept_views": [";".join(answer[3]) for answer in found],
@@ -80,17 +91,16 @@ def predict_split(
 def answers(
     model: RoadworkModel, loader: Iterable[tuple[Batch, list[str]]]
 ) -> Iterator[tuple[str, float, float, list[str]]]:
-    """The source, the probability with metadata NULL, that with metadata, and the kept views of each photo.
+    """The source, the log-odds with metadata NULL, those with metadata, and the kept views of each photo.
 
-    One pass of the backbone gives both. The decision bias is not in the probabilities, so that an exported model gets
-    the same evaluation.
+    One pass of the backbone gives both. No calibration is in them, so an exported model gets the same evaluation.
     """
     for batch, sources in loader:
         encoded = model.encode(batch)
         blind = model.answer(encoded, null_metadata=True)
         informed = model.answer(encoded, batch, batch["null_metadata"])
-        probabilities = [probability_of(model, output, 0.0) for output in (blind, informed)]
-        yield from zip(sources, *probabilities, kept_views(blind), strict=True)
+        log_odds = [model.log_odds(output).tolist() for output in (blind, informed)]
+        yield from zip(sources, *log_odds, kept_views(blind), strict=True)
 
 
 def check_labelled(folder: str, index: Index, name: str) -> None:
@@ -130,48 +140,89 @@ def find_cache(given: str | None, features: str, index: Index, model: RoadworkMo
     return cache
 
 
-def known_threshold(run: Path, results: dict[str, Any]) -> float:
-    """The cut of an earlier evaluation, or of the best validation in training.
+def known_calibration(
+    run: Path, results: dict[str, Any], model: RoadworkModel, profile: Profile = "native"
+) -> Calibration:
+    """The calibration by an earlier evaluation, or by the best validation in training.
+
+    Args:
+        run: The run folder, for messages.
+        results: Its summary.
+        model: The model in it.
+        profile: The profile whose summary it is.
 
     Raises:
-        UserError: The run has no threshold yet.
+        UserError: There is none, or it is of another model than the one that is in the folder now.
     """
-    if "evaluation" in results:
-        return float(results["evaluation"]["threshold"])
-    if results.get("best"):
-        return float(results["best"]["val"]["threshold"])
-    raise UserError(f"{run} has no threshold yet; evaluate it with `val` among the --splits, on which it is chosen")
+    again = f"run `{typed(f'evaluate --run {run}')}{flags_of(profile)}`"
+    found = results.get("evaluation", {})
+    if found:
+        if "cut" not in found:
+            raise UserError(f"{run} was evaluated by an older version, which did not calibrate probabilities; {again}")
+        if found["model_sha256"] != fingerprint(model):
+            raise UserError(f"the model in {run} has changed since it was evaluated; {again} once more")
+        return Calibration(found["cut"], found["slope"])
+    trained = (results.get("best") or {}).get("val", {})
+    if "cut" in trained:
+        if "calibration" in results:
+            raise UserError(f"the command early-exit has changed the model in {run} since it was trained; {again}")
+        return Calibration(trained["cut"], trained["slope"])
+    raise UserError(f"{run} has no calibration yet; {again} with `val` among the --splits, on which it is fitted")
 
 
-def choose_threshold(predictions: pd.DataFrame) -> float:
-    """The cut with the best MCC on validation, with metadata NULL as in the headline."""
+def fit_calibration(predictions: pd.DataFrame) -> Calibration:
+    """The calibration by the labelled photos of validation, with metadata NULL as in the headline."""
     rows = predictions[predictions["split"] == "val"].dropna(subset=["label"])
-    return best_threshold(rows["label"].to_numpy(np.int64), rows["probability_null"].to_numpy())
+    return fit(rows["label"].to_numpy(np.int64), rows["log_odds_null"].to_numpy(np.float64))
 
 
-def score_split(rows: pd.DataFrame, threshold: float) -> dict[str, Any]:
+def calibrate(predictions: pd.DataFrame, calibration: Calibration) -> pd.DataFrame:
+    """The rows of predictions.csv: with calibrated probabilities, and the answer with metadata NULL."""
+    found = predictions.copy()
+    for place, ending in ((4, "_null"), (5, "")):
+        found.insert(place, f"probability{ending}", calibration.probability(found[f"log_odds{ending}"].to_numpy()))
+    return found.assign(prediction=(found["probability_null"] > DEFAULT_THRESHOLD).astype(int))
+
+
+def held_out(rows: pd.DataFrame) -> pd.DataFrame:
+    """Labelled rows of validation with probabilities by calibrations that did not see them; see `cross_fit`."""
+    columns = (rows["label"].to_numpy(np.int64), rows["log_odds_null"].to_numpy(np.float64), rows["group"].to_numpy())
+    cuts, slopes = out_of_fold(*columns)
+    return rows.assign(
+        probability_null=expit(slopes * (rows["log_odds_null"] - cuts)),
+        probability=expit(slopes * (rows["log_odds"] - cuts)),
+    )
+
+
+def score_split(rows: pd.DataFrame) -> dict[str, Any]:
     """The summary of one split: everything with metadata NULL, and beside it the MCC with metadata.
 
     Args:
         rows: Labelled predictions, at least one.
-        threshold: The cut.
     """
     labels, groups = rows["label"].to_numpy(np.int64), rows["group"].to_numpy()
     blind, informed = rows["probability_null"].to_numpy(), rows["probability"].to_numpy()
-    scores = binary_metrics(labels, blind, threshold)
+    log_odds, clusters = rows["log_odds_null"].to_numpy(np.float64), rows["cluster"].to_numpy()
+    scores = binary_metrics(labels, blind, ranking=log_odds)
     intervals, with_metadata = (
-        bootstrap_intervals(labels, probabilities, groups, threshold, seed=BOOTSTRAP_SEED, rounds=BOOTSTRAP_ROUNDS)
-        for probabilities in (blind, informed)
+        bootstrap_intervals(
+            labels, probabilities, groups, ranking=ranking, seed=BOOTSTRAP_SEED, rounds=BOOTSTRAP_ROUNDS
+        )
+        for probabilities, ranking in ((blind, log_odds), (informed, rows["log_odds"].to_numpy(np.float64)))
     )
+    # Photos without GPS are in cluster 0, which is no place. Very few places say nothing about others.
+    places = np.where(clusters > 0, -clusters, groups)
+    places = places if len(np.unique(places)) >= FEWEST_PLACES else groups
     return {
         **scores,
-        "mcc": binary_metrics(labels, informed, threshold)["mcc"],
+        "mcc": binary_metrics(labels, informed)["mcc"],
         "mcc_null_metadata": scores["mcc"],
         "ci95": {**intervals, "mcc": with_metadata["mcc"], "mcc_null_metadata": intervals["mcc"]},
+        "calibration": calibration_scores(labels, blind, log_odds, places),
     }
 
 
-def score_clusters(rows: pd.DataFrame, threshold: float, index: Index) -> list[dict[str, Any]]:
+def score_clusters(rows: pd.DataFrame, index: Index) -> list[dict[str, Any]]:
     """MCC and accuracy of each GPS cluster that is large enough, with metadata NULL, worst first.
 
     Clusters with one class have no MCC and come last.
@@ -181,7 +232,7 @@ def score_clusters(rows: pd.DataFrame, threshold: float, index: Index) -> list[d
         if len(part) < SMALLEST_CLUSTER:
             continue
         labels = part["label"].to_numpy(np.int64)
-        scores = binary_metrics(labels, part["probability_null"].to_numpy(), threshold)
+        scores = binary_metrics(labels, part["probability_null"].to_numpy())
         found.append(
             {
                 "cluster": int(str(number)),
@@ -195,15 +246,20 @@ def score_clusters(rows: pd.DataFrame, threshold: float, index: Index) -> list[d
     return sorted(found, key=lambda place: (place["mcc"] is None, place["mcc"] or 0.0, place["accuracy"]))
 
 
+def flags_of(profile: Profile) -> str:
+    """What a command line has besides the run for an evaluation in a profile."""
+    return "" if profile == "native" else f" --profile {profile}"
+
+
 def compare(run: Path, results: dict[str, Any], index: Index, profile: Profile) -> dict[str, Any]:
     """The headline of another run in the same profile, for the summary of this one.
 
     Raises:
         UserError: That run was not evaluated on the test split, or was evaluated on other shards.
     """
-    flags = "" if profile == "native" else f" --profile {profile}"
     if "test" not in results:
-        raise UserError(f"the baseline {run} has no evaluation on test; run `evaluate --run {run}{flags}` first")
+        again = f"evaluate --run {run}{flags_of(profile)}"
+        raise UserError(f"the baseline {run} has no evaluation on test; run `{again}` first")
     if results["evaluation"]["source_sha256"] != index.source_sha256:
         raise UserError(f"the baseline {run} was evaluated on other shards, so the two cannot be compared")
     return {
@@ -215,15 +271,17 @@ def compare(run: Path, results: dict[str, Any], index: Index, profile: Profile) 
 
 
 def describe(
-    index: Index, place: str, threshold: float, from_earlier: bool, photos: int, wall_s: float
-) -> dict[str, Any]:
+    index: Index, place: str, model: RoadworkModel, calibration: Calibration, from_earlier: bool, photos: int,
+    wall_s: float,
+) -> dict[str, Any]:  # fmt: skip
     """The part of summary.json about an evaluation as a whole.
 
     Args:
         index: The shards' index.
         place: Folder or URL of the shards.
-        threshold: The cut.
-        from_earlier: Whether the cut is that of an earlier evaluation or of training.
+        model: The model.
+        calibration: Its calibration.
+        from_earlier: Whether the calibration is that of an earlier evaluation or of training.
         photos: Number of photos that were evaluated.
         wall_s: Seconds that it took.
     """
@@ -231,8 +289,9 @@ def describe(
         "data": index.arguments.get("source_kind", PurePosixPath(place).name),
         "shards": place,
         "source_sha256": index.source_sha256,
-        "threshold": threshold,
-        "threshold_from": "the validation split" + (", earlier" if from_earlier else ""),
+        "model_sha256": fingerprint(model),
+        **asdict(calibration),
+        "calibrated_on": "the validation split" + (", earlier" if from_earlier else ""),
         "smallest_cluster": SMALLEST_CLUSTER,
         "bootstrap_rounds": BOOTSTRAP_ROUNDS,
         "wall_s": round(wall_s, 1),

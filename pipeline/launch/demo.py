@@ -86,7 +86,7 @@ class Steps:
             Stopped: A signal came before the command, or while it ran.
             SystemExit: The command failed; the status is the command's.
         """
-        self._end_if_asked()
+        self.end_if_asked()
         say(f"\n== {title}: {typed(shlex.join(words))}")
         # In a group of its own, so that a terminal's Ctrl-C arrives here only and does not count as two. Python's -P
         # keeps a folder named `pipeline` in the working directory from being taken for this package.
@@ -97,11 +97,16 @@ class Steps:
         if self.asked is not None:  # while it started
             self.process.send_signal(self.asked)
         status = self.process.wait()
-        self._end_if_asked()  # though the step may have ended just before
+        self.end_if_asked()  # though the step may have ended just before
         if status:
             raise SystemExit(128 - status if status < 0 else status)
 
-    def _end_if_asked(self) -> None:
+    def end_if_asked(self) -> None:
+        """End where a signal came outside of a command.
+
+        Raises:
+            Stopped: One came.
+        """
         if self.asked is not None:
             raise Stopped(f"{self.again} resumes here")
 

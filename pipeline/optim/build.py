@@ -8,8 +8,15 @@ import torch
 from torch import nn
 
 from pipeline.model.moe import SparseExperts
+from pipeline.model.trunk import Trunk
 from pipeline.optim.config import OptimConfig
 from pipeline.optim.sophia import Sophia
+
+
+def set_lr(optimizer: Any, lr: float) -> None:
+    """Set the learning rate of every parameter group: `lr` times the group's `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, expert_parallel: int = 1) -> torch.optim.Optimizer:
@@ -28,15 +35,25 @@ def build_optimizer(model: nn.Module, config: OptimConfig, expert_parallel: int 
         experts = {id(p) for block in blocks for p in block.block.experts.parameters()}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     trainable = [p for p in model.parameters() if p.requires_grad]
-    decay = [p for p in trainable if p.ndim >= 2 and id(p) not in embeddings | experts]
-    rest = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
-    groups = [
-        {"name": "decay", "params": decay, "weight_decay": config.weight_decay},
-        {"name": "no_decay", "params": rest, "weight_decay": 0.0},
+    branches = [m.evidence for m in model.modules() if isinstance(m, Trunk) and m.evidence is not None]
+    evidence = {id(p) for branch in branches for p in branch.parameters()}
+    groups: list[dict[str, Any]] = []
+    for kind, scale, members in (
+        ("", 1.0, [p for p in trainable if id(p) not in evidence | experts]),
+        ("evidence_", config.evidence_lr_scale, [p for p in trainable if id(p) in evidence]),
+    ):
+        decay = [p for p in members if p.ndim >= 2 and id(p) not in embeddings]
+        rest = [p for p in members if p.ndim < 2 or id(p) in embeddings]
+        groups += [
+            {"name": f"{kind}decay", "params": decay, "weight_decay": config.weight_decay, "lr_scale": scale},
+            {"name": f"{kind}no_decay", "params": rest, "weight_decay": 0.0, "lr_scale": scale},
+        ]
+    groups += [
         {
             "name": f"ep_size_{expert_parallel}",
             "params": [p for p in trainable if id(p) in experts],
             "weight_decay": config.weight_decay,
+            "lr_scale": 1.0,
             "moe": True,
         },
     ]

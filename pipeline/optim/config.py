@@ -28,6 +28,8 @@ class OptimConfig:
     Hessian, or `sophia_g`, from gradients for labels drawn from the model's own predictions."""
     lr: float = 3e-4
     """Peak learning rate, reached at the end of the warm-up."""
+    evidence_lr_scale: float = 3.0
+    """The learning rate of the cell evidence, as a multiple of the others': it is small, and learns slowest."""
     final_lr_ratio: float = 0.02
     """The learning rate at the last step, as a share of `lr`."""
     warmup_share: float = 0.05
@@ -50,9 +52,9 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         check_fields(
-            "optim", self, name=one_of(OPTIMIZERS), lr=above(0), final_lr_ratio=in_range("[0, 1]"),
-            warmup_share=in_range("[0, 1)"), weight_decay=at_least(0), gamma=above(0), hessian_every=at_least(1),
-            grad_clip=at_least(0),
+            "optim", self, name=one_of(OPTIMIZERS), lr=above(0), evidence_lr_scale=above(0),
+            final_lr_ratio=in_range("[0, 1]"), warmup_share=in_range("[0, 1)"), weight_decay=at_least(0),
+            gamma=above(0), hessian_every=at_least(1), grad_clip=at_least(0),
         )  # fmt: skip
         for key, beta in zip(("beta1", "beta2"), self.betas, strict=True):
             require(0 <= beta < 1, f"optim.{key}", beta, "in [0, 1)")

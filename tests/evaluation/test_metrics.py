@@ -1,4 +1,3 @@
-import itertools
 import warnings
 
 import numpy as np
@@ -7,11 +6,9 @@ from sklearn import metrics as sk
 
 from pipeline.evaluation.metrics import (
     Ranking,
-    best_threshold,
     binary_metrics,
     bootstrap_intervals,
     calibration_error,
-    confusion_counts,
     reliability,
 )
 
@@ -35,7 +32,23 @@ def test_metrics_agree_with_scikit_learn(decimals):
     assert ours["auroc"] == pytest.approx(sk.roc_auc_score(labels, probabilities))
     assert ours["average_precision"] == pytest.approx(sk.average_precision_score(labels, probabilities))
     assert list(ours["confusion"].values()) == sk.confusion_matrix(labels, called).ravel().tolist()
-    assert (ours["n"], ours["threshold"]) == (400, 0.4)
+    assert ours["nll"] == pytest.approx(sk.log_loss(labels, probabilities))
+    assert ours["brier"] == pytest.approx(((labels - probabilities) ** 2).mean())
+    assert ours["n"] == 400
+
+
+def test_other_scores_may_rank_the_photos():
+    labels, probabilities = predictions(200, seed=2)
+    ranking = np.random.default_rng(0).normal(size=200)
+    ours = binary_metrics(labels, probabilities, ranking=ranking)
+    assert ours["auroc"] == pytest.approx(sk.roc_auc_score(labels, ranking))
+    assert ours["mcc"] == pytest.approx(sk.matthews_corrcoef(labels, probabilities > 0.5))
+    intervals, plain = (
+        bootstrap_intervals(labels, probabilities, np.arange(200), ranking=ranks, seed=0, rounds=100)
+        for ranks in (ranking, None)
+    )
+    assert intervals["mcc"] == plain["mcc"]
+    assert intervals["auroc"][0] < ours["auroc"] < intervals["auroc"][1] < plain["auroc"][0]
 
 
 def test_a_probability_at_the_threshold_counts_as_none():
@@ -60,37 +73,6 @@ def test_one_class_gives_none_instead_of_nan_and_no_warning(label):
     assert intervals["mcc"] is None
     assert intervals["auroc"] is None
     assert intervals["accuracy"] is not None
-    assert best_threshold(labels, probabilities) == 0.5
-
-
-def test_equal_probabilities_leave_the_threshold_at_one_half():
-    assert best_threshold(np.array([0, 1, 1]), np.full(3, 0.9)) == 0.5
-
-
-@pytest.mark.parametrize(("n", "decimals"), [(2, 12), (9, 1), (60, 2), (200, 12)])
-@pytest.mark.parametrize("seed", range(5))
-def test_best_threshold_reaches_the_brute_force_maximum(n, decimals, seed):
-    labels, probabilities = predictions(n, seed, decimals)
-    labels[:2] = 0, 1
-    threshold = best_threshold(labels, probabilities)
-    values = np.unique(probabilities)
-    cuts = [(low + high) / 2 for low, high in itertools.pairwise(values)] or [0.5]
-    highest = max(sk.matthews_corrcoef(labels, probabilities > cut) for cut in cuts)
-    assert sk.matthews_corrcoef(labels, probabilities > threshold) == pytest.approx(highest, abs=1e-12)
-
-
-def test_best_threshold_is_the_middle_of_the_widest_plateau():
-    # Calling the first value none, or the first three: the same MCC, and the second gap is the wider one.
-    assert best_threshold(np.array([0, 1, 0, 1]), np.array([0.1, 0.2, 0.3, 0.9])) == pytest.approx(0.6)
-    # 0.7 holds one photo of each class, so both gaps around it tie and form one plateau from 0.1 to 0.9.
-    assert best_threshold(np.array([0, 0, 1, 1]), np.array([0.1, 0.7, 0.7, 0.9])) == pytest.approx(0.5)
-
-
-def test_the_threshold_also_separates_float32_neighbours():
-    low = np.float32(0.3)
-    probabilities = np.array([low, np.nextafter(low, np.float32(1))])
-    threshold = best_threshold(np.array([0, 1]), probabilities)
-    assert confusion_counts(np.array([0, 1]), probabilities, threshold).sum(0).tolist() == [1, 0, 0, 1]
 
 
 def test_calibration_error_agrees_with_a_plain_loop():

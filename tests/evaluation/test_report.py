@@ -7,11 +7,17 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
+from pipeline.data.batch import collate
+from pipeline.data.dataset import prepare
 from pipeline.evaluate import evaluate
+from pipeline.evaluation.inference import evidence_map
 from pipeline.evaluation.report.page import THUMBNAIL_PX, WORST, thumbnail, view_shares, worst_mistakes
-from pipeline.evaluation.report.plots import MOST_POINTS, loss_curve, svg, thin
+from pipeline.evaluation.report.plots import MOST_POINTS, heat_map, loss_curve, svg, thin, validation_curve
+from pipeline.model.evidence import stitch_map
+from pipeline.model.roadwork import RoadworkModel
 from tests.small_run import make_backbone, make_model, make_run, make_shards, noisy_photo, random_labels
 
 
@@ -72,7 +78,7 @@ def test_every_part_is_there(page):
     text = " ".join(page.text)
     for part in (
         "Training loss",
-        "Validation MCC, best 0.800 at step 8",
+        "Validation MCC, 0.400 at the lowest loss",
         "Reliability",
         "Scores",
         "Views kept",
@@ -121,6 +127,46 @@ def test_the_worst_mistakes_come_first_and_only_mistakes():
     assert len(worst_mistakes(many, "test", lambda split, row: noisy_photo(row))) == WORST
 
 
+def test_a_mistake_is_shown_under_its_evidence_where_the_model_has_any():
+    heat, rows = np.zeros((96, 96), dtype=np.float32), rows_of([0, 1], [0.9, 0.2])
+    plain = worst_mistakes(rows, "test", lambda split, row: noisy_photo(row))
+    shown = worst_mistakes(rows, "test", lambda split, row: noisy_photo(row), lambda split, row: heat if row else None)
+    assert [mistake["evidence"] for mistake in plain] == [None, None]
+    assert [mistake["key"] for mistake in shown if mistake["evidence"] is None] == ["k0"]
+    assert [mistake["picture"] for mistake in shown] == [mistake["picture"] for mistake in plain]
+
+
+def test_a_heat_map_colours_a_grey_photo_only_where_there_is_evidence():
+    photo = Image.fromarray(np.full((60, 120, 3), (20, 120, 200), dtype=np.uint8))
+    heat = np.zeros((96, 96), dtype=np.float32)
+    heat[64:, 64:] = 1.0
+    found = np.asarray(heat_map(photo, heat)).astype(int)
+    assert found.shape == (60, 120, 3)
+    assert np.ptp(found[:36, :76], axis=2).max() == 0
+    corner = found[45:, 85:].reshape(-1, 3)
+    assert (corner[:, 0] > corner[:, 2] + 50).all()
+
+
+def test_the_evidence_is_the_models_own_over_the_whole_photo(run):
+    model = RoadworkModel.from_pretrained(run / "model").eval()
+    sample = prepare(noisy_photo(3), model.config.input_spec)
+    found = evidence_map(model, sample)
+    with torch.no_grad():
+        wanted = stitch_map(model(collate([sample]), null_metadata=True), 96)[0]
+    np.testing.assert_array_equal(found, wanted)
+    assert 0 <= found.min() < found.max() <= 1
+    baseline = make_model(model.config.backbone, head="mean_pool")
+    assert evidence_map(baseline, sample) is None
+
+
+def test_calibration_is_shown_beside_what_chance_would_show(run, page):
+    test, text = json.loads((run / "summary.json").read_text())["test"], " ".join(page.text)
+    found = test["calibration"]
+    shown = (test["ece"], found["ece_perfect"]["mean"], found["nll_before"], test["nll"], test["brier"], found["slope"])
+    assert all(f"{value:.3f}" in page.text for value in shown)
+    assert "if every probability were right" in " ".join(text.split())
+
+
 def test_thumbnails_are_small_and_keep_their_shape():
     url = thumbnail(noisy_photo(0, 1440, 720))
     image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
@@ -142,6 +188,10 @@ def test_long_curves_are_averaged_not_cut():
     assert steps.mean() == pytest.approx(1499.5)
     short, _ = thin([1, 2, 5], [1.0, 2.0, 3.0])
     assert short.tolist() == [1, 2, 5]
+
+
+def test_the_validation_with_the_lowest_loss_is_marked_not_the_one_with_the_highest_mcc():
+    assert "0.700 at the lowest loss" in validation_curve([1, 2, 3], [0.5, 0.7, 0.9], [0.3, 0.1, 0.2])
 
 
 def test_drawings_are_equal_between_runs_and_named():

@@ -1,3 +1,5 @@
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,8 @@ from torch import nn
 from pipeline.errors import UserError
 from pipeline.model.config import ModelConfig
 from pipeline.model.moe import SparseExperts
-from pipeline.optim.build import build_optimizer
+from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
+from pipeline.optim.build import build_optimizer, set_lr
 from pipeline.optim.config import OptimConfig
 
 
@@ -104,3 +107,19 @@ def test_three_steps_equal_the_published_update():
 def test_a_value_out_of_range_is_refused_by_its_key(key, value):
     with pytest.raises(UserError, match=rf"optim\.{key} is {value}"):
         OptimConfig(**{key: value})
+
+
+def test_the_evidence_beside_a_trunk_has_a_rate_of_its_own_and_that_of_the_baseline_has_not():
+    sizes = ModelConfig(width=16, heads=2, fusion_heads=2, expert_width=8, layers=1, mask_side=4)
+    whole, alone = (
+        RoadworkModel(RoadworkConfig(**asdict(replace(sizes, head=head)), backbone_dim=8))
+        for head in ("roadwork", "cell_mil")
+    )
+    groups = groups_of(whole)
+    evidence = {name for name, _ in whole.named_parameters() if ".evidence." in name}
+    assert evidence == groups["evidence_decay"][0] | groups["evidence_no_decay"][0]
+    assert set(groups_of(alone)) == {"decay", "no_decay"}
+    optimizer = build_optimizer(whole, OptimConfig(evidence_lr_scale=2.5))
+    set_lr(optimizer, 0.1)
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == {"decay": 0.1, "no_decay": 0.1, "evidence_decay": 0.25, "evidence_no_decay": 0.25}

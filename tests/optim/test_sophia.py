@@ -9,9 +9,11 @@ import torch.nn.functional as F
 from pytorch_optimizer import SophiaH
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.errors import UserError
 from pipeline.model.config import LossConfig
+from pipeline.model.evidence import join
 from pipeline.model.losses import Targets, count_targets
 from pipeline.model.output import RoadworkOutput
 from pipeline.optim.build import build_optimizer
@@ -19,6 +21,8 @@ from pipeline.optim.config import OptimConfig
 from pipeline.optim.hessian import hutchinson, rademacher
 from pipeline.optim.sampled_loss import draws_needed, sampled_loss, uniform
 from pipeline.optim.sophia import Sophia
+from tests.model.synthetic import learner
+from tests.model.synthetic import photos as synthetic_photos
 
 
 def set_gradients(parameters, gradients):
@@ -183,16 +187,21 @@ def heads(vector, x):
     )
 
 
+def some_targets():
+    """Five photos, each kind of target absent once."""
+    weather = F.one_hot(torch.tensor([0, 3, 1, 7, 2]), 8).float()
+    weather[1] = torch.nan
+    masks = torch.rand(5, 6, 1, 1)
+    masks[4] = torch.nan
+    return Targets(torch.tensor([0, 1, -1, 1, 0]), weather, masks)
+
+
 def test_the_mean_of_squared_gradients_of_drawn_labels_is_the_gauss_newton_diagonal():
     """Against J^T S J from torch.func, with S the second derivative of each head's loss in its logits."""
     torch.manual_seed(0)
     x = torch.randn(5, 2)
     vector = torch.randn(16 * 2, requires_grad=True)
-    weather = F.one_hot(torch.tensor([0, 3, 1, 7, 2]), 8).float()
-    weather[1] = torch.nan
-    masks = torch.rand(5, 6, 1, 1)
-    masks[4] = torch.nan
-    targets = Targets(torch.tensor([0, 1, -1, 1, 0]), weather, masks)
+    targets = some_targets()
     counts = count_targets(targets)
 
     def logits(v):
@@ -222,6 +231,103 @@ def test_the_mean_of_squared_gradients_of_drawn_labels_is_the_gauss_newton_diago
     error = squares.std(dim=0) / count**0.5
     assert ((squares.mean(dim=0) - exact).abs() <= 4.5 * error).all()
     assert (error < 0.15 * exact).all()  # so that it could have failed
+
+
+EVIDENCE = LossConfig(roadwork=0.4, weather=0.15, segmentation=0.2, evidence=0.7, evidence_masks=0.3)
+EXISTS = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [1, 1]]).bool()
+
+
+def head_with_evidence(vector, x):
+    """The three heads, and the evidence of two views of two cells, linear in the same parameters."""
+    matrix = vector.view(-1, x.shape[1])
+    answers, cells = x @ matrix[:16].T, (x @ matrix[16:].T).view(-1, 2, 2)
+    evidence = cells.masked_fill(~EXISTS[..., None], -torch.inf).flatten(1).logsumexp(dim=1)
+    return RoadworkOutput(
+        logits=join(answers[:, :2], evidence, 0.5), fused_logits=answers[:, :2], weather_logits=answers[:, 2:10],
+        mask_logits=answers[:, 10:].view(-1, 6, 1, 1), evidence_logits=evidence, evidence_map=cells, view_mask=EXISTS,
+    )  # fmt: skip
+
+
+def curvature_of(vector, x, targets):
+    """The Gauss-Newton diagonal of one head's own loss, by torch.func: J^T S J, summed over terms and photos."""
+
+    def logits(v):
+        output = head_with_evidence(v, x)
+        parts = (output.fused_logits, output.weather_logits, output.mask_logits, output.evidence_map)
+        return torch.cat([*(part.flatten(1) for part in parts), output.evidence_logits[:, None]], dim=1)
+
+    jacobian, answers = jacrev(logits)(vector).detach(), logits(vector).detach()  # [5, 21, P], [5, 21]
+    exact = torch.zeros(vector.numel())
+    for i in range(len(x)):
+        curvature = torch.zeros(21, 21)
+        for present, weight, place in (
+            (targets.has_label[i], 0.4 / 4, slice(0, 2)), (targets.has_weather[i], 0.15 / 4, slice(2, 10)),
+        ):  # fmt: skip
+            p = answers[i, place].softmax(dim=0)
+            curvature[place, place] = present * weight * (p.diag() - p.outer(p))
+        p = answers[i].sigmoid()
+        own = (p * (1 - p)).clone()
+        own[:10] = 0
+        own[10:16] *= targets.has_mask[i] * 0.2 / 4 / 6
+        cells = EXISTS[i].repeat_interleave(2)
+        own[16:20] *= targets.has_mask[i] * 0.3 / 4 / cells.sum() * cells
+        own[20] *= targets.has_label[i] * 0.7 / 4
+        exact += (jacobian[i].T @ (curvature + own.diag()) @ jacobian[i]).diag()
+    return exact
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_the_mean_holds_for_the_evidence_for_views_that_do_not_exist_and_for_several_heads(members):
+    """The loss of K heads is their mean, so each one's curvature counts a Kth."""
+    torch.manual_seed(0)
+    x, targets = torch.randn(5, 2), some_targets()
+    counts = count_targets(targets)
+    vectors = torch.randn(members, 20 * 2, requires_grad=True)
+    exact = torch.stack([curvature_of(vector.detach(), x, targets) for vector in vectors]) / members
+    count, found = 600, []
+    for step in range(count):
+        outputs = [head_with_evidence(vector, x) for vector in vectors]
+        output = outputs[0] if members == 1 else RoadworkOutput(members=tuple(outputs))
+        draws = uniform(range(5), draws_needed(output), 0, step)
+        (gradient,) = torch.autograd.grad(sampled_loss(output, targets, counts, EVIDENCE, draws), vectors)
+        found.append(gradient.square())
+    squares = torch.stack(found)
+    error = squares.std(dim=0) / count**0.5
+    assert squares.isfinite().all()
+    assert ((squares.mean(dim=0) - exact).abs() <= 4.5 * error).all()
+    assert (error < 0.2 * exact).all()  # so that it could have failed
+
+
+def test_products_with_the_hessian_are_finite_where_views_do_not_exist():
+    """Their cells have log-odds of -inf in the sum; a second derivative of that could be NaN."""
+    model, batch = learner(0, heads=2, experts=2).double().eval(), synthetic_photos(4, seed=1)
+    batch["view_mask"][:, 3:] = False
+    batch |= {name: batch[name].double() for name in ("cls", "cells", "regions")}
+    batch["mask_targets"] = torch.rand(4, 6, 4, 4).double()
+    weights = dict(model.named_parameters())
+    probes = rademacher(shapes(weights), 0, 0)
+    probes = {name: probe.double() for name, probe in probes.items()}
+
+    def loss():
+        return model(batch, with_loss=True).loss
+
+    with sdpa_kernel(SDPBackend.MATH):
+        products = hutchinson(loss(), weights, probes)
+        assert all(product.isfinite().all() for product in products.values())
+        own = {name: weight for name, weight in weights.items() if ".evidence." in name}
+        assert all(products[name].any() for name in own)
+        # Central differences of the gradient along the probe.
+        slopes, size = [], 1e-5
+        for side in (size, -size):
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight += side * probes[name]
+            slopes.append(torch.autograd.grad(loss(), list(own.values())))
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    weight -= side * probes[name]
+    for name, ahead, behind in zip(own, *slopes, strict=True):
+        torch.testing.assert_close(products[name], probes[name] * (ahead - behind) / (2 * size), rtol=1e-3, atol=1e-7)
 
 
 def test_with_one_head_it_is_the_papers_batch_times_the_square_of_the_mean_gradient():

@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
 from data_prep.scenes.pretraining import scenes_tiny_config
-from pipeline.config import Config
+from pipeline.config import Config, TrainConfig
 from pipeline.distributed.settings import Sharding
 from pipeline.model.config import ModelConfig
 from pipeline.optim.config import OptimConfig
@@ -77,6 +77,22 @@ def test_counting_allocates_nothing_and_finds_the_experts():
     assert found.experts == sizes.layers * sizes.experts * 3 * sizes.width * sizes.expert_width
     full = count(Config(model=ModelConfig()), scenes_tiny_config())
     assert full.experts == 4 * 4 * 3 * 512 * 2048
+
+
+@pytest.mark.parametrize("kind", ["roadwork", "cell_mil"])
+def test_each_head_of_several_is_counted(kind):
+    """Weights, optimizer state and activations; the pruner is there once, whatever the number of heads."""
+    backbone, sizes = scenes_tiny_config(), small_config("scenes-tiny", head=kind)
+    one, three = (Config(model=sizes, train=TrainConfig(heads=heads)) for heads in (1, 3))
+    head = sum(p.numel() for p in build_head(one, backbone).head.parameters())
+    found, expected = count(three, backbone), count(one, backbone)
+    assert found.trained - expected.trained == 2 * head
+    assert found.experts == 3 * expected.experts
+    assert found.frozen == expected.frozen
+    assert sum(saved_by_the_head(three, backbone)) > 2 * sum(saved_by_the_head(one, backbone))
+    needs = [need(config, backbone, "fp32", Sharding(1), 4) for config in (one, three)]
+    assert needs[1].states > needs[0].states
+    assert needs[1].device > needs[0].device
 
 
 def test_what_the_head_keeps_grows_by_the_photo():

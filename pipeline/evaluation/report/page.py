@@ -37,9 +37,12 @@ COLUMNS = (
 )
 
 Photo = Callable[[str, int], bytes]
+HeatMap = Callable[[str, int], np.ndarray | None]
 
 
-def write_report(run: Path, profile: Profile, predictions: pd.DataFrame, photo: Photo) -> Path:
+def write_report(
+    run: Path, profile: Profile, predictions: pd.DataFrame, photo: Photo, heat_map: HeatMap | None = None
+) -> Path:
     """Render the evaluation of a run as one page that loads nothing from elsewhere.
 
     Args:
@@ -47,6 +50,7 @@ def write_report(run: Path, profile: Profile, predictions: pd.DataFrame, photo: 
         profile: The profile whose summary.json is shown; the page is written beside that.
         predictions: The rows of `predictions.csv`, split after split, each in the order of the shards.
         photo: Gives a photo's bytes for a split's name and a row of it.
+        heat_map: Gives the evidence in that photo, see `pipeline.evaluation.inference.evidence_map`, or None.
 
     Returns:
         The page's path.
@@ -67,8 +71,8 @@ def write_report(run: Path, profile: Profile, predictions: pd.DataFrame, photo: 
         columns=COLUMNS,
         summary=summary,
         curves=_curves(run),
-        drawings=_drawings(rows, summary[headline]["threshold"]),
-        mistakes=worst_mistakes(rows, headline, photo),
+        drawings=_drawings(rows),
+        mistakes=worst_mistakes(rows, headline, photo, heat_map),
         grid=range(TILE_GRID),
         files={name: (run / name).read_text() for name in ("config.yaml", "provenance.json") if (run / name).exists()},
     )
@@ -99,13 +103,16 @@ def interval(bounds: list[float] | None) -> str:
     return "" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
 
 
-def worst_mistakes(rows: pd.DataFrame, split: str, photo: Photo) -> list[dict[str, Any]]:
+def worst_mistakes(
+    rows: pd.DataFrame, split: str, photo: Photo, heat_map: HeatMap | None = None
+) -> list[dict[str, Any]]:
     """The wrong predictions farthest from their labels, worst first, with thumbnails.
 
     Args:
         rows: One split, whose row numbers are the index.
         split: Its name.
         photo: See `write_report`.
+        heat_map: See `write_report`.
     """
     known = rows.dropna(subset=["label"])
     wrong = known[known["prediction"] != known["label"]]
@@ -117,16 +124,32 @@ def worst_mistakes(rows: pd.DataFrame, split: str, photo: Photo) -> list[dict[st
             "label": "roadwork" if mistake["label"] == 1 else "none",
             "probability": mistake["probability_null"],
             "kept": mistake["kept_views"].split(";"),
-            "picture": thumbnail(photo(split, row)),
+            **pictures(photo(split, row), heat_map and heat_map(split, row)),
         }
         for row, mistake in zip(chosen.index.tolist(), chosen.to_dict("records"), strict=True)
     ]
 
 
+def pictures(data: bytes, heat: np.ndarray | None) -> dict[str, str | None]:
+    """A photo's thumbnail as `picture`, and the same under its evidence as `evidence`; None without any."""
+    small = reduced(data)
+    return {"picture": data_url(small), "evidence": None if heat is None else data_url(plots.heat_map(small, heat))}
+
+
 def thumbnail(data: bytes) -> str:
     """The data URL of a small JPEG of a photo."""
+    return data_url(reduced(data))
+
+
+def reduced(data: bytes) -> Image.Image:
+    """A photo at the size of thumbnails."""
     image = Image.fromarray(decode(data))
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
+    return image
+
+
+def data_url(image: Image.Image) -> str:
+    """A picture as a JPEG in a URL."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
@@ -140,14 +163,14 @@ def view_shares(rows: pd.DataFrame) -> dict[str, float]:
     return shares if pruned else {}
 
 
-def _drawings(rows: pd.DataFrame, threshold: float) -> list[str]:
+def _drawings(rows: pd.DataFrame) -> list[str]:
     known = rows.dropna(subset=["label"])
     labels = known["label"].to_numpy(np.int64)
     probabilities = known["probability_null"].to_numpy(np.float64)
     shares = view_shares(rows)
     return [
         plots.reliability_diagram(labels, probabilities),
-        plots.score_histogram(labels, probabilities, threshold),
+        plots.score_histogram(labels, probabilities),
         *([plots.view_frequencies(shares)] if shares else []),
     ]
 
@@ -155,10 +178,12 @@ def _drawings(rows: pd.DataFrame, threshold: float) -> list[str]:
 def _curves(run: Path) -> list[str]:
     path = run / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    # A line has no loss where every step since the one before was skipped.
+    train = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train" and "loss" in line]
+    val = [(line["step"], line["mcc"], line["loss"]) for line in lines if line["kind"] == "val"]
     drawings = []
-    for kind, key, draw in (("train", "loss", plots.loss_curve), ("val", "mcc", plots.validation_curve)):
-        # A line has no loss where every step since the one before was skipped.
-        points = [(line["step"], line[key]) for line in lines if line["kind"] == kind and key in line]
-        if points:
-            drawings.append(draw(*zip(*points, strict=True)))
+    if train:
+        drawings.append(plots.loss_curve(*zip(*train, strict=True)))
+    if val:
+        drawings.append(plots.validation_curve(*zip(*val, strict=True)))
     return drawings

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image
 
-from pipeline.evaluation.metrics import reliability
+from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROADWORK, NONE, INK, GRID = "#d9560b", "#3b6ea5", "#333a45", "#e3e6ea"
+HEAT, HEAT_OPACITY = "YlOrRd", 0.8  # the latter where a place is certain
 SIZE = (4.6, 3.1)  # inches; the page scales drawings to its width
 MOST_POINTS = 300  # longer curves are averaged down to this: more points do not show, and make the page heavy
 STYLE: dict[str, Any] = {
@@ -48,14 +50,14 @@ def loss_curve(steps: Sequence[float], losses: Sequence[float]) -> str:
     return svg(draw, "training loss")
 
 
-def validation_curve(steps: Sequence[int], scores: Sequence[float]) -> str:
-    """Validation MCC over the optimizer steps, the best one marked."""
+def validation_curve(steps: Sequence[int], scores: Sequence[float], losses: Sequence[float]) -> str:
+    """Validation MCC over the optimizer steps; the weights with the lowest validation loss, which stay, are marked."""
 
     def draw(axes: Axes) -> None:
-        best = int(np.argmax(scores))
+        kept = int(np.argmin(losses))
         axes.plot(steps, scores, color=ROADWORK, linewidth=1.4, marker="o", markersize=3)
-        axes.plot(steps[best], scores[best], "o", color=ROADWORK, markersize=8, markerfacecolor="white")
-        axes.set(title=f"Validation MCC, best {scores[best]:.3f} at step {steps[best]}", xlabel="step")
+        axes.plot(steps[kept], scores[kept], "o", color=ROADWORK, markersize=8, markerfacecolor="white")
+        axes.set(title=f"Validation MCC, {scores[kept]:.3f} at the lowest loss", xlabel="step")
         axes.locator_params(axis="x", integer=True)
 
     return svg(draw, "validation MCC")
@@ -85,14 +87,14 @@ def reliability_diagram(labels: np.ndarray, probabilities: np.ndarray) -> str:
     return svg(draw, "reliability diagram")
 
 
-def score_histogram(labels: np.ndarray, probabilities: np.ndarray, threshold: float) -> str:
+def score_histogram(labels: np.ndarray, probabilities: np.ndarray) -> str:
     """Histogram of the predicted probability for each class, with the cut."""
 
     def draw(axes: Axes) -> None:
         both = [probabilities[labels == 0], probabilities[labels == 1]]
         edges = np.linspace(0, 1, 21).tolist()
         axes.hist(both, edges, stacked=True, color=[NONE, ROADWORK], label=["none", "roadwork"])
-        axes.axvline(threshold, color=INK, linewidth=1, linestyle=(0, (4, 3)), label=f"cut at {threshold:.2f}")
+        axes.axvline(DEFAULT_THRESHOLD, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="cut")
         axes.set(title="Scores", xlabel="predicted probability", ylabel="photos", xlim=(0, 1))
         axes.legend(loc="best", fontsize=9)
 
@@ -111,6 +113,24 @@ def view_frequencies(shares: dict[str, float]) -> str:
         axes.grid(axis="y", visible=False)
 
     return svg(draw, "how often each view is kept")
+
+
+def heat_map(photo: Image.Image, probabilities: np.ndarray) -> Image.Image:
+    """A grey photo under yellow to red, which hide it the more, the higher the probability.
+
+    Colour and opacity grow with the square root, so that weak evidence, all there is in a photo that was missed, shows.
+
+    Args:
+        photo: The photo.
+        probabilities: Those of a grid over the whole photo, float32 [side, side].
+    """
+    import matplotlib
+
+    smooth = np.asarray(Image.fromarray(probabilities).resize(photo.size, Image.Resampling.BILINEAR))
+    shown = np.sqrt(smooth.clip(0, 1))
+    grey = np.asarray(photo.convert("L"), dtype=np.float32)[..., None]
+    colour = 255 * matplotlib.colormaps[HEAT](shown)[..., :3]
+    return Image.fromarray((grey + HEAT_OPACITY * shown[..., None] * (colour - grey)).round().astype(np.uint8))
 
 
 def svg(draw: Callable[[Axes], None], label: str, size: tuple[float, float] = SIZE) -> str:
