@@ -82,10 +82,13 @@ class Cell:
     """`optim.name`."""
     precision: str = "fp32"
     """Precision of the weights in the forward and backward pass."""
+    heads: int = 1
+    """`train.heads`."""
 
     def __str__(self) -> str:
         experts = f"experts over {self.sharding}" if self.sharding > 1 else "whole experts"
         optimizer = "" if self.optimizer == "adamw" else f"{self.optimizer}, "
+        optimizer += "" if self.heads == 1 else f"{self.heads} heads, "
         return f"{optimizer}ZeRO-{self.stage}, {experts}, {self.processes} processes, accumulation {self.accumulation}"
 
 
@@ -133,7 +136,7 @@ def config(cell: Cell) -> Config:
     return Config(
         train=TrainConfig(
             batch_size=BATCH, micro_batch_size=BATCH // cell.processes // cell.accumulation, distil_every=2, seed=SEED,
-            expert_parallel=cell.sharding, wandb=False,
+            expert_parallel=cell.sharding, heads=cell.heads, wandb=False,
         ),
         model=ModelConfig(
             backbone="scenes-tiny", view_side=32, keep_views=4, pool_grid=2, width=32, layers=2, heads=2,
@@ -150,7 +153,7 @@ def build(cell: Cell) -> RoadworkModel:
     """The same model for every cell."""
     torch.manual_seed(SEED)
     settings = config(cell)
-    model = RoadworkModel.build(settings.model, settings.loss)
+    model = RoadworkModel.build(settings.model, settings.loss, heads=settings.train.heads)
     if cell.idle:
         favour_two_experts(model)
     return model
@@ -214,6 +217,7 @@ def bare_loop(cell: Cell) -> Curve:
         average.update(step)
         counts = {"roadwork": photos["labels"] >= 0, "weather": photos["weather"].sum(dim=-1) > 0}
         counts["segmentation"] = ~photos["mask_targets"].flatten(1).isnan().any(dim=1)
+        counts |= {"evidence": counts["roadwork"], "evidence_masks": counts["segmentation"]}
         means = [
             float(output.loss_terms[term].detach().sum()) / max(1, int(counts[term].sum()) if term in counts else BATCH)
             if term in output.loss_terms else 0.0

@@ -227,8 +227,9 @@ class Trainer:
         self._write({"kind": "val", "step": state.step, **scores})
         if self.rank == 0:
             say(
-                f"step {state.step}/{self.schedule.steps}  validation: loss {scores['loss']:.4f}, MCC {scores['mcc']:.3f} "
-                f"(cross-fitted, metadata NULL, n={scores['n']}){'; the lowest loss so far' if better else ''}"
+                f"step {state.step}/{self.schedule.steps}  validation: loss {scores['loss']:.4f}, "
+                f"MCC {scores['mcc']:.3f} (cross-fitted, metadata NULL, n={scores['n']})"
+                f"{'; the lowest loss so far' if better else ''}"
             )
 
     def _resume(self) -> None:

@@ -69,6 +69,8 @@ def find_places(index: Index, splits: Sequence[str], parts: int) -> Places:
     clusters = np.array([sample.cluster for sample in samples])
     numbers = join(groups, clusters)
     needed, rule = PLACES_PER_PART * parts, "a GPS cluster"
+    if (clusters == NO_GPS).any():
+        rule += ", or a group of near-duplicates without GPS"
     if len(np.unique(numbers[clusters != NO_GPS])) < needed:
         numbers, rule = np.unique(groups, return_inverse=True)[1], "a group of near-duplicates"
     found = int(numbers.max()) + 1
@@ -89,9 +91,9 @@ def join(groups: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """
     _, group = np.unique(groups, return_inverse=True)
     _, cluster = np.unique(clusters, return_inverse=True)
-    size, first = group.max() + 1, clusters != NO_GPS
+    size, on_map = group.max() + 1, clusters != NO_GPS
     nodes = int(size + cluster.max() + 1)
-    links = coo_array((np.ones(first.sum()), (group[first], size + cluster[first])), shape=(nodes, nodes))
+    links = coo_array((np.ones(on_map.sum()), (group[on_map], size + cluster[on_map])), shape=(nodes, nodes))
     _, component = connected_components(links, directed=False)
     numbers: np.ndarray = np.unique(component[group], return_inverse=True)[1]
     return numbers

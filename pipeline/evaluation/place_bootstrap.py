@@ -90,8 +90,8 @@ class PlaceBootstrap:
         Args:
             outcomes: int64 [S, N, 4], see `confusion_counts`.
         """
-        value, draws, units = self.mcc_draws(outcomes, np.ones(outcomes.shape[1], dtype=bool))
-        return Estimate(value, *expanded(draws, units))
+        value, draws, _ = self.mcc_draws(outcomes, np.ones(outcomes.shape[1], dtype=bool))
+        return Estimate(value, *expanded(draws, effective_units(self.units)))
 
     def mcc_of_ensemble(self, labels: np.ndarray, log_odds: np.ndarray, cuts: np.ndarray) -> Estimate:
         """The MCC of the mean log-odds of S heads.
@@ -123,7 +123,7 @@ class PlaceBootstrap:
                 rounds = slice(first, None, ENSEMBLES)
                 difference = mcc_of(*(draws[rounds] @ other).T) - drawn[rounds] - bias
                 drawn[rounds] += self.widening * difference
-        return Estimate(value, *expanded(drawn, len(present)))
+        return Estimate(value, *expanded(drawn, effective_units(self.units)))
 
     def mean(self, values: np.ndarray, rows: np.ndarray) -> Estimate:
         """The mean of [S, N] values over seeds and over the photos where bool [N] is true."""
@@ -135,8 +135,20 @@ class PlaceBootstrap:
         return Estimate(float(values[:, rows].mean()), *expanded(self._over_seeds(of_seeds), len(present)))
 
 
-def expanded(draws: np.ndarray, units: int) -> tuple[float, float]:
-    """The expanded percentile interval of draws over a number of units, see `PlaceBootstrap`; unbounded for one."""
+def effective_units(units: np.ndarray) -> float:
+    """The number of equally large units that would say as much as these (Kish 1965, "Survey Sampling").
+
+    A few cities and many single photos are hardly more places than the few cities are.
+
+    Args:
+        units: Number of each photo's unit, int64 [N].
+    """
+    _, photos = np.unique(units, return_counts=True)
+    return float(photos.sum() ** 2 / (photos**2).sum())
+
+
+def expanded(draws: np.ndarray, units: float) -> tuple[float, float]:
+    """The expanded percentile interval of draws over so many units, see `PlaceBootstrap`; unbounded below two."""
     if units < 2:
         return -np.inf, np.inf
     tail = expanded_tail(units)
@@ -144,7 +156,7 @@ def expanded(draws: np.ndarray, units: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def expanded_tail(units: int) -> float:
+def expanded_tail(units: float) -> float:
     """Probability outside each end of the interval."""
     quantile = np.sqrt(units / (units - 1)) * stats.t.ppf((1 + LEVEL) / 2, units - 1)
     return float(stats.norm.cdf(-quantile))

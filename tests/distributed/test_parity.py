@@ -36,6 +36,9 @@ CELLS = (
     Cell(2, 1, 2, 1, optimizer="sophia_g", offload=True),
     Cell(3, 2, 2, 2, optimizer="sophia_g"),
     Cell(2, 2, 4, 1, optimizer="sophia_h"),
+    Cell(3, 2, 2, 1, heads=2),
+    Cell(1, 2, 2, 1, heads=2, optimizer="sophia_g"),
+    Cell(2, 1, 2, 1, heads=2, optimizer="sophia_h"),
 )
 
 
@@ -65,6 +68,7 @@ def test_the_cells_can_tell_forms_apart():
         bare_loop(Cell(1, 1, 1, **changes))
         for changes in ({}, {"clip": False}, {"idle": True}, {"optimizer": "sophia_h"}, {"optimizer": "sophia_g"})
     )
+    assert usual.difference(bare_loop(Cell(1, 1, 1, heads=2))) > 1e-3
     assert usual.difference(free) > 1e-3
     assert usual.difference(idle) > 1e-3
     assert all(usual.difference(other) > 1e-3 for other in sophia)

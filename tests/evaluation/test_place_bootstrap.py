@@ -12,6 +12,7 @@ from pipeline.evaluation.place_bootstrap import (
     Estimate,
     PlaceBootstrap,
     bootstrap_units,
+    effective_units,
     expanded,
     expanded_tail,
 )
@@ -97,6 +98,17 @@ def test_the_interval_holds_the_truth_of_new_places_and_heads_about_as_often_as_
     assert 0.9 <= inside / 120 <= 1.0
 
 
+def test_a_mean_over_photos_is_drawn_like_the_mcc():
+    _, places, _ = answers(0)
+    values, rows = np.random.default_rng(0).normal(size=(3, 600)), places != 7
+    bootstrap = PlaceBootstrap(places, seeds=3)
+    found = bootstrap.mean(values, rows)
+    assert found.value == pytest.approx(values[:, rows].mean())
+    assert found.low < found.value < found.high
+    same = bootstrap.mean(np.full(values.shape, 5), rows)
+    assert (same.low, same.value, same.high) == pytest.approx((5, 5, 5))
+
+
 def test_few_units_widen_the_interval_as_students_t_does():
     for units in (4, 10, 1000):
         quantile = np.sqrt(units / (units - 1)) * stats.t.ppf(0.975, units - 1)
@@ -105,6 +117,21 @@ def test_few_units_widen_the_interval_as_students_t_does():
     low, high = expanded(draws, 10)
     assert (low, high) == pytest.approx((-2.385, 2.385), abs=0.05)
     assert expanded(draws, 1) == (-np.inf, np.inf)
+
+
+def test_many_small_places_beside_large_ones_count_for_little():
+    assert effective_units(np.repeat(np.arange(10), 200)) == pytest.approx(10)
+    with_single_photos = np.concatenate([np.repeat(np.arange(10), 200), np.arange(10, 100)])
+    assert effective_units(with_single_photos) == pytest.approx(10.9, abs=0.05)
+    labels, places, log_odds = answers(4)
+    strays = np.where(np.arange(600) < 60, PLACES + np.arange(600), places)  # a tenth of the photos, each a place
+    found = PlaceBootstrap(strays, seeds=3).mcc_of_ensemble(labels, log_odds, np.zeros(600))
+    _, drawn, units = PlaceBootstrap(strays, seeds=3).mcc_draws(
+        confusion_counts(labels, log_odds.mean(axis=0), 0.0)[None].repeat(3, axis=0), np.ones(600, dtype=bool)
+    )
+    low, high = expanded(drawn, units)
+    assert units == PLACES + 60
+    assert found.high - found.low > 1.05 * (high - low)
 
 
 def test_groups_are_drawn_where_there_are_few_places():

@@ -35,7 +35,9 @@ def photos(count: int, seed: int) -> Batch:
     }  # fmt: skip
 
 
-def learner(seed: int, loss: LossConfig | None = None, heads: int = 1, version: int = 2, **sizes: object) -> RoadworkModel:
+def learner(
+    seed: int, loss: LossConfig | None = None, heads: int = 1, version: int = 2, **sizes: object
+) -> RoadworkModel:
     """A small model without a backbone, for these tokens."""
     config = small_config("none", **{"keep_views": 6, "experts": 1, "metadata": (), **sizes})
     torch.manual_seed(seed)

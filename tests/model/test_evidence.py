@@ -10,7 +10,15 @@ from scipy.special import expit, logsumexp
 from torch import nn
 
 from pipeline.model.config import TERMS, LossConfig, ModelConfig
-from pipeline.model.evidence import CellEvidence, as_logits, cell_boxes, cell_targets, evidence_mask_loss, join, stitch_map
+from pipeline.model.evidence import (
+    CellEvidence,
+    as_logits,
+    cell_boxes,
+    cell_targets,
+    evidence_mask_loss,
+    join,
+    stitch_map,
+)
 from pipeline.model.losses import Targets, combine, count_targets, loss_terms
 from pipeline.model.mixup import Mix
 from pipeline.model.output import RoadworkOutput
@@ -76,7 +84,9 @@ def test_joined_log_odds_are_the_weighted_mean_of_both():
     for share in (0.0, 0.3, 1.0):
         joined = join(fused, evidence, share).numpy()
         z = fused.numpy()[:, 1] - fused.numpy()[:, 0]
-        np.testing.assert_allclose(joined[:, 1] - joined[:, 0], np.average([z, evidence], axis=0, weights=[1 - share, share]))
+        np.testing.assert_allclose(
+            joined[:, 1] - joined[:, 0], np.average([z, evidence], axis=0, weights=[1 - share, share])
+        )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
