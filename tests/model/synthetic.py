@@ -8,7 +8,7 @@ import torch
 
 from pipeline.data.batch import Batch
 from pipeline.data.views import view_boxes
-from pipeline.model.config import LossConfig, ModelConfig
+from pipeline.model.config import LossConfig
 from pipeline.model.encoder import Encoded
 from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
 from tests.small_run import small_config
@@ -67,6 +67,3 @@ def all_views(batch: Batch) -> Encoded:
         cls=batch["cls"], cells=batch["cells"], boxes=batch["boxes"], mask=batch["view_mask"],
         indices=torch.arange(views).expand(count, -1), scores=None, gates=torch.ones(count, views),
     )  # fmt: skip
-
-
-__all__ = ["DIM", "GRID", "VIEWS", "ModelConfig", "all_views", "learner", "photos", "train"]

@@ -211,8 +211,8 @@ def three_views(batch):
 def trunk_loss(seed, evidence, steps=60):
     """Cross entropy of the fused head alone on new photos, after training with or without the branch."""
     config = ModelConfig(
-        backbone="none", view_side=32, pool_grid=2, width=16, layers=1, heads=2, fusion_heads=2, experts=1, experts_per_token=1,
-        expert_width=16, mask_side=4, metadata=(), evidence=evidence, evidence_share=0.5,
+        backbone="none", view_side=32, pool_grid=2, width=16, layers=1, heads=2, fusion_heads=2, experts=1,
+        experts_per_token=1, expert_width=16, mask_side=4, metadata=(), evidence=evidence, evidence_share=0.5,
     )  # fmt: skip
     torch.manual_seed(seed)
     trunk, loss = Trunk(config, DIM), LossConfig(roadwork=1.0, focal_gamma=0.0, focal_alpha=0.5, label_smoothing=0.0)

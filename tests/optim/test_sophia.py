@@ -320,12 +320,10 @@ def test_products_with_the_hessian_are_finite_where_views_do_not_exist():
         slopes, size = [], 1e-5
         for side in (size, -size):
             with torch.no_grad():
-                for name, weight in weights.items():
-                    weight += side * probes[name]
+                torch._foreach_add_(list(weights.values()), list(probes.values()), alpha=side)
             slopes.append(torch.autograd.grad(loss(), list(own.values())))
             with torch.no_grad():
-                for name, weight in weights.items():
-                    weight -= side * probes[name]
+                torch._foreach_add_(list(weights.values()), list(probes.values()), alpha=-side)
     for name, ahead, behind in zip(own, *slopes, strict=True):
         torch.testing.assert_close(products[name], probes[name] * (ahead - behind) / (2 * size), rtol=1e-3, atol=1e-7)
 
