@@ -45,6 +45,7 @@ def early_exit(
     require(0 < max_loss < 1, "--max_loss", max_loss, "in (0, 1)")
     require(batch_size >= 1, "--batch_size", batch_size, "1 or more")
     require(workers >= 0, "--workers", workers, "0 or more")
+    from pipeline.data.folds import read_dealt
     from pipeline.devices import pick_device
     from pipeline.evaluation.early_exit import fit_dynamic, fit_fixed, open_validation
     from pipeline.files import write_summary, write_text
@@ -55,7 +56,9 @@ def early_exit(
     if model.encoder.pruner is None:
         raise UserError(f"the head {model.config.head!r} of {run} prunes no views; name a run with the head 'roadwork'")
     config = folder.config()
-    loader = open_validation(model, shards or config.data.shards, features, config.data.features, batch_size, workers)
+    place = shards or config.data.shards
+    index = read_dealt(place, "" if shards else config.data.folds, config.data.fold)
+    loader = open_validation(model, index, place, features, config.data.features, batch_size, workers)
     found = fit_dynamic(model, loader, max_loss) if pruning == "dynamic" else fit_fixed(model, loader)
     model.config.pruning = pruning
     write_text(folder.model / "config.json", model.config.to_json_string())

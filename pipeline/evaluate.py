@@ -60,7 +60,7 @@ def evaluate(
 
     from pipeline.data.copies import STREETVISION
     from pipeline.data.feature_dataset import open_split
-    from pipeline.data.index import read_index
+    from pipeline.data.folds import read_dealt
     from pipeline.devices import pick_device
     from pipeline.evaluation import scoring
     from pipeline.evaluation.inference import evidence_map
@@ -73,7 +73,8 @@ def evaluate(
     start, folder = time.monotonic(), RunFolder.open(run)
     config, model = folder.config(), folder.load_model(pick_device(device))
     place = shards or config.data.shards
-    index = read_index(place)
+    # The run of a fold is measured on its own splits.
+    index = read_dealt(place, "" if shards else config.data.folds, config.data.fold)
     scoring.check_metadata(index, model.config.sizes, folder.text_encoder())
     for name in splits:
         scoring.check_labelled(place, index, name)

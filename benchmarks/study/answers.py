@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
-from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from benchmarks.study.arms import Arm
@@ -16,10 +14,8 @@ from benchmarks.study.photos import Photos
 from benchmarks.study.work import Work, read_outcome
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import calibration_error, confusion_counts, mcc_of
+from pipeline.evaluation.place_bootstrap import Estimate, PlaceBootstrap, expanded
 
-ROUNDS = 4000
-LEVEL = 0.95
-FEWEST_PLACES = 5  # with fewer the bootstrap draws groups of near-duplicates in their place
 SMALLEST_PLACE = 20  # photos; the MCC of fewer is noise
 
 
@@ -82,81 +78,8 @@ def read_answers(work: Work, arm: Arm, photos: Photos, results: Path) -> ArmAnsw
     return ArmAnswers(arm, outcomes, *means, lrs, np.array(curves), outcome["parameters"], wall_s)
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A number with its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def scaled(self, factor: float) -> Estimate:
-        """The estimate in another unit."""
-        return Estimate(factor * self.value, factor * self.low, factor * self.high)
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
-
-
-class Bootstrap:
-    """The paired cluster bootstrap: whole places are drawn, and seeds, the same for all arms.
-
-    Photos of one city resemble each other, so a new city is the unit that a result has to hold for. With G places the
-    percentile interval of the bootstrap is too narrow by about sqrt((G - 1) / G), and a normal tail where Student's t
-    belongs. The percentiles are moved out accordingly (Hesterberg 2015, "What Teachers Should Know About the
-    Bootstrap", section 3.3, "expanded percentile"), and the part of the seeds is widened in the same way.
-    """
-
-    def __init__(self, units: np.ndarray, seeds: int, seed: int = 0):
-        """Draw nothing yet.
-
-        Args:
-            units: Number of each photo's unit (place or group), of which whole ones are drawn: int64 [N].
-            seeds: Trainings of each arm in each fold.
-            seed: Seed of the draws.
-        """
-        self.units, self.seed = units, seed
-        self.seed_draws = np.random.default_rng([seed, 1]).integers(seeds, size=(ROUNDS, seeds))
-
-    @cache  # noqa: B019  (a study has one, and it lives as long as the program)
-    def _draws(self, present: tuple[int, ...]) -> np.ndarray:
-        """How often each unit is drawn, [ROUNDS, units]: whole numbers, as floats for a fast product."""
-        count, generator = len(present), np.random.default_rng([self.seed, 0])
-        return generator.multinomial(count, np.full(count, 1 / count), size=ROUNDS).astype(np.float64)
-
-    def mcc_draws(self, outcomes: np.ndarray, rows: np.ndarray) -> tuple[float, np.ndarray, int]:
-        """The MCC over the given rows, as the mean over seeds.
-
-        Args:
-            outcomes: int64 [S, N, 4].
-            rows: bool [N], the photos that count.
-
-        Returns:
-            The MCC of the photos at hand, the MCC of every draw [ROUNDS], and the number of units.
-        """
-        present, unit = np.unique(self.units[rows], return_inverse=True)
-        counts = np.zeros((len(present), *outcomes.shape[::2]), dtype=np.int64)  # [units, S, 4]
-        np.add.at(counts, unit.ravel(), outcomes[:, rows].transpose(1, 0, 2))
-        drawn = self._draws(tuple(present.tolist())) @ counts.reshape(len(present), -1).astype(np.float64)
-        drawn = drawn.reshape(ROUNDS, *counts.shape[1:])
-        observed = mcc_of(*counts.sum(axis=0).T)
-        return float(observed.mean()), self._over_seeds(mcc_of(*np.moveaxis(drawn, -1, 0))), len(present)
-
-    def _over_seeds(self, of_seeds: np.ndarray) -> np.ndarray:
-        """Means over drawn seeds, [ROUNDS], of [ROUNDS, S] values."""
-        middle, by_seed = of_seeds.mean(axis=1), np.take_along_axis(of_seeds, self.seed_draws, axis=1)
-        # Drawing S of S seeds varies less than S new ones would, by (S - 1) / S in variance.
-        seeds = of_seeds.shape[1]
-        return middle + np.sqrt(seeds / max(seeds - 1, 1)) * (by_seed.mean(axis=1) - middle)
-
-    def mean(self, values: np.ndarray, rows: np.ndarray) -> Estimate:
-        """The mean of [S, N] values over seeds and over the photos where bool [N] is true."""
-        present, unit = np.unique(self.units[rows], return_inverse=True)
-        sums = np.zeros((len(present), len(values)))
-        np.add.at(sums, unit.ravel(), values[:, rows].T)
-        drawn = self._draws(tuple(present.tolist()))
-        of_seeds = drawn @ sums / (drawn @ np.bincount(unit.ravel()))[:, None]
-        return Estimate(float(values[:, rows].mean()), *expanded(self._over_seeds(of_seeds), len(present)))
+class Bootstrap(PlaceBootstrap):
+    """The paired cluster bootstrap over arms: whole places are drawn, and seeds, the same for all arms."""
 
     def mcc(self, arm: ArmAnswers) -> Estimate:
         """The MCC of an arm over all photos that it was tested on."""
@@ -181,28 +104,6 @@ class Comparison:
     theirs: float
     difference: Estimate
     ratio: Estimate
-
-
-def expanded(draws: np.ndarray, units: int) -> tuple[float, float]:
-    """The expanded percentile interval of draws over a number of units, see `Bootstrap`; unbounded for one unit."""
-    if units < 2:
-        return -np.inf, np.inf
-    tail = expanded_tail(units)
-    low, high = np.quantile(draws, [tail, 1 - tail])
-    return float(low), float(high)
-
-
-def expanded_tail(units: int) -> float:
-    """Probability outside each end of the interval."""
-    quantile = np.sqrt(units / (units - 1)) * stats.t.ppf((1 + LEVEL) / 2, units - 1)
-    return float(stats.norm.cdf(-quantile))
-
-
-def bootstrap_units(blocks: np.ndarray, groups: np.ndarray, tested: np.ndarray) -> tuple[np.ndarray, str]:
-    """The units to draw, places, or groups of near-duplicates where too few places are tested; and their name."""
-    if len(np.unique(blocks[tested])) >= FEWEST_PLACES:
-        return blocks, "places"
-    return groups, "groups of near-duplicates"
 
 
 def worst_place(arm: ArmAnswers, blocks: np.ndarray) -> tuple[int, float] | None:

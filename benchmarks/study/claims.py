@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from benchmarks.form import Row, judged, ratio_interval
-from benchmarks.study.answers import ArmAnswers, Bootstrap, Estimate
+from benchmarks.study.answers import ArmAnswers, Bootstrap
 from benchmarks.study.arms import COMPLETE
+from pipeline.evaluation.place_bootstrap import Estimate
 
 SUPPORTED, REFUTED, UNDECIDED = "supported", "refuted", "undecided"
 MISSION, PROJECT = "the project's mission", "this project"

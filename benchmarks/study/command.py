@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.form import Report, machine, publish, versions
-from benchmarks.study.answers import ArmAnswers, Bootstrap, bootstrap_units, read_answers
+from benchmarks.study.answers import ArmAnswers, Bootstrap, read_answers
 from benchmarks.study.arms import COMPLETE, Arm, select_arms
 from benchmarks.study.claims import judge
 from benchmarks.study.config import StudyConfig, read_recipe
@@ -16,6 +16,7 @@ from benchmarks.study.page import write_page
 from benchmarks.study.photos import Photos, find_photos, load_photos
 from benchmarks.study.work import Work, count_kinds, plan_work, run_work, settle
 from pipeline.errors import UserError, require
+from pipeline.evaluation.place_bootstrap import bootstrap_units
 from pipeline.progress import say
 
 PACKAGES = ("torch", "transformers", "scikit-learn")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.study.answers import ArmAnswers, Estimate
+from benchmarks.study.answers import ArmAnswers
+from pipeline.evaluation.place_bootstrap import Estimate
 from pipeline.evaluation.report.plots import INK, NONE, ROADWORK, svg
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from data_prep.decisions.gps import assign_clusters, fit_centres, sample_weights
+from data_prep.decisions.gps import assign_clusters, fit_centres
+from pipeline.data.weights import sample_weights
 
 KINDS = ("uniform", "class_balanced", "gps", "gps_permuted", "random_clusters")
 
@@ -21,13 +22,13 @@ def training_weights(
         points: Latitude and longitude in degrees, [N, 2], NaN for NULL.
         labels: 0 or 1, [N].
         groups: Near-duplicates have the same number, [N].
-        temper: See `data_prep.decisions.gps.sample_weights`.
+        temper: See `pipeline.data.weights.sample_weights`.
         seed: Seed of the clusters and of the random choices.
     """
     if kind == "uniform":
         return np.ones(len(labels))
     if kind == "class_balanced":
-        return sample_weights(np.zeros(len(labels), dtype=np.int64), labels, 0.0)
+        return sample_weights(np.zeros(len(labels), dtype=np.int64), labels, 0.0, balance=1.0)
     clusters = assign_clusters(points, fit_centres(points[~np.isnan(points[:, 0])], 0, seed))
     generator = np.random.default_rng([seed, KINDS.index(kind)])
     if kind == "random_clusters":

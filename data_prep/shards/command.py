@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from data_prep.decisions import BALANCE
 from data_prep.shards.options import Arguments, Options
+from pipeline.data.weights import BALANCE, TEMPER
 
 
 def shard(
@@ -20,7 +20,7 @@ def shard(
     test_share: float = 0.15,
     distance_m: float = 100.0,
     clusters: int = 0,
-    temper: float = 0.5,
+    temper: float = TEMPER,
     balance: float = BALANCE,
     target_gps: Path | None = None,
     text_encoder: str = "",

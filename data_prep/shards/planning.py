@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.decisions.association import associate, columns_of, count_labels
 from data_prep.decisions.duplicates import near_duplicates
-from data_prep.decisions.gps import assign_clusters, fit_centres, sample_weights, target_shares
+from data_prep.decisions.gps import assign_clusters, fit_centres, target_shares
 from data_prep.decisions.splits import Assignment, geographic_splits, keep_splits, link_groups, random_splits
 from data_prep.shards.intake import Intake, Photo
 from data_prep.shards.options import Arguments
@@ -23,6 +23,7 @@ from data_prep.sources.content import content_to_json
 from data_prep.work.workplace import HEADER_NAME
 from pipeline.data.index import SPLITS, Cluster, Field
 from pipeline.data.record import Record
+from pipeline.data.weights import sample_weights
 from pipeline.files import write_json, write_text
 
 if TYPE_CHECKING:

@@ -6,11 +6,15 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.data.index import SPLITS, Index, Sample, Shard, Split, read_index
+from pipeline.data.weights import sample_weights
 from pipeline.errors import UserError
 from pipeline.files import write_text
 
 FORMAT = "roadwork folds 1"
+DEFAULTS = {"temper": 0.5, "balance": 1.0}  # of shards that do not say
 FEWEST_PARTS = 3  # one that is held out, one that validates, and one or more that train
 
 
@@ -33,6 +37,13 @@ class DealtSplit(Split):
     """For each sample, the split of the shards that it belongs to, which its record names."""
     contents: tuple[tuple[Sample, ...], ...]
     """For each tar, all of its samples, those of other splits too."""
+    own_weights: tuple[float, ...]
+    """Sampling weights in this fold; those of the samples are of the shards' own training split."""
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Sampling weights, float64 [N]."""
+        return np.array(self.own_weights)
 
 
 def write_folds(path: Path, folds: Folds) -> None:
@@ -118,10 +129,27 @@ def deal(index: Index, folds: Folds, fold: int) -> Index:
             chosen[role_of(folds.part_of[sample.key], folds.parts, fold)].append(sample)
     whole = tuple(map(tuple, contents))
     splits: dict[str, Split] = {
-        name: DealtSplit(tuple(shards), tuple(part), tuple(homes[sample.key] for sample in part), whole)
+        name: DealtSplit(
+            tuple(shards),
+            tuple(part),
+            tuple(homes[sample.key] for sample in part),
+            whole,
+            tuple(weights_of(part, index).tolist()),
+        )
         for name, part in chosen.items()
     }
     return replace(index, splits=splits)
+
+
+def weights_of(samples: list[Sample], index: Index) -> np.ndarray:
+    """Sampling weights of the photos of a split, float64 [N], by the temper and balance of their shards.
+
+    A target of `--target_gps` is not in the index, so all clusters have the same one.
+    """
+    clusters = np.array([sample.cluster for sample in samples], dtype=np.int64)
+    labels = np.array([-1 if sample.label is None else sample.label for sample in samples], dtype=np.int64)
+    temper, balance = (float(index.arguments.get(name, usual)) for name, usual in DEFAULTS.items())
+    return sample_weights(clusters, labels, temper, balance=balance)
 
 
 def role_of(part: int, parts: int, fold: int) -> str:

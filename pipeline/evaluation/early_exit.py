@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Subset
 
 from pipeline.data.batch import Batch, batches_of
 from pipeline.data.feature_dataset import open_split
-from pipeline.data.index import read_index
+from pipeline.data.index import Index
 from pipeline.errors import UserError
 from pipeline.evaluation.calibration import best_cut, check_finite
 from pipeline.evaluation.metrics import TIE, confusion_counts, has_both, mcc_of
@@ -205,12 +205,13 @@ def best_order(answer: Callable[[Sequence[int]], np.ndarray], labels: np.ndarray
 
 
 def open_validation(
-    model: RoadworkModel, shards: str, given: str | None, features: str, batch_size: int, workers: int
+    model: RoadworkModel, index: Index, shards: str, given: str | None, features: str, batch_size: int, workers: int
 ) -> Loader:
     """The labelled photos of the validation split.
 
     Args:
         model: The model that will answer.
+        index: The index of the shards, or of a fold of theirs.
         shards: Folder or URL of the shards.
         given: See `find_cache`.
         features: See `find_cache`.
@@ -220,7 +221,6 @@ def open_validation(
     Raises:
         UserError: The photos are not of both classes.
     """
-    index = read_index(shards)
     labels = index.split("val").labels
     if not has_both(labels):
         raise UserError(

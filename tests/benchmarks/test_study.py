@@ -7,15 +7,16 @@ import pytest
 import torch
 from sklearn.metrics import matthews_corrcoef
 
-from benchmarks.study.answers import ArmAnswers, Bootstrap, bootstrap_units, expanded_tail, worst_place
+from benchmarks.study.answers import ArmAnswers, Bootstrap, worst_place
 from benchmarks.study.arms import ARMS, COMPLETE
 from benchmarks.study.claims import CLAIMS, judge, judge_steps, steps_to, verdict
 from benchmarks.study.folds import NOWHERE, divide, make_fold, split_groups
 from benchmarks.study.photos import Photos
 from benchmarks.study.sampling import cluster_factors, derange, permuted_weights, shuffle_clusters, training_weights
-from data_prep.decisions.gps import sample_weights
+from pipeline.data.weights import sample_weights
 from pipeline.errors import UserError
 from pipeline.evaluation.metrics import confusion_counts
+from pipeline.evaluation.place_bootstrap import bootstrap_units, expanded_tail
 
 CITIES = [
     (59.9, 10.7),

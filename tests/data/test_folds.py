@@ -12,6 +12,7 @@ from pipeline.data.feature_dataset import open_split
 from pipeline.data.features import open_cache
 from pipeline.data.folds import Folds, deal, read_dealt, read_folds, role_of, write_folds
 from pipeline.data.index import SPLITS, read_index
+from pipeline.data.weights import sample_weights
 from pipeline.errors import UserError
 from tests.data.tampering import TAMPERED, tamper
 from tests.feature_cache import make_cache
@@ -174,3 +175,12 @@ def test_the_roles_of_five_folds():
     table = [[role_of(part, 5, fold) for part in range(5)] for fold in range(5)]
     assert table[0] == ["test", "val", "train", "train", "train"]
     assert table[4] == ["val", "train", "train", "train", "test"]
+
+
+def test_a_fold_samples_by_weights_of_its_own_training_photos(world):
+    """Those in the index are for the shards' own training split; other photos have none there."""
+    index = read_index(world / "shards")
+    index.arguments.update(temper=0.3, balance=0.7)
+    dealt = deal(index, some_folds(index), 0).splits["train"]
+    assert {sample.label for sample in dealt.samples} == {0, 1}
+    np.testing.assert_allclose(dealt.weights, sample_weights(dealt.clusters, dealt.labels, 0.3, balance=0.7))

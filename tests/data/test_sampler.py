@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 from scipy.optimize import brentq
 
-from data_prep.decisions.gps import sample_weights
 from pipeline.data.sampler import PositionSampler, SystematicDraw, expected_counts, share_of
+from pipeline.data.weights import sample_weights
 
 SEEDS = range(40)
 
@@ -74,14 +74,16 @@ def test_rows_and_strata_come_as_often_as_expected_rounded_down_or_up(seed):
 @pytest.mark.parametrize("roadwork", [0.1, 0.25, 0.5])
 def test_an_epoch_has_the_share_of_roadwork_that_full_balance_asks_for(roadwork):
     clusters, labels = labelled(2000, roadwork)
-    draw = SystematicDraw(sample_weights(clusters, labels, 0.5), 1600, seed=3, max_repeats=4, strata=labels)
+    draw = SystematicDraw(
+        sample_weights(clusters, labels, 0.5, balance=1.0), 1600, seed=3, max_repeats=4, strata=labels
+    )
     for epoch in range(5):
         assert abs(labels[draw.order(epoch)].sum() - 800) <= 1
 
 
 def test_an_epoch_has_the_share_of_each_cluster_that_full_temper_asks_for():
     clusters, labels = labelled(3000, 0.3, (0.7, 0.2, 0.08, 0.02))
-    weights = sample_weights(clusters, labels, 1.0)
+    weights = sample_weights(clusters, labels, 1.0, balance=1.0)
     draw = SystematicDraw(weights, 2400, seed=0, max_repeats=30, strata=2 * clusters + labels)
     for epoch in range(5):
         rows = draw.order(epoch)

@@ -17,11 +17,11 @@ from data_prep.decisions.gps import (
     choose_clusters,
     fit_centres,
     read_target,
-    sample_weights,
     target_shares,
     unit_sphere,
 )
 from pipeline.data.sampler import expected_counts
+from pipeline.data.weights import sample_weights
 from pipeline.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -187,7 +187,7 @@ def test_photos_without_a_label_and_clusters_of_one_class_keep_their_weight_at_a
 
 def test_full_temper_gives_every_cluster_and_class_the_same_mass():
     clusters, labels = np.repeat([1, 2], [80, 20]), np.tile([0, 1, 1, 1, 1], 20)
-    weights = sample_weights(clusters, labels, 1.0)
+    weights = sample_weights(clusters, labels, 1.0, balance=1.0)
     masses = [weights[(clusters == c) & (labels == y)].sum() for c in (1, 2) for y in (0, 1)]
     assert np.allclose(masses, 25)
 

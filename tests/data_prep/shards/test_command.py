@@ -161,7 +161,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(folder, shards, tmp_path):
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"clusters": 5}, {"temper": 1.0}, {"balance": 0.5}, {"test_share": 0.3}, {"distance_m": 400.0}],
+    [{"seed": 1}, {"clusters": 5}, {"temper": 1.0}, {"balance": 1.0}, {"test_share": 0.3}, {"distance_m": 400.0}],
 )
 def test_every_content_argument_changes_the_content(folder, shards, tmp_path, change):
     shard(folder, tmp_path / "other", **{**PLAIN, **change})
