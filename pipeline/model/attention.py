@@ -34,8 +34,8 @@ class GatedAttention(nn.Module):
 
         Args:
             x: [B, T, H], already normed.
-            mask: bool [B, T], False for tokens that are not attended to; None if there are none, since SDPA has no
-                flash kernel with a mask.
+            mask: bool [B, T], False for tokens that are not attended to, or numbers [B, T] that are added to their
+                attention logits; None if there are none, since SDPA has no flash kernel with a mask.
 
         Returns:
             [B, T, H].
@@ -45,6 +45,8 @@ class GatedAttention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         attend = None if mask is None else mask[:, None, None, :]
+        if attend is not None and attend.dtype != torch.bool:
+            attend = attend.to(value.dtype)
         query, key = self.q_norm(query), self.k_norm(key)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attend)
         joined = attended.transpose(1, 2).flatten(2)

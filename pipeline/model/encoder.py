@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,14 +32,10 @@ class Encoded:
     scores: torch.Tensor | None
     """The pruner's scores, [B, V]; None where nothing is ever pruned."""
     gates: torch.Tensor
-    """Weights of the views beside the fusion's own, [B, K]: sigmoid(score), and 1 for the global view."""
+    """How much of each view counts, [B, K]: sigmoid(score), and 1 for the global view. The logarithm is added to the
+    attention logits of the view's tokens, and the fusion's sum is weighted by it, so 0 is the same as no view."""
     mix: Mix | None = None
     """How the photos' tokens are mixed, None if they are not; the head mixes their metadata."""
-
-    @cached_property
-    def complete(self) -> bool:
-        """Whether every kept view exists. On a GPU the host waits for this, once for all heads."""
-        return bool(self.mask.all())
 
 
 class Tokens(NamedTuple):

@@ -47,7 +47,8 @@ class CellEvidence(nn.Module):
             The photos' log-odds [B], over the cells of existing views, and those of each cell, [B, K, g*g].
         """
         found: torch.Tensor = self.judge(cells).squeeze(-1)
-        return found.masked_fill(~mask[..., None], -torch.inf).flatten(1).logsumexp(dim=1), found
+        present = at_least_float32(found).masked_fill(~mask[..., None], -torch.inf)
+        return present.flatten(1).logsumexp(dim=1).to(found.dtype), found
 
 
 def as_logits(log_odds: torch.Tensor) -> torch.Tensor:

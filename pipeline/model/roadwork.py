@@ -190,7 +190,7 @@ class RoadworkModel(PreTrainedModel):
                 single = [part for piece in pieces for part in getattr(piece, name, [piece])]
                 for own, part in zip(getattr(whole, name, [whole]), single, strict=True):
                     own.load_state_dict(part.state_dict())
-        return merged.to(first.dtype).attach(first.backbone).eval()
+        return merged.to(first.device, first.dtype).attach(first.backbone).eval()
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> RoadworkModel:  # type: ignore[override]

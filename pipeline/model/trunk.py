@@ -9,7 +9,7 @@ from pipeline.model.attention import GatedLayer
 from pipeline.model.config import ModelConfig
 from pipeline.model.encoder import Encoded
 from pipeline.model.evidence import CellEvidence, cell_boxes, join
-from pipeline.model.fusion import build_fusion
+from pipeline.model.fusion import build_fusion, log_gates
 from pipeline.model.heads import BinaryHead, SegmentationHead, WeatherHead
 from pipeline.model.metadata import METADATA_WIDTH, MetadataEncoder
 from pipeline.model.output import RoadworkOutput
@@ -48,6 +48,11 @@ class Trunk(nn.Module):
         tokens: torch.Tensor = self.pyramid(self.projection(encoded.cls, encoded.cells, boxes))
         return tokens
 
+    def attend(self, encoded: Encoded, token_mask: torch.Tensor) -> torch.Tensor | None:
+        """The layers' attention mask [B, T]: the log of the pruner's gates, so that a view is gated on every path."""
+        per_view = token_mask.shape[1] // encoded.mask.shape[1]
+        return log_gates(encoded.gates, encoded.mask).repeat_interleave(per_view, dim=1)
+
     def fuse(self, vectors: torch.Tensor, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The views' vectors [B, K, H] fused into one, [B, H], and their importance [B, K]."""
         fused: tuple[torch.Tensor, torch.Tensor | None] = self.fusion(vectors, encoded.mask, encoded.gates)
@@ -61,7 +66,7 @@ class Trunk(nn.Module):
         batch, kept, per_view, _ = views.shape
         token_mask = encoded.mask[..., None].expand(-1, -1, per_view).flatten(1)
         tokens, router_logits = views.flatten(1, 2), []
-        attend = None if encoded.complete else token_mask
+        attend = self.attend(encoded, token_mask)
         for layer in self.layers:
             tokens, routed = layer(tokens, attend)
             if routed is not None:

@@ -2,7 +2,7 @@
 
 Two things were different. All tokens of a view had the place of the view, so a cell's own place was unknown. And the
 pruner's gates multiplied the tokens before the first layer, whose RMSNorm undoes that, and did not weigh the views in
-the fusion.
+attention and fusion.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ class TrunkV1(Trunk):
         gated: torch.Tensor = self.pyramid(views) * encoded.gates[..., None, None]
         return gated
 
+    def attend(self, encoded: Encoded, token_mask: torch.Tensor) -> torch.Tensor | None:
+        """See `Trunk.attend`."""
+        return None if bool(token_mask.all()) else token_mask
+
     def fuse(self, vectors: torch.Tensor, encoded: Encoded) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See `Trunk.fuse`."""
-        fused: tuple[torch.Tensor, torch.Tensor | None] = self.fusion(
-            vectors, encoded.mask, torch.ones_like(encoded.gates)
-        )
+        fused: tuple[torch.Tensor, torch.Tensor | None] = self.fusion(vectors, encoded.mask, None)
         return fused

@@ -29,8 +29,9 @@ def test_fusion_equals_its_equations(fusion):
     for image in range(3):
         x, keep = VIEWS[image].double(), MASK[image]
         g = sigmoid(silu(x @ first.weight.T + first.bias) @ last.weight.T + last.bias).squeeze(-1) * keep
-        c = x + multihead_attention(fusion.cross, x, keep)
-        r = c + multihead_attention(fusion.refine, c, keep)
+        share = keep * PRUNER[image].double()  # the factor of exp(logit) that adding its logarithm gives
+        c = x + multihead_attention(fusion.cross, x, share)
+        r = c + multihead_attention(fusion.refine, c, share)
         torch.testing.assert_close(gates[image], g)
         w = g * PRUNER[image].double()
         torch.testing.assert_close(fused[image], (w[:, None] * r).sum(dim=0) / (w.sum() + 1e-6))

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from pipeline.model.config import LossConfig
 from pipeline.model.trunk import Trunk
 from pipeline.model.version_1 import TrunkV1
-from tests.model.synthetic import DIM, VIEWS, all_views, learner, photos
+from tests.model.synthetic import DIM, VIEWS, all_views, learner, photos, train
 from tests.small_run import small_config
 
 
@@ -66,6 +67,46 @@ def test_a_lower_gate_moves_the_answer_towards_that_without_the_view():
     vectors = torch.randn(4, VIEWS, 32).double()
     fused = [trunk.fuse(vectors, state)[0] for state in (encoded, closed, alone)]
     assert (fused[1] - fused[2]).norm() < 0.6 * (fused[0] - fused[2]).norm()
+
+
+def slope_and_change(model, batch):
+    """-d z / d log gate of each view but the global, and z without the view less z with it, over photos and views."""
+    encoded = model.encode(batch, keep_all=True)
+    gates = encoded.gates.detach().requires_grad_()
+    z = model.log_odds(model.answer(replace(encoded, gates=gates)))
+    (gradient,) = torch.autograd.grad(z.sum(), gates)
+    closed = replace(encoded, gates=gates.detach())
+    with torch.no_grad():
+        without = [
+            model.log_odds(model.answer(replace(closed, mask=encoded.mask & (torch.arange(VIEWS) != view))))
+            for view in range(1, VIEWS)
+        ]
+    changes = torch.stack(without, dim=1) - z.detach()[:, None]
+    return -(gates * gradient)[:, 1:].detach().flatten().numpy(), changes.flatten().numpy()
+
+
+def test_the_slope_in_a_views_gate_foretells_what_leaving_the_view_out_does():
+    """The gate's derivative is all that the roadwork loss tells the pruner, so its sign has to be right."""
+    found = {}
+    for version in (1, 2):
+        pairs = [
+            slope_and_change(train(learner(seed, version=version, evidence=False), 60), photos(48, 999))
+            for seed in range(3)
+        ]
+        found[version] = [spearmanr(*pair)[0] for pair in pairs]
+    assert min(found[2]) > 0.7
+    assert max(found[1]) < min(found[2])
+
+
+@pytest.mark.parametrize("fusion", ["gated", "mean"])
+@torch.no_grad()
+def test_a_gate_of_zero_is_the_same_as_leaving_the_view_out(fusion):
+    encoded, trunk = in_float64(all_views(photos(4, seed=0))), of_version(2, evidence=False, fusion=fusion)
+    closed, masked = encoded.gates.clone(), encoded.mask.clone()
+    closed[:, [3, 7]], masked[:, [3, 7]] = 0.0, False
+    found, expected = answer(trunk, replace(encoded, gates=closed)), answer(trunk, replace(encoded, mask=masked))
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(answer(trunk, encoded).logits, expected.logits, rtol=1e-3)
 
 
 def test_the_roadwork_loss_alone_teaches_the_pruner_while_views_are_pruned():
