@@ -288,9 +288,8 @@ def test_a_run_is_evaluated_from_its_cache_without_the_backbone(evaluated, cache
     evaluate(cached[0], workers=0)
     found, wanted = pd.read_csv(cached[0] / "predictions.csv"), evaluated[2]
     assert found["key"].tolist() == wanted["key"].tolist()
-    for column in ("probability", "probability_null"):
-        assert np.abs(found[column] - wanted[column]).max() < 0.02
-        assert wanted[column].std() > 0.05
+    for column in ("log_odds", "log_odds_null"):  # probabilities are steeper by the slope of so small a validation set
+        assert np.abs(found[column] - wanted[column]).max() < 0.2 * wanted[column].std()
 
 
 def test_a_cache_that_does_not_fit_is_passed_over_with_a_word_and_refused_when_asked_for(cached, capsys, tmp_path):

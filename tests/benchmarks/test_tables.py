@@ -10,8 +10,8 @@ from pipeline.files import write_json
 
 TEXT = "Before.\n\n<!-- results:loader -->\nold\n<!-- /results:loader -->\n\nAfter.\n"
 SECTIONS = (
-    "Data preparation", "Views", "Loader", "Features", "Pruning", "Trainer", "Checkpoints", "Parity", "Sophia", "Study",
-    "Scaling",
+    "Data preparation", "Views", "Loader", "Features", "Pruning", "Trainer", "Several heads", "Checkpoints", "Parity",
+    "Sophia", "Study", "Scaling",
 )  # fmt: skip
 
 
