@@ -16,7 +16,6 @@ from pipeline.data.sampler import share_of
 from pipeline.distributed.agreement import gather, on_all_ranks
 from pipeline.evaluation.calibration import check_finite, cross_fit, fit
 from pipeline.evaluation.metrics import binary_metrics
-from pipeline.model.losses import focal_loss
 from pipeline.model.roadwork import RoadworkModel
 
 
@@ -33,12 +32,13 @@ class Validation:
         """The loss and the scores of the model's whole answer with all metadata NULL. Collective.
 
         Args:
-            model: The model to validate, with its loss.
+            model: The model to validate.
             alive: Called at every batch.
 
         Returns:
-            `loss`, the mean focal loss, by which the best validation is chosen; the scores of `binary_metrics` on
-            cross-fitted probabilities; and `cut` and `slope`, the calibration by all photos.
+            The scores of `binary_metrics` on cross-fitted probabilities; `loss`, their negative log-likelihood, by
+            which the best validation is chosen; and `cut` and `slope`, the calibration by all photos. The focal loss
+            would not do: it grows as the answers become surer, while calibration makes them good probabilities.
 
         Raises:
             UserError: Some of the answers are no numbers; on every rank.
@@ -48,24 +48,20 @@ class Validation:
         model.train()
         parts = [np.concatenate(part) for part in zip(*gather(mine), strict=True)]
         # In the order of the shards, so that the folds do not depend on the number of ranks.
-        rows, log_odds, losses = (part[np.argsort(parts[0])] for part in parts)
+        rows, log_odds = (part[np.argsort(parts[0])] for part in parts)
         samples = [self.samples[row] for row in rows.astype(int)]
         check_finite(log_odds, [sample.key for sample in samples], "the model, at this validation,")
         labels, groups = (np.array([getattr(sample, name) for sample in samples]) for name in ("label", "group"))
         metrics = binary_metrics(labels, cross_fit(labels, log_odds, groups), ranking=log_odds)
-        return {"loss": float(losses.mean()), **metrics, **asdict(fit(labels, log_odds))}
+        return {"loss": metrics["nll"], **metrics, **asdict(fit(labels, log_odds))}
 
     @torch.no_grad()
-    def _answers(self, model: RoadworkModel, alive: Callable[[], None]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows, log-odds and losses of this rank's photos."""
-        assert model.loss_config is not None
-        rows, log_odds, losses = ([np.empty(0)] for _ in range(3))
+    def _answers(self, model: RoadworkModel, alive: Callable[[], None]) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and log-odds of this rank's photos."""
+        rows, log_odds = [np.empty(0)], [np.empty(0)]
         for batch in self.loader:
             alive()
             output = model(batch, null_metadata=True)
-            assert output.logits is not None
             rows.append(batch["row"].numpy())
             log_odds.append(model.log_odds(output).double().cpu().numpy())
-            loss = focal_loss(output.logits, batch["labels"].to(output.logits.device), model.loss_config)
-            losses.append(loss.double().cpu().numpy())
-        return np.concatenate(rows), np.concatenate(log_odds), np.concatenate(losses)
+        return np.concatenate(rows), np.concatenate(log_odds)

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import matthews_corrcoef, roc_auc_score
+from sklearn.metrics import log_loss, matthews_corrcoef, roc_auc_score
 
 from pipeline.data.batch import collate
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
 from pipeline.evaluation.calibration import cross_fit, fit
-from pipeline.model.config import InputSpec, LossConfig
+from pipeline.model.config import InputSpec
 from pipeline.training import validation
 from pipeline.training.validation import Validation
 from tests.small_run import make_backbone, make_model, make_shards, telling_labels
@@ -20,9 +20,7 @@ N = 25
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    model = make_model(make_backbone(tmp_path_factory.mktemp("validation") / "backbone"))
-    model.loss_config = LossConfig()
-    return model
+    return make_model(make_backbone(tmp_path_factory.mktemp("validation") / "backbone"))
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +58,14 @@ def test_scores_are_cross_fitted_and_the_calibration_is_that_of_all_photos(model
     assert scores["n"] == N
 
 
-def test_the_loss_is_the_focal_loss_of_the_whole_answer(model, dataset, answers, monkeypatch):
-    """By the formula in float64: the trunk and the cell evidence have losses of their own, which are other numbers."""
+def test_the_loss_is_that_of_cross_fitted_probabilities_whatever_their_scale(model, dataset, answers, monkeypatch):
+    """The focal loss of raw answers grows as they become surer, and would keep the weights of too early a step."""
     scores = measure(model, dataset, monkeypatch, 1)
-    labels, _, log_odds = answers
-    config, p = model.loss_config, 1 / (1 + np.exp(-log_odds))
-    q = labels * (1 - config.label_smoothing) + config.label_smoothing / 2
-    losses = -q * config.focal_alpha * (1 - p) ** config.focal_gamma * np.log(p)
-    losses -= (1 - q) * (1 - config.focal_alpha) * p**config.focal_gamma * np.log(1 - p)
-    assert scores["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    labels, groups, log_odds = answers
+    assert scores["loss"] == pytest.approx(log_loss(labels, cross_fit(labels, log_odds, groups)), rel=1e-5)
+    usual = type(model).log_odds
+    monkeypatch.setattr(type(model), "log_odds", staticmethod(lambda output: 9 * usual(output)))
+    assert measure(model, dataset, monkeypatch, 1)["loss"] == pytest.approx(scores["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
