@@ -33,7 +33,8 @@ class Encoded:
     """The pruner's scores, [B, V]; None where nothing is ever pruned."""
     gates: torch.Tensor
     """How much of each view counts, [B, K]: sigmoid(score), and 1 for the global view. The logarithm is added to the
-    attention logits of the view's tokens, and the fusion's sum is weighted by it, so 0 is the same as no view."""
+    attention logits of the view's tokens, and the fusion's sum is weighted by it, so to the
+    trunk 0 is the same as no view; the cell evidence has no gates."""
     mix: Mix | None = None
     """How the photos' tokens are mixed, None if they are not; the head mixes their metadata."""
 
