@@ -19,7 +19,7 @@ from benchmarks.form import Goal, Report, Row, compare, exact, interleave, machi
 from benchmarks.loops import BareLoop
 from data_prep.features.command import features as make_cache
 from data_prep.features.extraction import Extractor
-from data_prep.features.job import row_bytes, spare_cores
+from data_prep.features.job import row_bytes
 from data_prep.features.options import ModelChoice, Options
 from data_prep.features.writer import FeatureWriter, plan_shards
 from data_prep.scenes.data_set import KIND, scenes
@@ -32,6 +32,7 @@ from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key
 from pipeline.data.features import open_cache
 from pipeline.data.index import Index, read_index
+from pipeline.devices import spare_cores
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.encoder import all_tokens
 from pipeline.model.roadwork import RoadworkModel

@@ -101,3 +101,9 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
         raise UserError(f"--device is {name!r}, which this machine does not have; use auto or cpu") from error
     return device
+
+
+def spare_cores(device: torch.device) -> int:
+    """Workers for each process of this machine: with a GPU all cores decode; without, the passes need most of them."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, share - 1) if device.type == "cuda" else min(1, share - 1)

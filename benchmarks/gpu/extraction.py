@@ -14,13 +14,13 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer
 
 from benchmarks.gpu.parts import Bench, cosine_distance
 from data_prep.features.extraction import KERNELS, Extractor, Item
-from data_prep.features.job import spare_cores
 from data_prep.features.options import Options
 from data_prep.scenes.data_set import scenes
 from data_prep.shards.command import shard
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
 from pipeline.data.stand_in import StandIn
+from pipeline.devices import spare_cores
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.names import NUM_VIEWS
 from pipeline.training.throughput import flops_per_view, matmul_rate

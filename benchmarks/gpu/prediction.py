@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.parts import Bench
-from data_prep.features.job import spare_cores
 from data_prep.scenes.data_set import scenes
 from pipeline.data.batch import collate
 from pipeline.data.dataset import prepare
+from pipeline.devices import spare_cores
 from pipeline.evaluation.prediction import answers, find_photos, score
 from pipeline.model.roadwork import RoadworkModel
 

@@ -30,7 +30,7 @@ from pipeline.data.feature_key import STORED_DTYPE, FeatureKey, feature_key
 from pipeline.data.features import MASK_DTYPE, FeatureShard, read_features
 from pipeline.data.index import INDEX_NAME, Index, read_index
 from pipeline.data.storage import is_url
-from pipeline.devices import pick_device
+from pipeline.devices import pick_device, spare_cores
 from pipeline.distributed.agreement import on_all_ranks, on_rank_zero
 from pipeline.distributed.signals import StopSignal
 from pipeline.errors import Stopped, require
@@ -237,12 +237,6 @@ def row_bytes(key: FeatureKey, dim: int) -> int:
     tokens = (2 + 2 * key.pool_grid**2) * dim * STORED_DTYPE.itemsize
     views = key.num_views * (tokens + 4 * torch.float32.itemsize + torch.bool.itemsize)
     return views + len(MASK_CLASSES) * (key.mask_side**2 * MASK_DTYPE.itemsize + 1) + 1
-
-
-def spare_cores(device: torch.device) -> int:
-    """Workers for each process of this machine: with a GPU all cores decode; without, the passes need most of them."""
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, share - 1) if device.type == "cuda" else min(1, share - 1)
 
 
 @contextmanager

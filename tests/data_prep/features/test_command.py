@@ -20,7 +20,6 @@ import torch
 from data_prep.features import writer as feature_writer
 from data_prep.features.command import features
 from data_prep.features.extraction import Extractor, pack
-from data_prep.features.job import spare_cores
 from data_prep.features.options import ModelChoice, Options
 from data_prep.scenes.data_set import scenes
 from data_prep.shards.command import shard
@@ -28,6 +27,7 @@ from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.features import open_cache, read_features
 from pipeline.data.index import read_index
+from pipeline.devices import spare_cores
 from pipeline.errors import UserError
 from pipeline.model.backbone import FrozenBackbone, vith16plus_config
 from pipeline.training.throughput import flops_per_view
