@@ -68,10 +68,10 @@ class Trainer:
         skip_steps_that_are_not_finite(self.engine)
         self.hessian = HessianStep(config, accelerator, self.engine)
         self.average = EngineAverage(model, config.train.ema_decay)
-        self.checkpoints = Checkpoints(folder.checkpoints, config, self.rank) if folder else None
+        self.checkpoints = Checkpoints(folder.checkpoints, config, self.rank, folder.log) if folder else None
         self.best_model = BestModel(model, self.average, folder, self.rank)
         self.stop = StopSignal(config.train.max_minutes)
-        self.agreement = Agreement()
+        self.agreement = Agreement(config.train.hang_minutes)
         self.faults = FaultPolicy(config.train, self.engine, self.average, self.checkpoints, loader, self.agreement)
         self.meter = Meter(accelerator.device, batching.batch_size, self.agreement)
         self.profiler = Profiler(config.train.profile, folder.path if folder else None, self.rank)
@@ -102,6 +102,7 @@ class Trainer:
             if stop or (save and state.skips == 0):
                 self._save_once()
             if stop:
+                self._await_save()
                 raise Stopped(self._stopped())
             with self.profiler.step(state.step + 1):
                 losses, outputs = self._take_step(mine, counts)
@@ -119,6 +120,7 @@ class Trainer:
                 self._validate()
                 self._save_once()
         self._save_once()
+        self._await_save()
 
     def _fetch(self, batches: Iterator[Batch]) -> tuple[list[Batch], UserError | None]:
         """This rank's micro-batches of one step, or the error in its data."""
@@ -246,7 +248,7 @@ class Trainer:
         dist.barrier()
 
     def close(self) -> None:
-        """Wait for unfinished uploads of checkpoints, for a bounded time, and report those that are missing."""
+        """Wait for the last checkpoint, and for a bounded time for uploads; report what is missing."""
         if self.checkpoints:
             self.checkpoints.close()
 
@@ -256,12 +258,16 @@ class Trainer:
         return f"{reason}{what} at step {self.state.step} of {self.schedule.steps}; the same command resumes there"
 
     def _save_once(self) -> None:
-        """Save a checkpoint, unless this step is saved already."""
+        """Begin to save a checkpoint, unless this step's is begun already."""
         if self.checkpoints is None or self.saved_step == self.state.step:
             return
         with self.meter.paused():
             self.checkpoints.save(self.state.step, self.engine, self.average, self.state.to_json())
         self.saved_step, self.saved_s = self.state.step, time.monotonic()
+
+    def _await_save(self) -> None:
+        if self.checkpoints:
+            self.checkpoints.wait()
 
     def _write(self, values: dict[str, Any]) -> None:
         if self.folder is None:
@@ -278,4 +284,5 @@ class Trainer:
         if self.folder and self.state.best is None:
             # There was nothing to validate on: the last average is the best model.
             self.best_model.save(self.best_model.averaged())
-        return self.state.summary(self.schedule.samples_per_epoch)
+        saves = {"checkpoints": self.checkpoints.summary()} if self.checkpoints else {}
+        return {**self.state.summary(self.schedule.samples_per_epoch), **saves}

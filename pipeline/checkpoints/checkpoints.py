@@ -1,7 +1,7 @@
 """Checkpoints as named tensors: nothing pickled, and independent of the world size.
 
-`distributed.engine_tensors` gathers the tensors, `files` defines a checkpoint's folder, `retention` decides which
-checkpoints stay, and `sync` copies them to a URL.
+`distributed.engine_tensors` gathers the tensors, `background` holds their copy while training continues, `files`
+defines a checkpoint's folder, `retention` decides which checkpoints stay, and `sync` copies them to a URL.
 
 No random state is stored, since none outlives a step: the order of samples follows from the seed and the epoch, and
 dropout and exploration of a step from (seed, step, rank). So any number of processes may resume from any checkpoint,
@@ -14,24 +14,26 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints import files
-from pipeline.checkpoints.files import AVERAGE, OPTIMIZER, STATE, WEIGHTS, Damaged, Tensors, write_checkpoint
+from pipeline.checkpoints.background import Background, HostCopy
+from pipeline.checkpoints.files import AVERAGE, OPTIMIZER, STATE, WEIGHTS, Damaged, write_checkpoint
 from pipeline.checkpoints.retention import Retention
 from pipeline.checkpoints.sync import Remote, Uploader
 from pipeline.config import FREE_KEYS, Config, differences
 from pipeline.data.sampler import VERSION
 from pipeline.distributed.agreement import on_all_ranks, on_rank_zero
-from pipeline.distributed.engine_tensors import gather_tensors, set_tensors
+from pipeline.distributed.engine_tensors import EngineAverage, set_tensors, whole_moments, whole_weights
 from pipeline.errors import UserError, explain
 from pipeline.files import write_json
 from pipeline.optim.config import MOMENTS
-from pipeline.optim.ema import WeightAverage
 from pipeline.progress import say
 
 # On these errors a checkpoint is given up and training continues; EFBIG is the limit of `ulimit -f`.
@@ -39,47 +41,79 @@ NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG})
 
 
 class Checkpoints:
-    """Saves and restores a DeepSpeed engine, its weight average and the trainer's state; rank 0 writes.
+    """Saves and restores a DeepSpeed engine, its weight average and the trainer's state; rank 0 writes, in a thread.
 
     Attributes:
-        unsaved: The step of the last checkpoint if it could not be written, else None.
+        unsaved: The step of the last checkpoint if it could not be written, else None; up to date after `wait`.
         fetched: Whether the run resumes from a checkpoint that was fetched from the URL; known to rank 0 alone.
     """
 
-    def __init__(self, folder: Path, config: Config, rank: int):
-        """Keep the checkpoints of a run in `folder`, and copy them to the URL that the configuration may name."""
+    def __init__(self, folder: Path, config: Config, rank: int, log: Callable[[dict[str, Any]], None]):
+        """Keep the checkpoints of a run in `folder`, and copy them to the URL that the configuration may name.
+
+        Args:
+            folder: Folder of all checkpoints; it need not exist.
+            config: The run's configuration.
+            rank: This process's rank.
+            log: Appends a line to metrics.jsonl; called on rank 0, in the thread.
+        """
         settings = config.checkpoint
-        self.folder, self.rank, self.settings = folder, rank, settings
+        self.folder, self.rank, self.settings, self.log = folder, rank, settings, log
         self.run, self.optimizer = _comparable(config), config.optim.name
         self.retention = Retention(settings.keep, settings.keep_every)
         self.unsaved: int | None = None
         self.fetched = False
         self.source = settings.resume or settings.sync
         self._looked = False
+        self._copy, self._writer = HostCopy(), Background[int | None]("checkpoint-write")
+        self._writing = False  # whether a save was not waited for yet; the same on every rank
+        self._times: list[tuple[float, float]] = []
         self.uploader: Uploader | None = None
         if rank == 0 and settings.sync:
             self.uploader = Uploader(Remote(settings.sync), folder, self.retention)
 
-    def save(self, step: int, engine: Any, average: WeightAverage, state: dict[str, Any]) -> None:
-        """Write a checkpoint. Collective: all ranks call it.
+    def save(self, step: int, engine: Any, average: EngineAverage, state: dict[str, Any]) -> None:
+        """Copy what belongs to a checkpoint, and let a thread write it. Collective: all ranks call it.
 
-        A full or failing disk costs this checkpoint only: the earlier ones stay, and `unsaved` is set.
+        It first waits for the save before. A full or failing disk costs a checkpoint only: the earlier ones stay, and
+        `unsaved` is set.
 
         Args:
             step: Optimizer steps taken.
             engine: The DeepSpeed engine.
             average: The average of the engine's weights.
             state: JSON values of the trainer; `best` is None or has the `step` of the best validation.
-        """
-        weights, moments = gather_tensors(engine)
-        tensors = {WEIGHTS: weights, OPTIMIZER: moments, AVERAGE: average.gathered()}
-        problem = on_rank_zero(lambda: self._write(step, tensors, {**state, "config": self.run, "sampler": VERSION}))
-        self.unsaved = None if problem is None else step
-        if problem is not None and self.rank == 0:
-            say(f"the checkpoint of step {step} is not saved ({problem}); {self._remaining()}")
 
-    def restore(self, engine: Any, average: WeightAverage) -> dict[str, Any] | None:
-        """Restore the newest valid checkpoint. Collective: all ranks call it.
+        Raises:
+            UserError: The save before could not be written, for a reason that the user must mend.
+        """
+        started = time.monotonic()
+        self.wait()
+        for file, tensors in (
+            (WEIGHTS, whole_weights(engine)), (OPTIMIZER, whole_moments(engine)), (AVERAGE, average.whole()),
+        ):  # fmt: skip
+            if self.rank == 0:
+                self._copy.fill(file, tensors)
+            else:
+                deque(tensors, maxlen=0)  # takes part in the gathering, and keeps nothing
+        self._writing = True
+        if self.rank == 0:
+            self._copy.finish()
+            stopped_s, values = time.monotonic() - started, {**state, "config": self.run, "sampler": VERSION}
+            self._writer.start(lambda: self._write(step, values, stopped_s))
+
+    def wait(self) -> None:
+        """Wait until the last save is on the disk, or is given up and `unsaved` is set. Collective.
+
+        Raises:
+            UserError: It could not be written, for a reason that the user must mend.
+        """
+        if self._writing:
+            self._writing = False
+            self.unsaved = on_rank_zero(self._writer.wait)
+
+    def restore(self, engine: Any, average: EngineAverage) -> dict[str, Any] | None:
+        """Restore the newest valid checkpoint, after a save has been waited for. Collective: all ranks call it.
 
         The first call also looks for a newer checkpoint at `checkpoint.resume`, or else at `checkpoint.sync`, and
         starts to upload what `checkpoint.sync` lacks.
@@ -90,6 +124,7 @@ class Checkpoints:
         Raises:
             UserError: The checkpoint is of another run or model; nothing was changed.
         """
+        self.wait()
         path = on_rank_zero(self._choose)
         if path is None:
             return None
@@ -114,22 +149,46 @@ class Checkpoints:
             return None
         return files.read_tensors(path / AVERAGE)
 
+    def summary(self) -> dict[str, float]:
+        """What the saves of this process cost, for rank 0's summary.
+
+        Returns:
+            `saves`, how many were written, and the mean seconds of each: `save_s`, in which training stood still, and
+            `write_s`, until the checkpoint was on the disk, while training continued.
+        """
+        if not self._times:
+            return {"saves": 0}
+        stopped, written = (round(sum(seconds) / len(seconds), 3) for seconds in zip(*self._times, strict=True))
+        return {"saves": len(self._times), "save_s": stopped, "write_s": written}
+
     def close(self) -> None:
-        """Report what is not saved, and wait for the upload for at most `checkpoint.sync_wait_s`."""
+        """Wait for the last save, report what is not saved, and wait for the upload for `checkpoint.sync_wait_s`.
+
+        Not collective, since a run that ends by an error may have lost its other ranks.
+        """
+        try:
+            if self._writing:
+                self.unsaved = self._writer.wait()
+        except UserError as error:  # the run ends by another one already
+            say(f"the last checkpoint is not saved: {error}")
         if self.rank == 0 and self.unsaved is not None:
             say(f"the state of step {self.unsaved} is not saved; {self._remaining()}")
         if self.uploader:
             self.uploader.close(self.settings.sync_wait_s)
 
-    def _write(self, step: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> str | None:
-        """Write a checkpoint, then remove old ones; returns why it could not be written, or None."""
+    def _write(self, step: int, state: dict[str, Any], stopped_s: float) -> int | None:
+        """Write the copy as a checkpoint, then remove old ones; returns the step if it could not be written."""
         self.retention.best = state["best"] and state["best"]["step"]
+        started = time.monotonic()
         try:
-            write_checkpoint(self.folder, step, tensors, state)
+            write_checkpoint(self.folder, step, self._copy.files, state)
         except OSError as error:
             if error.errno in NO_ROOM:
-                return (error.strerror or str(error)).lower()
+                why = (error.strerror or str(error)).lower()
+                say(f"the checkpoint of step {step} is not saved ({why}); {self._remaining()}")
+                return step
             raise UserError(explain(error)) from error
+        self._times.append((stopped_s, time.monotonic() - started))
         # A checkpoint that is being uploaded stays until it is uploaded.
         with self.uploader.holding() if self.uploader else nullcontext(frozenset[str]()) as busy:
             names = self._names()
@@ -137,14 +196,15 @@ class Checkpoints:
                 shutil.rmtree(self.folder / name, ignore_errors=True)  # failing to remove an old one ends no run
         with suppress(OSError):  # on a full disk the folders' names must do
             write_json(self.folder / files.POINTERS, self.retention.pointers(self._names()))
+            save_s, write_s = (round(seconds, 3) for seconds in self._times[-1])
+            self.log({"kind": "save", "step": step, "save_s": save_s, "write_s": write_s})
         if self.uploader:
             self.uploader.notify()
         return None
 
     def _choose(self) -> Path | None:
         """The checkpoint to resume from, on this machine."""
-        for leftover in self.folder.glob(".step-*"):
-            shutil.rmtree(leftover)
+        files.recover(self.folder)
         name = self._newest_valid()
         if self.source and not self._looked:
             newer = self._fetch_newer(name)

@@ -18,17 +18,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
-from pipeline.files import sha256_of, sync, write_bytes
+from pipeline.files import sha256_of, sync, whole_file
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -39,6 +37,8 @@ FILES = (WEIGHTS, OPTIMIZER, AVERAGE, STATE)
 IN_ORDER = (*FILES, MANIFEST, MARKER)
 FORMAT = 1
 DTYPE = "F32"  # as safetensors calls it
+HEADER_ALIGNMENT = 8  # of a safetensors file, in bytes
+UNFINISHED, REPLACED = "tmp", "old"  # `.step-00001234.KIND`: being written, and moved aside by a new one of that step
 
 
 class Damaged(Exception):
@@ -71,37 +71,53 @@ def newest_first(names: Iterable[str]) -> list[str]:
 def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensors], state: dict[str, Any]) -> Path:
     """Write a checkpoint under a hidden name, and rename it once it is whole and on the disk.
 
+    No second copy of the tensors is made, and the interpreter's lock is free while one is written or hashed, so a
+    thread may write while others work.
+
     Args:
         folder: Folder of all checkpoints.
         step: Optimizer steps taken.
-        tensors: File name to tensors.
+        tensors: File name to fp32 tensors on the CPU.
         state: JSON values.
 
     Raises:
         OSError: The checkpoint could not be written; nothing of it remains, and older ones are untouched.
     """
     final = folder / name_of(step)
-    temporary, old = (folder / f".{final.name}.{kind}" for kind in ("tmp", "old"))
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary, old = (folder / f".{final.name}.{kind}" for kind in (UNFINISHED, REPLACED))
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        with ThreadPoolExecutor() as pool:  # hashes one file while another is written: training waits
-            written = pool.map(lambda name: _write(temporary / name, save(_contiguous(tensors[name]))), tensors)
-            entries = dict(zip(tensors, written, strict=True))
-        entries[STATE] = _write(temporary / STATE, to_json({"step": step, **state}))
+        entries = {name: _write(temporary / name, _safetensors(values)) for name, values in tensors.items()}
+        entries[STATE] = _write(temporary / STATE, [to_json({"step": step, **state})])
         manifest = {"format": FORMAT, "files": {name: asdict(entry) for name, entry in entries.items()}}
-        listed = _write(temporary / MANIFEST, to_json(manifest))
-        _write(temporary / MARKER, to_json({"manifest_sha256": listed.sha256}))
+        listed = _write(temporary / MANIFEST, [to_json(manifest)])
+        _write(temporary / MARKER, [to_json({"manifest_sha256": listed.sha256})])
         sync(temporary)
         if final.exists():  # of a step that a resumed run takes again
             os.rename(final, old)
         os.rename(temporary, final)
         sync(folder)
     except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
+        recover(folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def recover(folder: Path) -> None:
+    """Undo what a failed or killed `write_checkpoint` left: bring back what it moved aside, remove what is unfinished.
+
+    Args:
+        folder: Folder of all checkpoints, in which nothing is being written; it need not exist.
+    """
+    for old in folder.glob(f".step-*.{REPLACED}"):
+        final = old.with_name(old.name.removeprefix(".").removesuffix(f".{REPLACED}"))
+        if not final.exists():
+            os.rename(old, final)
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def to_json(values: dict[str, Any]) -> bytes:
@@ -109,14 +125,32 @@ def to_json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _contiguous(tensors: Tensors) -> dict[str, torch.Tensor]:
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+def _safetensors(tensors: Tensors) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file of fp32 tensors on the CPU, without a copy of them.
+
+    The library's `save` copies all tensors twice, and its `save_file` reports a full disk without an error number.
+    """
+    header, end = {}, 0
+    ordered = sorted(tensors.items())
+    for name, tensor in ordered:
+        assert tensor.dtype == torch.float32
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": DTYPE, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        yield tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
-def _write(path: Path, data: bytes) -> Entry:
-    # Not by the library's own writer, which reports a full disk as text without an error number.
-    write_bytes(path, data)
-    return Entry(len(data), hashlib.sha256(data).hexdigest())
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> Entry:
+    digest, size = hashlib.sha256(), 0
+    with whole_file(path) as stream:
+        for part in parts:
+            stream.write(part)
+            digest.update(part)
+            size += len(part)
+    return Entry(size, digest.hexdigest())
 
 
 def read_manifest(read: Callable[[str], bytes]) -> dict[str, Entry]:

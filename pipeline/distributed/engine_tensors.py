@@ -6,7 +6,7 @@ sharded experts. Here both are undone, so that the names and shapes are those of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from pipeline.distributed.experts import merge_experts, split_experts
+from pipeline.distributed.experts import merge_experts, sharded_blocks, split_experts
 from pipeline.optim.config import MOMENTS
 from pipeline.optim.ema import WeightAverage
 from pipeline.optim.sophia import Sophia
@@ -28,10 +28,23 @@ Tensors = dict[str, torch.Tensor]
 
 
 def gather_tensors(engine: Any) -> tuple[Tensors, Tensors]:
-    """fp32 weights by name, and optimizer moments by `name/kind`, whole, on the CPU. Collective."""
-    weights, kinds = _gather(engine, None), _moments(engine)
-    moments = {kind: _gather(engine, kind) for kind in kinds}
-    return weights, {f"{name}/{kind}": moments[kind][name] for name in weights for kind in kinds}
+    """Copies of all `whole_weights` and `whole_moments`, on the CPU of every rank. Collective."""
+    return _to_cpu(whole_weights(engine)), _to_cpu(whole_moments(engine))
+
+
+def whole_weights(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and fp32 values of the weights, each whole on every rank, on the engine's device. Collective.
+
+    They come one after the other, so that a rank that keeps none needs memory for one only. A tensor may be the
+    engine's own, which its next step changes.
+    """
+    return _gather(engine, None)
+
+
+def whole_moments(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The optimizer's moments by `name/kind`, in the way of `whole_weights`. Collective."""
+    for kind in _moments(engine):
+        yield from ((f"{name}/{kind}", value) for name, value in _gather(engine, kind))
 
 
 def set_tensors(engine: Any, weights: Tensors, moments: Tensors, step: int) -> None:
@@ -84,10 +97,13 @@ class EngineAverage(WeightAverage):
     def _held(self) -> Tensors:
         return {name: _held(parameter) for name, parameter in _trained(self.model)}
 
+    def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The average by the names of the model as it was built, in the way of `whole_weights`. Collective."""
+        return _whole_values(self.model, lambda name, parameter: _whole(parameter, self.tensors[name]))
+
     def gathered(self) -> Tensors:
-        """The whole average by the names of the model as it was built, on the CPU. Collective."""
-        whole = {name: _whole(parameter, self.tensors[name]) for name, parameter in _trained(self.model)}
-        return _to_cpu(merge_experts(self.model, whole))
+        """A copy of the whole average, on the CPU of every rank. Collective."""
+        return _to_cpu(self.whole())
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -111,9 +127,28 @@ def _moments(engine: Any) -> tuple[str, ...]:
     return MOMENTS["sophia_h" if isinstance(base_optimizer(engine), Sophia) else "adamw"]
 
 
-def _gather(engine: Any, kind: str | None) -> Tensors:
-    values = {name: _get(engine, parameter, kind) for name, parameter in _trained(engine.module)}
-    return _to_cpu(merge_experts(engine.module, values))
+def _gather(engine: Any, kind: str | None) -> Iterator[tuple[str, torch.Tensor]]:
+    return _whole_values(engine.module, lambda _, parameter: _get(engine, parameter, kind))
+
+
+def _whole_values(module: nn.Module, get: Callable[[str, Any], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole values by the names of the model as it was built, one after the other. Collective.
+
+    Args:
+        module: The engine's module.
+        get: Gathers the value of a parameter, given its name in the module and itself; of sharded experts only this
+            process's.
+    """
+    blocks = [name for name, _ in sharded_blocks(module)]
+    # The parameters of a sharded block come together, since one of the built model's is merged from several.
+    groups: dict[str, list[tuple[str, Any]]] = {}
+    for name, parameter in _trained(module):
+        groups.setdefault(next((block for block in blocks if name.startswith(f"{block}.")), name), []).append(
+            (name, parameter)
+        )
+    for owner, parameters in groups.items():
+        values = {name: get(name, parameter) for name, parameter in parameters}
+        yield from (merge_experts(module, values) if owner in blocks else values).items()
 
 
 def _get(engine: Any, parameter: Any, kind: str | None) -> torch.Tensor:
@@ -164,5 +199,5 @@ def _whole(parameter: Any, value: torch.Tensor) -> torch.Tensor:
     return torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape)
 
 
-def _to_cpu(tensors: Tensors) -> Tensors:
-    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+def _to_cpu(tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors}

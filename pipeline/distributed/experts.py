@@ -121,10 +121,13 @@ def merge_experts(model: nn.Module, values: Mapping[str, torch.Tensor]) -> dict[
 
     Args:
         model: The engine's module.
-        values: Weights, or tensors of their shapes, by the names of the module's parameters.
+        values: Weights, or tensors of their shapes, by the names of the module's parameters; those of some of the
+            sharded blocks will do, the same ones on every rank.
     """
     merged = dict(values)
     for name, block in sharded_blocks(model):
+        if f"{name}.router.gate.weight" not in merged:
+            continue
         gate, down, up = (_all_experts(block, merged.pop(f"{name}.experts.{weight}")) for weight in EXPERT_WEIGHTS)
         merged[f"{name}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
         merged[f"{name}.experts.down_proj"] = down

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from pipeline.checkpoints.checkpoints import Checkpoints
+from pipeline.checkpoints.files import read_tensors
 from pipeline.distributed.agreement import on_rank_zero
 from pipeline.distributed.engine_tensors import EngineAverage
 from pipeline.errors import UserError
@@ -37,7 +41,10 @@ class BestModel:
             replace_folder(self.folder.model, model.save_pretrained)
 
     def restore(self, state: TrainState, checkpoints: Checkpoints) -> None:
-        """Write the model folder again where the checkpoint comes from another machine. Collective.
+        """Let the model folder hold the best weights that a checkpoint knows of. Collective.
+
+        It has others where the checkpoint comes from another machine, or where the run was killed between a validation
+        and the end of the save after it.
 
         Raises:
             UserError: The best weights are neither here nor in a checkpoint.
@@ -46,15 +53,25 @@ class BestModel:
 
     def _restore(self, state: TrainState, checkpoints: Checkpoints) -> None:
         assert self.folder is not None
-        if state.best is None or ((self.folder.model / "config.json").exists() and not checkpoints.fetched):
+        if state.best is None:
             return
-        weights = checkpoints.best_average()
+        held, weights = self._held(), checkpoints.best_average()
         if weights is None:
+            if held and not checkpoints.fetched:
+                return
             raise UserError(
                 f"the best weights so far, those of step {state.best['step']}, are neither in {self.folder.model} nor "
                 "in a checkpoint; copy that folder here, or choose another --train.run"
             )
-        self.save(self._whole(weights))
+        if held.keys() != weights.keys() or any(not torch.equal(held[name], weights[name]) for name in weights):
+            self.save(self._whole(weights))
+
+    def _held(self) -> dict[str, torch.Tensor]:
+        """The tensors in the model folder; none where it is not whole."""
+        assert self.folder is not None
+        with suppress(FileNotFoundError, SafetensorError):
+            return read_tensors(self.folder.model / SAFE_WEIGHTS_NAME)
+        return {}
 
     def _whole(self, weights: dict[str, torch.Tensor]) -> RoadworkModel:
         """A whole head with the given weights, without a backbone."""

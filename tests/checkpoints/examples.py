@@ -56,6 +56,10 @@ class Average(SimpleNamespace):
         """All of it."""
         return self.tensors
 
+    def whole(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same, one by one."""
+        yield from self.tensors.items()
+
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """The inverse."""
         self.tensors = tensors
@@ -68,22 +72,26 @@ class Run:
         """Restore at once, as a trainer does; `settings` are those of `CheckpointConfig`."""
         self.held = tensors_of(0, width)
         self.average = Average(tensors=self.held[AVERAGE])
-        patch.setattr(checkpoints, "gather_tensors", lambda engine: (engine[WEIGHTS], engine[OPTIMIZER]))
+        patch.setattr(checkpoints, "whole_weights", lambda engine: engine[WEIGHTS].items())
+        patch.setattr(checkpoints, "whole_moments", lambda engine: engine[OPTIMIZER].items())
         patch.setattr(checkpoints, "set_tensors", self._set)
         config = Config(checkpoint=CheckpointConfig(**settings))
         config.train.seed = seed
-        self.checkpoints = Checkpoints(folder, config, rank=0)
+        self.logged: list[dict[str, Any]] = []
+        self.checkpoints = Checkpoints(folder, config, rank=0, log=self.logged.append)
         self.state = self.checkpoints.restore(self.held, self.average)
 
     def _set(self, engine: Any, weights: Any, moments: Any, step: int) -> None:
         engine[WEIGHTS], engine[OPTIMIZER] = weights, moments
 
-    def save(self, step: int, best: int | None = None) -> None:
-        """Save tensors that tell the step."""
+    def save(self, step: int, best: int | None = None, wait: bool = True) -> None:
+        """Save tensors that tell the step, and wait until they are on the disk."""
         self.held = tensors_of(step)
         self.average.tensors = self.held[AVERAGE]
         state = {**STATE, "best": None if best is None else {"step": best}}
         self.checkpoints.save(step, self.held, self.average, state)
+        if wait:
+            self.checkpoints.wait()
 
     def holds(self, step: int) -> bool:
         """Whether weights, optimizer state and average are those of a step."""

@@ -175,11 +175,11 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(start, folder, monkeypatch, 
     run.save(1)
     real = files._write
 
-    def fail(path, data):
+    def fail(path, parts):
         if path.name == OPTIMIZER:
-            path.write_bytes(data[:10])
+            path.write_bytes(next(parts)[:10])
             raise OSError(number, "No room")
-        return real(path, data)
+        return real(path, parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "_write", fail)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from pipeline.checkpoints import files
 from pipeline.checkpoints.files import (
@@ -24,6 +24,7 @@ from pipeline.checkpoints.files import (
     check_checkpoint,
     difference,
     read_state,
+    recover,
     write_checkpoint,
 )
 from pipeline.checkpoints.retention import Retention
@@ -73,6 +74,15 @@ def test_a_checkpoint_is_safetensors_and_json_of_the_same_tensors(tmp_path):
     assert read_state(path) == {"step": 7, **VALUES}
     check_checkpoint(path)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_a_file_of_tensors_has_the_bytes_that_the_library_writes(tmp_path):
+    tensors = {
+        "b.weight": torch.randn(3, 5), "a/exp_avg": torch.randn(2, 3, 4).transpose(0, 2), "none": torch.zeros(0, 7),
+        "scalar": torch.tensor(2.5), "Straße": torch.randn(1), "grown": torch.randn(4, requires_grad=True),
+    }  # fmt: skip
+    path = write_checkpoint(tmp_path, 1, {WEIGHTS: tensors}, VALUES) / WEIGHTS
+    assert path.read_bytes() == save({name: tensor.contiguous() for name, tensor in tensors.items()})
 
 
 def test_a_save_returns_once_the_files_and_the_new_name_are_on_the_disk(tmp_path, monkeypatch):
@@ -156,10 +166,10 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, at):
     before = load_file(tmp_path / "step-00000001" / WEIGHTS)
     real = files._write
 
-    def fail(path, data):
+    def fail(path, parts):
         if path.name == at:
             raise OSError(28, "No space left on device")
-        return real(path, data)
+        return real(path, parts)
 
     monkeypatch.setattr(files, "_write", fail)
     for step in (1, 2):
@@ -169,6 +179,36 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch, at):
     check_checkpoint(tmp_path / "step-00000001")
     after = load_file(tmp_path / "step-00000001" / WEIGHTS)
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+class Killed(BaseException):
+    """Passes every handler of errors, as kill -9 does."""
+
+
+@pytest.mark.parametrize("error", [Killed(), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_step_that_is_saved_again_is_never_lost_between_the_old_and_the_new(tmp_path, monkeypatch, at, error):
+    """Whichever of the renames is the last one."""
+    write(tmp_path, 1, 2)
+    renames, real = [], os.rename
+
+    def fail(source, target):
+        renames.append(target)
+        if len(renames) == at:
+            raise error
+        real(source, target)
+
+    folder = tmp_path / "step-00000002"
+    before = load_file(folder / WEIGHTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(type(error)):
+            write_checkpoint(tmp_path, 2, tensors_of(9), VALUES)
+    assert len(renames) >= at
+    recover(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    check_checkpoint(folder)
+    assert all(torch.equal(load_file(folder / WEIGHTS)[name], value) for name, value in before.items())
 
 
 def test_tensors_of_another_name_shape_or_type_are_told_apart(tmp_path):

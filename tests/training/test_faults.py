@@ -94,6 +94,23 @@ def test_a_killed_rank_ends_the_run_with_one_sentence_that_names_it(world):
     assert time.monotonic() - began < 90
 
 
+def test_an_error_on_one_rank_ends_the_run_at_once_though_its_process_group_would_wait_for_the_others(world):
+    began = time.monotonic()
+    err = end(start(world, world / "raised", "raise 1 2 2"), 1)
+    assert "RuntimeError: CUDA error: an illegal memory access was encountered" in err
+    assert "rank 1 on " in only(err, "failed: ")
+    assert time.monotonic() - began < 90
+
+
+def test_a_gpu_without_memory_is_a_users_mistake_which_no_restart_repeats(world):
+    err = end(start(world, world / "memory", "memory 1 2 2", restarts=3), 2)
+    said = only(err, "error: ")
+    assert said.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11")
+    assert said.endswith("GiB of which 1.55 GiB is free; choose a smaller train.micro_batch_size")
+    assert "Traceback" not in err
+    assert "starting again" not in err
+
+
 def test_restarts_bring_a_killed_run_back_to_the_losses_of_an_uninterrupted_one(world, uninterrupted, tmp_path):
     run = world / "restarted"
     err = end(start(world, run, f"kill 1 3 3 {tmp_path / 'once'}", restarts=2), 0)
