@@ -23,6 +23,8 @@ CONFIGURATIONS = ROOT if in_checkout() else ROOT / "pipeline"
 ACCELERATE_CONFIGS = CONFIGURATIONS / "accelerate_configs"
 SAMPLING = ("weighted", "uniform")
 PRECISIONS = ("auto", "bf16", "fp32")
+PLACES = ("disk", "host", "device")
+USUAL_WORKERS = 4
 # Keys that a resumed run may change: none of them changes what is computed, but for the random draws of a step, which
 # follow the processes and their micro-batches.
 FREE_KEYS = {
@@ -30,7 +32,7 @@ FREE_KEYS = {
         "run", "log_every", "wandb", "micro_batch_size", "expert_parallel", "max_minutes", "max_skips", "max_rollbacks",
         "hang_minutes", "profile",
     },
-    "data": {"shards", "workers"},
+    "data": {"shards", "workers", "features_in"},
 }  # fmt: skip
 # Short forms on the command line, at any position.
 ALIASES = {
@@ -52,6 +54,10 @@ class DataConfig:
     features: str = ""
     """Folder of a feature cache, or its URL: train and validate from the backbone's tokens in it instead of the photos.
     `prep features` makes one; if empty, every step computes its tokens."""
+    features_in: str = "disk"
+    """Where a step finds the tokens of `data.features`: `disk` reads and checks its rows in `data.workers` processes.
+    `host` reads all of them once into memory that the processes of a machine share, `device` into each one's GPU, or
+    without one into its memory; neither needs workers then. Batches are the same bits. Not measured on a GPU yet."""
     folds: str = ""
     """A file that `crossval` writes, with the part of each photo: train and validate on parts of a fold instead of the
     shards' own splits."""
@@ -77,16 +83,20 @@ class DataConfig:
     224 px, at one of four levels of degradation, without metadata."""
     allow_leaks: bool = False
     """Train on metadata fields even if they leak the label according to the shards' index."""
-    workers: int = 4
-    """Processes per rank that read, decode and cut views; 0 does it in the training process."""
+    workers: int | None = None
+    """Processes per rank that read, decode and cut views; 0 does it in the training process. By default 4 on a CPU, and
+    where a GPU computes one for each core but one, up to 16."""
 
     def __post_init__(self) -> None:
         share = in_range("[0, 1]")
         check_fields(
             "data", self, fold=at_least(0), decode_scale=one_of(DECODE_SCALES), shuffle_buffer=at_least(1),
             sampling=one_of(SAMPLING), epoch_share=in_range("(0, 1]"), max_repeats=at_least(1), augment_share=share,
-            streetvision_share=share, workers=at_least(0),
+            streetvision_share=share, features_in=one_of(PLACES),
         )  # fmt: skip
+        require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
+        held = self.features_in != "disk" and not self.features
+        require(not held, "data.features_in", self.features_in, "disk without data.features")
         require(not self.fold or bool(self.folds), "data.fold", self.fold, "0 without data.folds")
         both = self.augment_share + self.streetvision_share
         require(both <= 1, "data.streetvision_share", self.streetvision_share, "at most 1 - data.augment_share")
@@ -117,6 +127,9 @@ class TrainConfig:
     log-odds; each costs as much as a head costs alone, which is little beside the backbone."""
     precision: str = "auto"
     """`bf16`, `fp32`, or `auto`: bf16 where a GPU computes in it."""
+    deterministic: bool = False
+    """Take kernels that add in a fixed order where a GPU has such, so that the same run gives the same bits; slower.
+    What has none is named in a warning. Not measured on a GPU yet; a CPU's are fixed anyway."""
     seed: int = 0
     """Seed of the weights, the order of samples, dropout and exploration."""
     log_every: int = 10

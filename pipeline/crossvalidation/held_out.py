@@ -18,6 +18,7 @@ from pipeline.evaluation.scoring import WithSource, collate_with_source
 from pipeline.files import write_text
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.progress import track
+from pipeline.training.loader import workers_of
 from pipeline.training.run_folder import RunFolder
 
 HEAD = "out_of_fold_log_odds_head_{}"  # the column of one head, from 0
@@ -46,7 +47,7 @@ def answer_held_out(run: RunFolder, device: torch.device, alive: Callable[[], No
     if cache is not None:
         cache.check(feature_key(model.backbone, model.config.input_spec, model.config.pool_grid))
     held_out = open_split(data.shards, index, "test", model.config.input_spec, cache)
-    loader = batches_of(WithSource(held_out), config.train.micro_batch_size, data.workers, collate_with_source)
+    loader = batches_of(WithSource(held_out), config.train.micro_batch_size, workers_of(data), collate_with_source)
     rows = track(
         _answers(model, loader, alive), len(held_out), f"answering for the photos that fold {data.fold} held out"
     )

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pipeline.data.allocator import keep_freed_memory
+from pipeline.devices import uses_gpu
 
 Batch = dict[str, torch.Tensor]
+
+
+class BatchSource(Dataset[Batch], ABC):
+    """A data set in memory that makes whole batches itself, where the model wants them."""
+
+    @abstractmethod
+    def __getitems__(self, numbers: list[int]) -> Batch:
+        """The batch of the samples with these numbers."""
 
 
 def collate(samples: list[Batch]) -> Batch:
@@ -30,12 +40,21 @@ def batches_of(
 ) -> DataLoader[Any]:
     """The loader of a dataset's batches. Its worker processes keep the memory of one batch for the next.
 
+    Batches are in pinned memory if a GPU will read them, so that they can be copied while it computes.
+
     Args:
-        data: The dataset.
+        data: The dataset, or a `Subset` of one. A `BatchSource` is used in this process.
         batch_size: Samples per batch.
         workers: Processes that read; 0 reads in this one.
         collate_fn: Makes a batch of a list of samples.
         options: More arguments of `DataLoader`.
     """
+    if isinstance(getattr(data, "dataset", data), BatchSource):
+        return DataLoader(data, batch_size, collate_fn=_unchanged, **options)
+    options = {"pin_memory": uses_gpu(), **options}
     init = keep_freed_memory
     return DataLoader(data, batch_size, num_workers=workers, collate_fn=collate_fn, worker_init_fn=init, **options)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

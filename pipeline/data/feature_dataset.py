@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pipeline.data.dataset import ShardDataset
-from pipeline.data.feature_reader import FeatureReader
+from pipeline.data.feature_reader import open_reader
 from pipeline.data.features import FeatureCache, stale
 from pipeline.data.index import Index
 from pipeline.data.record import Record
@@ -30,22 +30,30 @@ class FeatureDataset(ShardDataset):
             UserError: The cache lacks photos of the split, or is damaged.
         """
         super().__init__(*shards, **options)
-        self.reader = FeatureReader(cache, self.name, [sample.key for sample in self.split.samples])
+        self.reader = open_reader(cache, self.name, [sample.key for sample in self.split.samples])
         self.copies = self.reader.copies
 
     def load(self, number: int) -> tuple[Record, dict[str, torch.Tensor]]:
         """The record, and tokens, metadata and targets; see `ShardDataset`, with `PhotoTokens` instead of views."""
         copy, row = divmod(number, len(self))
         copy = copy if copy < len(self.reader.photo(row).checksums) else 0
-        sample, record = self.split.samples[row], self.record(row)
-        if record.sha256 != self.reader.photo(row).sha256:
-            raise stale(str(self.reader.place), f"it holds another photo as {sample.key}")
-        tokens, mask_targets = self.reader.read(row, copy)
+        record, stored = self.record(row), self.reader.read(row, copy)
         return record, {
-            **{name: value[: self.spec.num_views] for name, value in vars(tokens).items()},
+            **{name: value[: self.spec.num_views] for name, value in vars(stored.tokens()).items()},
             **self.about(row, record, copy),
-            "mask_targets": mask_targets.float(),
+            "mask_targets": stored.mask_targets(),
         }
+
+    def record(self, row: int) -> Record:
+        """The sample's record.
+
+        Raises:
+            UserError: The data is damaged, or the cache holds another photo under the sample's key.
+        """
+        record = super().record(row)
+        if record.sha256 != self.reader.photo(row).sha256:
+            raise stale(str(self.reader.place), f"it holds another photo as {record.key}")
+        return record
 
 
 def open_split(

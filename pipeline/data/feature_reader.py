@@ -1,8 +1,9 @@
-"""Read a feature cache: any row in a few reads at known offsets, each row checked; nothing is unpickled."""
+"""Read a feature cache: any row in one read at a known offset, each row checked; nothing is unpickled."""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,24 +13,38 @@ import numpy as np
 import torch
 
 from pipeline.data.feature_key import STORED_DTYPE
-from pipeline.data.features import MASK_DTYPE, FeatureCache, FeaturePhoto, PhotoTokens, checksum, remedy, stale
+from pipeline.data.features import (
+    COLUMNS,
+    FORMAT,
+    MASK_DTYPE,
+    FeatureCache,
+    FeatureIndex,
+    FeaturePhoto,
+    StoredRow,
+    remedy,
+    stale,
+)
 from pipeline.data.integrity import CheckedFiles, Damage
 from pipeline.names import MASK_CLASSES
 
 MOST_HEADER_BYTES = 1 << 20
 LENGTH_BYTES = 8  # of the little-endian number that a safetensors file starts with
-DTYPES = {"BF16": STORED_DTYPE, "F16": MASK_DTYPE, "F32": torch.float32, "BOOL": torch.bool}
+DTYPES = {"BF16": STORED_DTYPE, "F16": MASK_DTYPE, "F32": torch.float32, "BOOL": torch.bool, "U8": torch.uint8}
 SMALL = ("boxes", "view_mask", "mask_classes", "has_mask")  # tensors that are read whole, once
+LARGE = ("cls", "cells", "regions", "masks")  # tensors of which a row is read when it is wanted, in their order
+
+Shape = tuple[int, ...]
+Shapes = dict[str, tuple[torch.dtype, Shape]]
 
 
-class FeatureReader(CheckedFiles):
+class FeatureReader(CheckedFiles, ABC):
     """Reads any row of a cache, and checks it: the file's length and layout, and the row's checksum."""
 
     def __init__(self, cache: FeatureCache, split: str, keys: Sequence[str]):
         """Find the photos of a split in the cache.
 
         Args:
-            cache: The feature cache.
+            cache: The feature cache, of the format that the class reads.
             split: Name of the split, for messages.
             keys: Keys of the split's samples, in their order.
 
@@ -53,7 +68,7 @@ class FeatureReader(CheckedFiles):
         shard, place = self.places[row]
         return self.index.shards[shard].photos[place]
 
-    def read(self, row: int, copy: int) -> tuple[PhotoTokens, torch.Tensor]:
+    def read(self, row: int, copy: int) -> StoredRow:
         """Read one copy of a photo of the split.
 
         Args:
@@ -68,22 +83,34 @@ class FeatureReader(CheckedFiles):
         with self.naming(number, photo):
             head = self._head(number)
             at = place * len(photo.checksums) + copy
-            views, classes = (slice(*map(int, ends[at : at + 2])) for ends in (head.view_ends, head.class_ends))
-            rows = {"cls": views, "cells": views, "regions": slice(at, at + 1), "masks": classes}
-            parts = {name: self._read_rows(number, head, name, place) for name, place in rows.items()}
             small = {name: tensor[at] for name, tensor in head.small.items()}
-            if checksum(*map(bytes_of, (parts | small).values())) != photo.checksums[copy]:
+            stored = StoredRow(**self._large(number, head, at), **small)
+            if stored.checksum() != photo.checksums[copy]:
                 raise Damage("its bytes have changed")
-        mask = small["view_mask"]
-        tokens = PhotoTokens(
-            cls=spread(parts["cls"], mask),
-            cells=spread(parts["cells"], mask),
-            regions=parts["regions"][0],
-            boxes=small["boxes"],
-            view_mask=mask,
-        )
-        targets = spread(parts["masks"], small["mask_classes"])
-        return tokens, targets if small["has_mask"] else torch.full_like(targets, torch.nan)
+        return stored
+
+    def present(self, row: int, copy: int) -> tuple[int, int]:
+        """How many useful views one copy of a photo has, and how many classes its mask; see `read`."""
+        number, place = self.places[row]
+        photo = self.photo(row)
+        with self.naming(number, photo):
+            head, at = self._head(number), place * len(photo.checksums) + copy
+            views, classes = (int(ends[at + 1] - ends[at]) for ends in (head.view_ends, head.class_ends))
+        return views, classes
+
+    @abstractmethod
+    def _layout(self, rows: int, shapes: dict[str, Shape]) -> Shapes:
+        """Type and shape of the tensors of a file with this many rows that are not `SMALL`; sizes that only their masks
+        decide are those of `shapes`, the shapes in the file's header.
+        """
+
+    @abstractmethod
+    def _fits(self, head: _Head) -> bool:
+        """Whether the large tensors of a file have the sizes that its masks ask for."""
+
+    @abstractmethod
+    def _large(self, number: int, head: _Head, at: int) -> dict[str, torch.Tensor]:
+        """The tensors `LARGE` of the row at a position of a file."""
 
     def _head(self, number: int) -> _Head:
         """A file's header and its small tensors; read once in each process."""
@@ -97,48 +124,119 @@ class FeatureReader(CheckedFiles):
                 layout = {name: value for name, value in header.items() if name != "__metadata__"}
                 shapes = {name: tuple(value["shape"]) for name, value in layout.items()}
                 starts = {name: LENGTH_BYTES + length + value["data_offsets"][0] for name, value in layout.items()}
-                expected = self._expected(number, shapes["cls"][0], shapes["masks"][0])
+                expected = self._expected(number, shapes)
             except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 raise Damage("its header cannot be read") from error
             if {name: (DTYPES.get(value["dtype"]), shapes[name]) for name, value in layout.items()} != expected:
                 raise Damage("its tensors are not those that the index describes")
-            head = _Head(expected, starts, {})
+            head = _Head(self.index, expected, starts, {})
             for name in SMALL:
-                head.small[name] = self._read_rows(number, head, name, slice(0, shapes[name][0]))
-            if head.view_ends[-1] != shapes["cls"][0] or head.class_ends[-1] != shapes["masks"][0]:
+                head.small[name] = self._rows(number, head, name, slice(0, shapes[name][0]))
+            if not self._fits(head):
                 raise Damage("its masks do not fit its tokens")
             self._heads[number] = head
         return self._heads[number]
 
-    def _expected(self, number: int, views: int, masks: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Type and shape of every tensor of a file that holds this many views and masks."""
-        key, dim = self.index.key, self.index.dim
+    def _expected(self, number: int, shapes: dict[str, Shape]) -> Shapes:
+        """Type and shape of every tensor of a file."""
         rows = sum(len(photo.checksums) for photo in self.index.shards[number].photos)
-        return {
-            "cls": (STORED_DTYPE, (views, dim)),
-            "cells": (STORED_DTYPE, (views, key.pool_grid**2, 2 * dim)),
-            "regions": (STORED_DTYPE, (rows, key.num_views, dim)),
-            "masks": (MASK_DTYPE, (masks, key.mask_side, key.mask_side)),
-            "boxes": (torch.float32, (rows, key.num_views, 4)),
-            "view_mask": (torch.bool, (rows, key.num_views)),
-            "mask_classes": (torch.bool, (rows, len(MASK_CLASSES))),
-            "has_mask": (torch.bool, (rows,)),
-        }
+        small = {name: (dtype, (rows, *shape)) for name, (dtype, shape) in small_shapes(self.index).items()}
+        return {**self._layout(rows, shapes), **small}
 
-    def _read_rows(self, number: int, head: _Head, name: str, rows: slice) -> torch.Tensor:
+    def _rows(self, number: int, head: _Head, name: str, rows: slice) -> torch.Tensor:
+        """Consecutive rows of a tensor of a file."""
         dtype, (_, *shape) = head.layout[name]
-        size, start = prod(shape) * dtype.itemsize, head.starts[name]
-        data = self.read_range(number, start + rows.start * size, start + rows.stop * size)
-        if not data:  # which `frombuffer` refuses
-            return torch.empty(0, *shape, dtype=dtype)
-        return torch.frombuffer(bytearray(data), dtype=dtype).view(-1, *shape)
+        size = prod(shape) * dtype.itemsize
+        data = self.read_tensor(number, head.starts[name] + rows.start * size, (rows.stop - rows.start) * size)
+        return data.view(dtype).view(-1, *shape)
+
+
+class RowReader(FeatureReader):
+    """A `FeatureReader` of the present format: a row of all large tensors is one read.
+
+    Besides the tensors `SMALL`, a file has a tensor `rows`, uint8: row after row, the bytes of the tensors `LARGE`.
+    Where a row begins follows from the masks of the rows before it.
+    """
+
+    def _layout(self, rows: int, shapes: dict[str, Shape]) -> Shapes:
+        (size,) = shapes["rows"]
+        return {"rows": (torch.uint8, (size,))}
+
+    def _fits(self, head: _Head) -> bool:
+        return bool(head.layout["rows"][1][0] == head.row_ends[-1])
+
+    def _large(self, number: int, head: _Head, at: int) -> dict[str, torch.Tensor]:
+        start, end = map(int, head.row_ends[at : at + 2])
+        data = self.read_tensor(number, head.starts["rows"] + start, end - start)
+        views, classes = (int(ends[at + 1] - ends[at]) for ends in (head.view_ends, head.class_ends))
+        found, begin = {}, 0
+        for name, (dtype, shape) in shapes_of(self.index, views, classes).items():
+            size = prod(shape) * dtype.itemsize
+            found[name] = data[begin : begin + size].view(dtype).view(shape)
+            begin += size
+        return found
+
+
+class ColumnReader(FeatureReader):
+    """A `FeatureReader` of the format `COLUMNS`: a file has the tensors `SMALL` and `LARGE`, each with all its rows."""
+
+    def _layout(self, rows: int, shapes: dict[str, Shape]) -> Shapes:
+        whole = shapes_of(self.index, shapes["cls"][0], shapes["masks"][0])
+        dtype, shape = whole["regions"]
+        return {**whole, "regions": (dtype, (rows, *shape))}
+
+    def _fits(self, head: _Head) -> bool:
+        ends = head.view_ends[-1], head.class_ends[-1]
+        return bool(ends == (head.layout["cls"][1][0], head.layout["masks"][1][0]))
+
+    def _large(self, number: int, head: _Head, at: int) -> dict[str, torch.Tensor]:
+        views, classes = (slice(*map(int, ends[at : at + 2])) for ends in (head.view_ends, head.class_ends))
+        rows = {"cls": views, "cells": views, "regions": slice(at, at + 1), "masks": classes}
+        found = {name: self._rows(number, head, name, place) for name, place in rows.items()}
+        return {**found, "regions": found["regions"][0]}
+
+
+READERS: dict[str, type[FeatureReader]] = {FORMAT: RowReader, COLUMNS: ColumnReader}
+
+
+def open_reader(cache: FeatureCache, split: str, keys: Sequence[str]) -> FeatureReader:
+    """The reader of a cache's format; see `FeatureReader`."""
+    return READERS[cache.index.format](cache, split, keys)
+
+
+def shapes_of(index: FeatureIndex, views: int, classes: int) -> Shapes:
+    """Type and shape of the tensors `LARGE` of a row with this many useful views, and classes in its mask."""
+    key, dim = index.key, index.dim
+    return {
+        "cls": (STORED_DTYPE, (views, dim)),
+        "cells": (STORED_DTYPE, (views, key.pool_grid**2, 2 * dim)),
+        "regions": (STORED_DTYPE, (key.num_views, dim)),
+        "masks": (MASK_DTYPE, (classes, key.mask_side, key.mask_side)),
+    }
+
+
+def small_shapes(index: FeatureIndex) -> Shapes:
+    """Type and shape of the tensors `SMALL` of a row."""
+    views = index.key.num_views
+    return {
+        "boxes": (torch.float32, (views, 4)),
+        "view_mask": (torch.bool, (views,)),
+        "mask_classes": (torch.bool, (len(MASK_CLASSES),)),
+        "has_mask": (torch.bool, ()),
+    }
+
+
+def large_bytes(index: FeatureIndex, views: int, classes: int) -> int:
+    """Bytes of the tensors `LARGE` of a row with this many useful views, and classes in its mask."""
+    return sum(prod(shape) * dtype.itemsize for dtype, shape in shapes_of(index, views, classes).values())
 
 
 @dataclass(frozen=True)
 class _Head:
     """The part of a file that is kept in memory."""
 
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+    index: FeatureIndex
+    layout: Shapes
     starts: dict[str, int]
     """Start of each tensor, in bytes from the file's start."""
     small: dict[str, torch.Tensor]
@@ -154,25 +252,14 @@ class _Head:
         """Position of each row's first mask among all of the file's masks: int [rows + 1]."""
         return _ends(self.small["mask_classes"])
 
-
-def bytes_of(tensor: torch.Tensor) -> bytes:
-    """A tensor's values as they are stored in a file."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    @cached_property
+    def row_ends(self) -> np.ndarray:
+        """Start of each row in `rows`, in bytes: int [rows + 1]."""
+        fixed = large_bytes(self.index, 0, 0)
+        view, mask = large_bytes(self.index, 1, 0) - fixed, large_bytes(self.index, 0, 1) - fixed
+        rows: np.ndarray = np.arange(len(self.view_ends))
+        return fixed * rows + view * self.view_ends + mask * self.class_ends
 
 
 def _ends(present: torch.Tensor) -> np.ndarray:
     return np.concatenate([[0], present.sum(1).cumsum(0).numpy()])
-
-
-def spread(rows: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """Put the stored rows at their positions, with zeros between.
-
-    Args:
-        rows: [M, ...].
-        present: bool [N], with M of them true.
-    """
-    if bool(present.all()):
-        return rows
-    whole = rows.new_zeros((len(present), *rows.shape[1:]))
-    whole[present] = rows
-    return whole

@@ -1,8 +1,11 @@
 """The feature cache: the backbone's tokens of every photo, computed once; its index, and the content of a row.
 
 A cache is a folder with safetensors files and an `index.json`, which is written last. A file holds consecutive photos
-of one split, each with all of its copies. One row is one copy; views that add nothing and classes that are not in the
-photo's mask take no space.
+of one split, each with all of its copies. One row is one copy, `StoredRow`; views that add nothing and classes that are
+not in the photo's mask take no space.
+
+In the present format the large tensors of a row lie one after the other, so a row is one read. In `COLUMNS`, the format
+before it, each of them lies with those of the other rows; it is read, and no longer written.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import re
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +24,8 @@ from pipeline.data.index import INDEX_NAME, Index
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError, typed
 
-FORMAT = "roadwork features 2"
+FORMAT = "roadwork features 3"
+COLUMNS = "roadwork features 2"
 MASK_DTYPE = torch.float16
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\.safetensors")
 
@@ -59,6 +63,8 @@ class FeatureShard:
 class FeatureIndex:
     """The content of a cache's `index.json`."""
 
+    format: str
+    """How rows lie in the files, `FORMAT` or `COLUMNS`."""
     key: FeatureKey
     dim: int
     """Width D of the backbone's tokens."""
@@ -74,7 +80,7 @@ class FeatureIndex:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
-        return {"format": FORMAT, **asdict(self)}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,44 @@ class FeatureCache:
         mine, other = self.index.source_sha256, shards.source_sha256
         if mine != other:
             raise stale(self.place, f"it was made from other shards ({mine[:12]}, and not {other[:12]})")
+
+
+class StoredRow(NamedTuple):
+    """The tensors of a row as they are stored, for V views with M useful ones, and a mask that has C of its classes."""
+
+    cls: torch.Tensor
+    """bf16 [M, D]."""
+    cells: torch.Tensor
+    """bf16 [M, g*g, 2D]."""
+    regions: torch.Tensor
+    """bf16 [V, D]."""
+    masks: torch.Tensor
+    """Share of each cell that each class of the mask covers, float16 [C, m, m]."""
+    boxes: torch.Tensor
+    """float32 [V, 4]."""
+    view_mask: torch.Tensor
+    """bool [V], with M of them true."""
+    mask_classes: torch.Tensor
+    """bool [6], with C of them true."""
+    has_mask: torch.Tensor
+    """bool []."""
+
+    def checksum(self) -> int:
+        """CRC-32 of all values, tensor after tensor."""
+        value = 0
+        for tensor in self:
+            value = zlib.crc32(bytes_of(tensor).numpy().data, value)
+        return value
+
+    def tokens(self) -> PhotoTokens:
+        """The tokens of all views."""
+        mask = self.view_mask
+        return PhotoTokens(spread(self.cls, mask), spread(self.cells, mask), self.regions, self.boxes, mask)
+
+    def mask_targets(self) -> torch.Tensor:
+        """Share of each cell that each class covers, float32 [6, m, m]; all NaN without a mask."""
+        targets = spread(self.masks.float(), self.mask_classes)
+        return targets if self.has_mask else torch.full_like(targets, torch.nan)
 
 
 @dataclass(frozen=True)
@@ -150,7 +194,7 @@ def read_features(place: Path | str) -> FeatureIndex:
         ) from error
     except ValueError as error:
         raise UserError(f"{place}/{INDEX_NAME} is no JSON; extract it again") from error
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+    if not isinstance(values, dict) or values.get("format") not in (FORMAT, COLUMNS):
         raise UserError(f"{place} holds no feature cache of this program's format ({FORMAT}); extract it again")
     try:
         key, shards = FeatureKey(**values.pop("key")), values.pop("shards")
@@ -176,9 +220,20 @@ def remedy(place: str) -> str:
     )
 
 
-def checksum(*parts: bytes) -> int:
-    """CRC-32 of the given bytes, one part after the other."""
-    value = 0
-    for part in parts:
-        value = zlib.crc32(part, value)
-    return value
+def spread(rows: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Put the stored rows at their positions, with zeros between.
+
+    Args:
+        rows: [M, ...].
+        present: bool [N], with M of them true.
+    """
+    if bool(present.all()):
+        return rows
+    whole = rows.new_zeros((len(present), *rows.shape[1:]))
+    whole[present] = rows
+    return whole
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's values as they are stored in a file, uint8 [n]; those of a contiguous tensor are not copied."""
+    return tensor.contiguous().view(-1).view(torch.uint8)

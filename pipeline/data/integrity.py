@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.data.index import HEADER_BYTES, Sample, Shard
 from pipeline.data.photo import BadPhoto
 from pipeline.data.record import Record
@@ -59,6 +61,13 @@ class CheckedFiles:
         data = self.folder.read_range(self.files[number].name, start, end)
         if len(data) != end - start:
             raise Damage(f"it ends before its byte {end}")
+        return data
+
+    def read_tensor(self, number: int, start: int, size: int) -> torch.Tensor:
+        """`size` bytes of a file from `start` on, all of them: uint8 [size], which they were read into directly."""
+        data = torch.empty(size, dtype=torch.uint8)
+        if self.folder.read_into(self.files[number].name, start, data.numpy().data) != size:
+            raise Damage(f"it ends before its byte {start + size}")
         return data
 
 

@@ -44,6 +44,12 @@ class Folder(Protocol):
     def read_range(self, name: str, start: int, end: int) -> bytes:
         """Bytes from `start` up to `end`; fewer where the file is shorter."""
 
+    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
+        """Fill `buffer` with a file's bytes from `start` on; returns how many there were, fewer at the file's end."""
+        data = self.read_range(name, start, start + len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
     def stream(self, name: str) -> BinaryIO:
         """A file to be read from start to end. Reads raise the driver's own exceptions, see `explained`."""
 
@@ -118,6 +124,11 @@ class LocalFolder(Folder):
         """See `Folder`."""
         with explained(self.place):
             return os.pread(self._descriptor(name), end - start, start)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> int:
+        """See `Folder`."""
+        with explained(self.place):
+            return os.preadv(self._descriptor(name), [buffer], start)
 
     def stream(self, name: str) -> BinaryIO:
         """See `Folder`."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
-from pipeline.config import Config
+from pipeline.config import USUAL_WORKERS, Config, DataConfig
 from pipeline.data.batch import Batch, batches_of
 from pipeline.data.copies import AUGMENTED, STREETVISION
 from pipeline.data.dataset import ShardDataset
@@ -19,10 +21,13 @@ from pipeline.data.mixture import Mixture, MixtureSampler
 from pipeline.data.sampler import PositionSampler, SystematicDraw
 from pipeline.data.stand_in import StandIn
 from pipeline.data.streaming import StreamedSplit
-from pipeline.devices import uses_gpu
+from pipeline.devices import spare_cores, uses_gpu
 from pipeline.errors import UserError, typed
 from pipeline.progress import say
+from pipeline.training.placement import place_features
 from pipeline.training.plan import plan_sampling, plan_schedule
+
+MOST_WORKERS = 16  # of each rank with a GPU; it computes no faster than these decode
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,13 @@ class TrainLoader:
         """Endless micro-batches of a run that has seen `samples_seen` samples over all ranks."""
         self.order.start = samples_seen
         return iter(self.loader)
+
+    def placed(self, config: Config, device: torch.device) -> TrainLoader:
+        """The same batches with their features where `data.features_in` asks for them. Collective, but for `disk`."""
+        data = place_split(config, self.loader.dataset, device)
+        if data is self.loader.dataset:
+            return self
+        return replace(self, loader=batches_of(data, 1, 0, batch_sampler=self.order))
 
     def name(self, row: int) -> str:
         """The name of the sample in a row of the split."""
@@ -83,6 +95,18 @@ def open_loader(
     return _random_access(config, data, draw, mixture, batch_size, rank, world_size)
 
 
+def place_split(config: Config, data: Any, device: torch.device) -> Any:
+    """A split of the shards where `data.features_in` asks for its features; see `place_features`."""
+    return place_features(data, config.data.features_in, device, workers_of(config.data))
+
+
+def workers_of(data: DataConfig) -> int:
+    """Processes per rank that read: `data.workers`, or its default on this machine."""
+    if data.workers is not None:
+        return data.workers
+    return min(spare_cores(torch.device("cuda")), MOST_WORKERS) if uses_gpu() else USUAL_WORKERS
+
+
 def mixture_of(config: Config, data: ShardDataset) -> Mixture:
     """The mixture of photos and their augmented copies that `data` asks for.
 
@@ -106,7 +130,7 @@ def _random_access(
 ) -> TrainLoader:  # fmt: skip
     order = MixtureSampler(draw, mixture=mixture, batch_size=batch_size, rank=rank, world_size=world_size)
     # The sampler makes the batches, so the loader's own size keeps its default.
-    loader = batches_of(data, 1, config.data.workers, batch_sampler=order, pin_memory=uses_gpu())
+    loader = batches_of(data, 1, workers_of(config.data), batch_sampler=order)
     return TrainLoader(loader, order, len(data), () if isinstance(data, StandIn) else keys_of(data))
 
 
@@ -122,14 +146,14 @@ def _streamed(
         )
     buffer = config.data.shuffle_buffer
     order = StreamedSplit(data, draw, mixture=mixture, buffer=buffer, rank=rank, world_size=world_size)
-    workers = min(config.data.workers, tars // world_size)
+    workers = min(workers_of(config.data), tars // world_size)
     if rank == 0:
         say(
             f"streaming {tars} tars with {world_size} x {max(1, workers)} readers: a pass draws {draw.samples} times "
             f"from {len(data)} photos, mixed {buffer} at a time; a resumed run starts a new pass, and "
             "leaves out what was left of the one that was interrupted"
         )
-    loader = batches_of(order, batch_size, workers, pin_memory=uses_gpu())
+    loader = batches_of(order, batch_size, workers)
     return TrainLoader(loader, order, len(data), keys_of(data))
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
+from safetensors.torch import load_file, save_file
 
 from pipeline.data.batch import collate
 from pipeline.data.dataset import ShardDataset
@@ -19,7 +22,7 @@ from pipeline.errors import UserError
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.config import InputSpec
 from pipeline.model.encoder import all_tokens
-from tests.feature_cache import make_cache
+from tests.feature_cache import in_columns, make_cache
 from tests.small_run import make_backbone, make_model, make_shards, small_config
 
 PHOTOS, COPIES = 6, 2
@@ -34,6 +37,7 @@ def world(tmp_path_factory):
     make_shards(folder / "shards", {"train": [0, 1] * (PHOTOS // 2), "val": [0, 1, 0]})
     make_backbone(folder / "backbone")
     make_cache(folder / "cache", folder / "shards", str(folder / "backbone"), copies=COPIES)
+    in_columns(folder / "cache", folder / "columns")
     return folder
 
 
@@ -44,10 +48,10 @@ def split(world, name="train", cached=True, place=None, **changes):
     return open_split(world / "shards", index, name, spec, cache)
 
 
-@pytest.fixture
-def spoilt(world, tmp_path):
-    """A copy of the cache to be damaged."""
-    return shutil.copytree(world / "cache", tmp_path / "cache")
+@pytest.fixture(params=["cache", "columns"])
+def spoilt(request, world, tmp_path):
+    """A copy of the cache to be damaged, in the present format and in the one before."""
+    return shutil.copytree(world / request.param, tmp_path / "cache")
 
 
 def key_of(world, **changes):
@@ -238,10 +242,10 @@ def test_a_broken_header_is_named(world, spoilt, at):
         split(world, place=spoilt)[0]
 
 
-def test_tensors_of_another_shape_are_named(world, spoilt):
+def test_tensors_of_another_type_are_named(world, spoilt):
     name = "train-00000.safetensors"
     data = (spoilt / name).read_bytes()
-    (spoilt / name).write_bytes(data.replace(b'"BF16"', b'"F16" '))
+    (spoilt / name).write_bytes(data.replace(b'"BF16"', b'"F16" ').replace(b'"U8"', b'"I8"'))
     with pytest.raises(UserError, match="its tensors are not those that the index describes"):
         split(world, place=spoilt)[0]
 
@@ -252,7 +256,8 @@ def test_tensors_of_another_shape_are_named(world, spoilt):
         (None, "no finished feature cache in .*: there is no index.json"),
         ("{", "is no JSON"),
         ("[]", "no feature cache of this program's format"),
-        ('{"format": "roadwork features 2"}', "does not describe a feature cache"),
+        ('{"format": "roadwork features 3"}', "does not describe a feature cache"),
+        ('{"format": "roadwork features 4"}', "no feature cache of this program's format"),
     ],
 )
 def test_a_folder_without_a_usable_index_is_named(tmp_path, text, named):
@@ -272,6 +277,37 @@ def test_an_index_cannot_name_a_file_elsewhere(spoilt):
 def test_a_cache_behind_a_url_gives_the_same_rows(world):
     remote, local = split(world, place=f"file://{world / 'cache'}"), split(world)
     assert torch.equal(remote[4]["cells"], local[4]["cells"])
+
+
+def test_a_cache_of_the_format_before_gives_the_same_samples(world):
+    for name in ("train", "val"):
+        before, now = split(world, name, place=world / "columns"), split(world, name)
+        for number in range(len(now) * now.copies):
+            torch.testing.assert_close(before[number], now[number], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("url", [False, True])
+def test_a_row_is_one_read_at_a_time_once_its_file_is_known(world, monkeypatch, url):
+    place = f"file://{world / 'cache'}" if url else world / "cache"
+    reader = split(world, place=place).reader
+    first = reader.read(0, 0)
+    asked = []
+    for owner, name in ((LocalFileSystem, "cat_file"), (os, "preadv"), (os, "pread")):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given, real=real, **more: (asked.append(1), real(*given, **more))[1])
+    again, copy = reader.read(0, 0), reader.read(0, 1)
+    assert len(asked) == 2
+    assert torch.equal(again.cells, first.cells)
+    assert not torch.equal(again.cells, copy.cells)
+
+
+def test_a_file_whose_masks_ask_for_more_than_it_holds_is_named(world, spoilt):
+    path = spoilt / "train-00000.safetensors"
+    tensors = load_file(path)
+    tensors["view_mask"][-1, -1] ^= True
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"train-00000\.safetensors, .*: its masks do not fit its tokens"):
+        split(world, place=spoilt)[0]
 
 
 def test_without_a_cache_a_split_is_read_from_the_photos(world):
