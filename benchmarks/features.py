@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from benchmarks.form import Goal, Report, Row, compare, exact, interleave, machine, publish, timed, versions
 from benchmarks.loops import BareLoop
 from data_prep.features.command import features as make_cache
-from data_prep.features.extraction import Extractor
+from data_prep.features.extraction import Extractor, decoding_workers
 from data_prep.features.job import row_bytes
 from data_prep.features.options import ModelChoice, Options
 from data_prep.features.writer import FeatureWriter, plan_shards
@@ -32,7 +32,6 @@ from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key
 from pipeline.data.features import open_cache
 from pipeline.data.index import Index, read_index
-from pipeline.devices import spare_cores
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.encoder import all_tokens
 from pipeline.model.roadwork import RoadworkModel
@@ -43,9 +42,9 @@ BATCH = 16
 FILES = 4  # that a round of extraction writes
 LOOP_GOAL, EPOCH_GOAL = Goal(0.95), Goal(1 / 3, at_most=True)
 NOTES = {
-    "loop": "theirs takes photo after photo: read, decode, cut, twelve views through the backbone, keep the tokens in "
-    "memory; ours decodes in a process of its own, fills batches across photos, and also writes, hashes and syncs the "
-    "cache",
+    "loop": "both in one process with a thread for each core. Theirs takes photo after photo: read, decode, cut, "
+    "twelve views through the backbone on all threads, keep the tokens in memory. Ours runs passes side by side, each "
+    "on one thread, decodes meanwhile, and also writes, hashes and syncs the cache, which theirs leaves out",
     "epoch": "the head of the demo recipe, forward, backward and AdamW on every photo of the training split, with all "
     "views in every fourth step as in training; both read in one process",
     "room": "tokens in bf16, only of the views that add something, and the shares of the mask's classes in float16; "
@@ -109,7 +108,7 @@ def extraction(config: Config, index: Index, plan: Plan, out: Path, on: str, see
     out.mkdir()
 
     def ours() -> None:
-        extractor = Extractor(backbone, model.pool_grid, options, spare_cores(backbone.device))
+        extractor = Extractor(backbone, model.pool_grid, options, decoding_workers(backbone.device))
         with FeatureWriter(out, index, shards) as writer:
             for row in extractor.run({"train": data}, items):
                 writer.add(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.features.options import Attention, ModelChoice, Options
+from data_prep.features.options import Attention, ModelChoice, Options, Precision
 from pipeline.errors import require
 from pipeline.model.config import MAX_VIEWS_PER_PASS
 from pipeline.names import NUM_VIEWS
@@ -23,6 +23,7 @@ def features(
     batch_views: int | None = None,
     compile: bool = True,
     attention: Attention = "auto",
+    precision: Precision = "auto",
 ) -> Path:
     """Compute the backbone's tokens of all photos, so that training does not need to.
 
@@ -41,11 +42,13 @@ def features(
         shard_mb: A file of the cache holds about this many megabytes.
         device: cpu, cuda, cuda:1, or auto for this process's GPU where there is one.
         workers: Processes that read, decode and cut views, for each process that computes; by default one for each
-            spare core.
+            spare core beside a GPU, and none on a CPU, which decodes between its passes.
         batch_views: Views in one pass of the backbone, 12 to 192; by default 192 on a GPU, and 12 on a CPU, whose
             caches hold no more.
-        compile: Compile the backbone; on a GPU only.
+        compile: Compile the backbone's layers, on a GPU only; where that fails, the work goes on uncompiled.
         attention: Kernel of the attention on a GPU: cudnn, flash, efficient, math, or auto for PyTorch's own choice.
+        precision: auto computes in bf16 on a GPU and in float32 on a CPU. fp8 rounds the inputs and weights of the
+            backbone's linear layers to FP8, which changes the tokens; not measured on a GPU yet.
     """
     require(copies >= 0, "--copies", copies, "0 or more")
     require(shard_mb > 0, "--shard_mb", shard_mb, "above 0")
@@ -54,5 +57,5 @@ def features(
     require(fits, "--batch_views", batch_views, f"in [{NUM_VIEWS}, {MAX_VIEWS_PER_PASS}]")
     from data_prep.features.job import extract  # transformers and DeepSpeed: seconds that no other command should wait
 
-    options = Options(device, workers, batch_views, compile, attention, shard_mb)
+    options = Options(device, workers, batch_views, compile, attention, shard_mb, precision)
     return extract(shards, out, recipe, model, copies, options)

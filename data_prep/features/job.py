@@ -19,29 +19,32 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from data_prep.features.extraction import Extractor, Row
+from data_prep.features.extraction import Extractor, Row, decoding_workers, refuse_unsupported
 from data_prep.features.options import ModelChoice, Options
 from data_prep.features.writer import FeatureWriter, Plan, PlannedShard, plan_shards
 from data_prep.work.receipts import Receipts
 from data_prep.work.workplace import HEADER_NAME, Workplace
 from pipeline.config import Config, find_recipe, parse_config
+from pipeline.data.allocator import keep_freed_memory
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_key import STORED_DTYPE, FeatureKey, feature_key
-from pipeline.data.features import MASK_DTYPE, FeatureShard, read_features
+from pipeline.data.features import FORMAT, MASK_DTYPE, FeatureShard, read_features
 from pipeline.data.index import INDEX_NAME, Index, read_index
 from pipeline.data.storage import is_url
-from pipeline.devices import pick_device, spare_cores
-from pipeline.distributed.agreement import on_all_ranks, on_rank_zero
+from pipeline.devices import out_of_memory, pick_device
+from pipeline.distributed.agreement import first_of_node_first, on_all_ranks, on_rank_zero
 from pipeline.distributed.signals import StopSignal
 from pipeline.errors import Stopped, require
 from pipeline.files import write_json, write_summary
 from pipeline.model.backbone import FrozenBackbone, compute_dtype
+from pipeline.model.float8 import E4M3
 from pipeline.names import MASK_CLASSES
 from pipeline.progress import say, silence_libraries, track
 from pipeline.training.throughput import flops_per_view, matmul_rate
 
 # Ranks wait for the slowest one with nothing else to do; a fault ends them all through the launcher.
 PATIENCE = timedelta(days=7)
+FP8 = str(E4M3).removeprefix("torch.")
 
 
 def extract(
@@ -50,13 +53,15 @@ def extract(
     """Make a feature cache; see the command `features` for the arguments."""
     start = time.monotonic()
     silence_libraries()
+    keep_freed_memory()  # this process decodes too where there are no workers
     config = read_choice(recipe, model)
     source = shards or config.data.shards
     target = config.data.features if out is None else str(out)
     require(bool(target) and not is_url(target), "--out", target, "a folder of this machine")
     index = read_index(source)
     with processes(options.device) as chosen, ExitStack() as held:
-        backbone = FrozenBackbone(config.model.backbone, chosen)
+        refuse_unsupported(options, chosen)
+        backbone = first_of_node_first(lambda first: FrozenBackbone(config.model.backbone, chosen, not first))
         job = Job(config, index, source, Workplace(target, None), copies, options)
         work = on_rank_zero(lambda: job.begin(backbone, held))
         if work is None:
@@ -95,15 +100,16 @@ class Job:
         key = feature_key(backbone, self.config.input_spec, self.config.model.pool_grid)
         size = row_bytes(key, backbone.hidden_size)
         plan = Plan(
+            format=FORMAT,
             key=key,
             dim=backbone.hidden_size,
             source_sha256=self.index.source_sha256,
             copies=self.copies,
-            precision=str(compute_dtype(backbone.device)).removeprefix("torch."),
+            precision=self.precision(backbone.device),
             version=version("roadwork"),
             shards=tuple(plan_shards(self.index, self.copies, size, self.options.shard_mb)),
         )
-        if self._is_finished(key):
+        if self._is_finished(key, plan.precision):
             say(f"{workplace.out} is finished already: the same photos, the same backbone, the same views")
             workplace.remove()
             return None
@@ -126,18 +132,19 @@ class Job:
         """Compute and write this process's share of the missing files.
 
         Returns:
-            What was reached: `rows`, `views`, `images_per_s`, and on a GPU `matmul_tflops` and `mfu`.
+            What was reached: `rows`, `views`, `images_per_s`, on a GPU `matmul_tflops` and `mfu`, and what
+            `Extractor.start` has.
         """
         share = missing[dist.get_rank() :: dist.get_world_size()]
         items = [item for shard in share for item in shard.items]
         rows = sum(shard.rows for shard in share)
         spec = self.config.input_spec
         data = {name: ShardDataset(self.source, self.index, name, spec) for name in {item.split for item in items}}
-        workers = spare_cores(backbone.device) if self.options.workers is None else self.options.workers
+        workers = decoding_workers(backbone.device) if self.options.workers is None else self.options.workers
         extractor = Extractor(backbone, self.config.model.pool_grid, self.options, workers)
         stop = StopSignal() if "RANK" in os.environ else None
         meter = Meter(extractor, self.config.model.view_side)
-        with FeatureWriter(self.workplace.path, self.index, share) as writer:
+        with out_of_memory("--batch_views"), FeatureWriter(self.workplace.path, self.index, share) as writer:
             for row in _tracked(extractor.run(data, items), rows, meter):
                 writer.add(row)
                 if stop is not None and stop.received:
@@ -168,7 +175,11 @@ class Job:
         say(f"{self.workplace.out}: tokens of {photos} photos, {size / 1e6:.0f} MB in {len(written)} files")
         return Path(path)
 
-    def _is_finished(self, key: FeatureKey) -> bool:
+    def precision(self, device: torch.device) -> str:
+        """The type in which the backbone multiplies on a device, such as bfloat16."""
+        return FP8 if self.options.precision == "fp8" else str(compute_dtype(device)).removeprefix("torch.")
+
+    def _is_finished(self, key: FeatureKey, precision: str) -> bool:
         """Whether the output is there already.
 
         Raises:
@@ -186,6 +197,9 @@ class Job:
             raise self.workplace.refused(f"holds features of other shards than {self.source}")
         if found.copies != self.copies:
             raise self.workplace.refused(f"holds features made with --copies {found.copies}, not {self.copies}")
+        # float32 and bfloat16 differ by no more than the rounding of what is stored; FP8 differs from both.
+        if found.precision != precision and FP8 in (found.precision, precision):
+            raise self.workplace.refused(f"holds features made in {found.precision}, not {precision}")
         self.workplace.check_whole(found.shards)
         return True
 
@@ -211,7 +225,7 @@ class Meter:
         found = {"rows": rows, "views": self.extractor.views, "images_per_s": round(rows / max(wall_s, 1e-9), 2)}
         if self.rate:
             found |= {"matmul_tflops": round(self.rate / 1e12, 1), "mfu": round(self._mfu(), 4)}
-        return found
+        return found | (self.extractor.start or {})
 
     def _mfu(self) -> float:
         """Model FLOPs utilisation since the start, decoding and writing included."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Attention = Literal["auto", "cudnn", "flash", "efficient", "math"]
+Precision = Literal["auto", "fp8"]
 
 
 @dataclass
@@ -22,7 +23,7 @@ class ModelChoice:
 
 @dataclass(frozen=True)
 class Options:
-    """How the work is done; the tokens do not depend on it beyond rounding."""
+    """How the work is done; but for `precision`, the tokens do not depend on it beyond rounding."""
 
     device: str
     workers: int | None
@@ -32,3 +33,5 @@ class Options:
     compile: bool
     attention: Attention
     shard_mb: float
+    precision: Precision = "auto"
+    """auto is bf16 on a GPU and float32 on a CPU; fp8 changes the tokens by more than rounding."""

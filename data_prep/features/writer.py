@@ -15,8 +15,8 @@ from safetensors.torch import save
 from data_prep.features.extraction import Item, Row
 from data_prep.work.receipts import Receipts, explain_full_disk
 from pipeline.data.feature_key import FeatureKey
-from pipeline.data.feature_reader import bytes_of
-from pipeline.data.features import MASK_DTYPE, FeatureIndex, FeaturePhoto, FeatureShard, checksum
+from pipeline.data.feature_reader import LARGE, SMALL
+from pipeline.data.features import MASK_DTYPE, FeatureIndex, FeaturePhoto, FeatureShard, StoredRow, bytes_of
 from pipeline.data.index import Index
 from pipeline.files import write_bytes
 
@@ -50,6 +50,8 @@ class PlannedShard:
 class Plan:
     """All that decides the content of a cache; equal plans give equal files."""
 
+    format: str
+    """How rows lie in the files, as in `FeatureIndex`."""
     key: FeatureKey
     dim: int
     """Width of the backbone's tokens."""
@@ -145,10 +147,11 @@ def write_shard(folder: Path, index: Index, shard: PlannedShard, rows: list[Row]
     Raises:
         UserError: The disk is full.
     """
-    stored = [tensors_of(row) for row in rows]
-    data = save({name: torch.cat([one[name] for one in stored]) for name in stored[0]})
+    stored = [stored_row(row) for row in rows]
+    large = torch.cat([bytes_of(getattr(one, name)) for one in stored for name in LARGE])
+    data = save({"rows": large, **{name: torch.stack([getattr(one, name) for one in stored]) for name in SMALL}})
     samples = index.splits[shard.split].samples
-    checksums = tuple(checksum(*map(bytes_of, one.values())) for one in stored)
+    checksums = tuple(one.checksum() for one in stored)
     photos = tuple(
         FeaturePhoto(samples[rows[first].photo].key, rows[first].sha256, checksums[first : first + shard.copies])
         for first in range(0, len(rows), shard.copies)
@@ -159,18 +162,9 @@ def write_shard(folder: Path, index: Index, shard: PlannedShard, rows: list[Row]
         Receipts(folder).write(shard.name, asdict(receipt))
 
 
-def tensors_of(row: Row) -> dict[str, torch.Tensor]:
-    """The tensors that a file holds of a row, in the order of the row's checksum; rows follow each other."""
-    tokens, targets = row.tokens, row.mask_targets.to(MASK_DTYPE)
-    has_mask = not bool(targets.isnan().any())
+def stored_row(row: Row) -> StoredRow:
+    """What a file holds of a computed row."""
+    targets = row.mask_targets.to(MASK_DTYPE)
+    has_mask = ~targets.isnan().any()
     classes = targets.flatten(1).any(dim=1) & has_mask
-    return {
-        "cls": tokens.cls,
-        "cells": tokens.cells,
-        "regions": tokens.regions[None],
-        "masks": targets[classes],
-        "boxes": tokens.boxes[None],
-        "view_mask": tokens.view_mask[None],
-        "mask_classes": classes[None],
-        "has_mask": torch.tensor([has_mask]),
-    }
+    return StoredRow(**vars(row.tokens), masks=targets[classes], mask_classes=classes, has_mask=has_mask)

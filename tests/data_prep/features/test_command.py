@@ -188,7 +188,7 @@ def test_a_finished_file_that_was_damaged_is_made_again(world, tmp_path, monkeyp
         with pytest.raises(UserError, match="enough"):
             make(world, tmp_path / "out")
     plan = json.loads((tmp_path / ".out.partial" / "plan.json").read_text())
-    assert list(plan) == ["key", "dim", "source_sha256", "copies", "precision", "version", "shards"]
+    assert list(plan) == ["format", "key", "dim", "source_sha256", "copies", "precision", "version", "shards"]
     assert list(plan["shards"][0]) == ["name", "split", "first", "photos", "copies"]
     path = tmp_path / ".out.partial" / "train-00002.safetensors"
     data = bytearray(path.read_bytes())
