@@ -32,7 +32,7 @@ COMMANDS = {
     "slurm": (
         "pipeline.launch.slurm_train",
         "submit training to a SLURM cluster: RECIPE --nodes N --gpus-per-node G [options of train] [--dry-run]; "
-        "or sharding: prep --parts N [options of prep shard] [--dry-run]",
+        "sharding: prep --parts N [options of prep shard] [--dry-run]; or evaluate | predict [options of it]",
     ),
     "train": (
         "pipeline.launch.launcher",
@@ -90,8 +90,12 @@ def module_of(words: Sequence[str]) -> tuple[str, list[str]]:
     match words:
         case ["prep", "features", *_]:
             return "pipeline.launch.launcher", list(words)  # in several processes, as training
+        case ["evaluate" | "predict", *_]:
+            return "pipeline.launch.answering", list(words)  # in as many processes as there are GPUs
         case ["slurm", "prep", *rest]:
             return "data_prep.shards.slurm", rest
+        case ["slurm", "evaluate" | "predict", *_]:
+            return "pipeline.launch.slurm_answering", list(words[1:])
     return COMMANDS[words[0]][0], list(words[1:])
 
 

@@ -67,7 +67,7 @@ def test_a_photo_has_the_same_probability_in_evaluation_and_prediction_and_one_h
     (tmp_path / "photos").mkdir()
     for number in range(30):
         (tmp_path / "photos" / f"{number:02d}.jpg").write_bytes(noisy_photo(2000 + number))
-    predict(run / "model", [str(tmp_path / "photos")], tmp_path / "x.csv", workers=0)
+    predict(run / "model", tmp_path / "x.csv", input=[str(tmp_path / "photos")], workers=0)
     evaluated = pd.read_csv(run / "predictions.csv").query("split == 'test'")
     found = pd.read_csv(tmp_path / "x.csv", keep_default_na=False)
     np.testing.assert_allclose(found["probability"], evaluated["probability_null"], atol=2e-6)
@@ -160,7 +160,7 @@ def test_the_cards_python_runs_as_written(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(code.replace("FOLDER", str(run / "model")), names)
-    predict(run / "model", ["photo.jpg"], tmp_path / "x.csv", workers=0)
+    predict(run / "model", tmp_path / "x.csv", input=["photo.jpg"], workers=0)
     written = pd.read_csv(tmp_path / "x.csv")["probability"][0]
     assert names["probability"].tolist() == pytest.approx([written])
 

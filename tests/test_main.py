@@ -71,6 +71,8 @@ def test_help_of_a_word_is_its_line(monkeypatch, capsys):
         (["prep", "features", "--out", "x"], "pipeline.launch.launcher", ["prep", "features", "--out", "x"]),
         (["slurm", "prep", "--parts", "2"], "data_prep.shards.slurm", ["--parts", "2"]),
         (["slurm", "demo"], "pipeline.launch.slurm_train", ["demo"]),
+        (["slurm", "predict", "--help"], "pipeline.launch.slurm_answering", ["predict", "--help"]),
+        (["evaluate", "--run", "r"], "pipeline.launch.answering", ["evaluate", "--run", "r"]),
         (["early-exit", "--run", "r"], "pipeline.early_exit", ["--run", "r"]),
     ],
 )

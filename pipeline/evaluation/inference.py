@@ -30,9 +30,18 @@ def load_model(folder: Path, device: torch.device) -> RoadworkModel:
     Raises:
         UserError: The folder holds no model.
     """
+    check_folder(folder)
+    return RoadworkModel.from_pretrained(folder).to(device).eval()
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder without a model.
+
+    Raises:
+        UserError: The folder holds no model.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(f"no model in {folder}; training leaves one in RUN/model, `export` writes one anywhere")
-    return RoadworkModel.from_pretrained(folder).to(device).eval()
 
 
 def is_calibrated(model: RoadworkModel) -> bool:

@@ -1,15 +1,14 @@
-"""Predictions for files: find photos, read them, answer, write the answers."""
+"""Predictions for files: read photos, answer, write the answers."""
 
 from __future__ import annotations
 
 import csv
-import glob
 import json
 import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 import torch
 from torch.utils.data import Dataset
@@ -17,13 +16,12 @@ from torch.utils.data import Dataset
 from pipeline.data.batch import batches_of, collate
 from pipeline.data.dataset import prepare
 from pipeline.data.photo import BadPhoto
-from pipeline.errors import UserError, require
+from pipeline.errors import require
 from pipeline.evaluation.inference import kept_views
 from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.names import LABEL_NAMES
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 NOT_A_NUMBER = "the model's answer is not a number"
 COLUMNS = ("path", "probability", "label", "kept_views", "error")
 Row = dict[str, Any]
@@ -32,32 +30,20 @@ Prepared = tuple[dict[str, torch.Tensor] | None, str]
 Batch = tuple[dict[str, torch.Tensor] | None, list[str]]
 
 
-def find_photos(inputs: list[str]) -> list[Path]:
-    """The files that paths, folders and patterns name: in the order given, sorted within each, each file once.
+class Paths(Protocol):
+    """Paths by number, such as a list of them."""
 
-    Raises:
-        UserError: One of them matches nothing.
-    """
-    require(bool(inputs), "--input", inputs, "files, folders or glob patterns")
-    found: dict[Path, None] = {}
-    for name in inputs:
-        # A file's name may contain a pattern's characters, so existing paths go first.
-        places = [Path(name)] if Path(name).exists() else [Path(p) for p in sorted(glob.glob(name, recursive=True))]
-        photos = [photo for place in places for photo in (_images_under(place) if place.is_dir() else [place])]
-        if not photos:
-            raise UserError(f"--input {name!r} leads to no photo; name files, folders with images, or a pattern")
-        found |= dict.fromkeys(photos)
-    return list(found)
+    def __len__(self) -> int:
+        """The number of paths."""
 
-
-def _images_under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    def __getitem__(self, row: int, /) -> Path:
+        """The path of a number."""
 
 
 class PhotoFiles(Dataset[Prepared]):
     """Views of files, or the reason why a file has none."""
 
-    def __init__(self, files: list[Path], spec: InputSpec):
+    def __init__(self, files: Paths, spec: InputSpec):
         self.files, self.spec = files, spec
 
     def __len__(self) -> int:
@@ -79,15 +65,18 @@ def collate_readable(samples: list[Prepared]) -> Batch:
     return collate(readable) if readable else None, [reason for _, reason in samples]
 
 
-def answers(model: RoadworkModel, files: list[Path], batch_size: int, workers: int) -> Iterator[Row]:
-    """One row per file, in the order of the files."""
-    dataset = PhotoFiles(files, model.config.input_spec)
-    paths = iter(files)
-    for views, reasons in batches_of(dataset, batch_size, workers, collate_readable):
+def answers(model: RoadworkModel, photos: Dataset[Prepared], batch_size: int, workers: int) -> Iterator[list[Row]]:
+    """A row for each photo of each batch, in the order of the photos, without its path.
+
+    Args:
+        model: The model.
+        photos: `PhotoFiles`, or a subset of them.
+        batch_size: Photos in one forward pass.
+        workers: Processes that read; 0 reads in this one.
+    """
+    for views, reasons in batches_of(photos, batch_size, workers, collate_readable):
         scored = iter(() if views is None else score(model, views))
-        for reason, path in zip(reasons, paths, strict=False):
-            answer = {"error": reason} if reason else next(scored)
-            yield {**dict.fromkeys(COLUMNS), **answer, "path": os.fspath(path)}
+        yield [{"error": reason} if reason else next(scored) for reason in reasons]
 
 
 @torch.inference_mode()
@@ -104,16 +93,29 @@ def score(model: RoadworkModel, views: dict[str, torch.Tensor]) -> list[Row]:
     ]
 
 
-def csv_writer(stream: TextIO) -> Callable[[Row], object]:
-    """Write a CSV header, and return a function that writes a row. Views are joined by semicolons."""
+def csv_writer(stream: TextIO) -> Callable[[Path, Row], object]:
+    """Write a CSV header, and return a function that writes a photo's row. Views are joined by semicolons."""
     writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    return lambda row: writer.writerow({**row, "kept_views": ";".join(row["kept_views"] or ())})
+    return lambda path, row: writer.writerow(
+        {**row, "path": os.fspath(path), "kept_views": ";".join(row.get("kept_views", ()))}
+    )
 
 
-def jsonl_writer(stream: TextIO) -> Callable[[Row], object]:
-    """Return a function that writes a row as one line of JSON. Views are a list."""
-    return lambda row: stream.write(json.dumps(row, allow_nan=False) + "\n")
+def jsonl_writer(stream: TextIO) -> Callable[[Path, Row], object]:
+    """Return a function that writes a photo's row as one line of JSON. Views are a list."""
+    return lambda path, row: stream.write(
+        json.dumps({**dict.fromkeys(COLUMNS), **row, "path": os.fspath(path)}, allow_nan=False) + "\n"
+    )
 
 
-WRITERS: dict[str, Callable[[TextIO], Callable[[Row], object]]] = {".csv": csv_writer, ".jsonl": jsonl_writer}
+def check_output(output: Path) -> None:
+    """Refuse an output in an unknown format.
+
+    Raises:
+        UserError: Its suffix names no format.
+    """
+    require(output.suffix in WRITERS, "--output", str(output), f"a file that ends in {' or '.join(WRITERS)}")
+
+
+WRITERS: dict[str, Callable[[TextIO], Callable[[Path, Row], object]]] = {".csv": csv_writer, ".jsonl": jsonl_writer}

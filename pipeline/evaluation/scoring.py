@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.special import expit
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from pipeline.config import read_config
 from pipeline.data.batch import Batch, batches_of, collate
@@ -22,6 +22,7 @@ from pipeline.data.index import Index
 from pipeline.data.inputs import check_inputs, leaking_inputs
 from pipeline.errors import UserError, typed
 from pipeline.evaluation.calibration import Calibration, check_finite, fit, out_of_fold
+from pipeline.evaluation.dealing import deal
 from pipeline.evaluation.inference import fingerprint, kept_views
 from pipeline.evaluation.metrics import DEFAULT_THRESHOLD, binary_metrics, bootstrap_intervals, has_both
 from pipeline.evaluation.reliability import FEWEST_PLACES, calibration_scores
@@ -32,6 +33,7 @@ from pipeline.progress import say, track
 
 BOOTSTRAP_SEED, BOOTSTRAP_ROUNDS = 0, 1000
 SMALLEST_CLUSTER = 20  # labelled photos; an MCC of fewer is noise
+Answer = tuple[str, float, float, list[str]]  # see `answers`
 
 
 class WithSource(Dataset[tuple[Batch, str]]):
@@ -54,10 +56,35 @@ def collate_with_source(samples: list[tuple[Batch, str]]) -> tuple[Batch, list[s
     return collate([sample for sample, _ in samples]), [source for _, source in samples]
 
 
-def predict_split(
-    model: RoadworkModel, dataset: ShardDataset, batch_size: int, workers: int, copy: int = 0
-) -> pd.DataFrame:
+def answer_split(
+    model: RoadworkModel, dataset: ShardDataset, batch_size: int, workers: int, copy: int, rank: int, world_size: int
+) -> list[Answer]:
+    """A process's share of a split's answers; see `table_of` for all of them together.
+
+    Args:
+        model: The model.
+        dataset: The split.
+        batch_size: Photos in one forward pass.
+        workers: Processes that read; 0 reads in this one.
+        copy: 0 for the photos themselves, see `make_copy` for others.
+        rank: This process's number; the first one shows how far it is.
+        world_size: Number of processes that share the split.
+    """
+    share = deal(len(dataset), batch_size, rank, world_size)
+    data = Subset(WithSource(dataset, copy), share)
+    found = answers(model, batches_of(data, batch_size, workers, collate_with_source))
+    if rank == 0:
+        what = f"evaluating {dataset.name}" + (f", process 1 of {world_size}" if world_size > 1 else "")
+        found = track(found, len(share), what)
+    return list(found)
+
+
+def table_of(dataset: ShardDataset, found: Sequence[Answer]) -> pd.DataFrame:
     """Log-odds with and without metadata for every sample of a split, or for a copy of each, labelled or not.
+
+    Args:
+        dataset: The split.
+        found: The answers for all of its samples, in their order.
 
     Returns:
         The columns of predictions.csv but those that `calibrate` adds, in the order of the shards; `label` is NA where
@@ -66,8 +93,6 @@ def predict_split(
     Raises:
         UserError: Some of the log-odds are no numbers.
     """
-    loader = batches_of(WithSource(dataset, copy), batch_size, workers, collate_with_source)
-    found = list(track(answers(model, loader), len(dataset), f"evaluating {dataset.name}"))
     samples = dataset.split.samples
     keys = [sample.key for sample in samples]
     for column in (1, 2):
@@ -88,9 +113,7 @@ def predict_split(
 
 
 @torch.inference_mode()
-def answers(
-    model: RoadworkModel, loader: Iterable[tuple[Batch, list[str]]]
-) -> Iterator[tuple[str, float, float, list[str]]]:
+def answers(model: RoadworkModel, loader: Iterable[tuple[Batch, list[str]]]) -> Iterator[Answer]:
     """The source, the log-odds with metadata NULL, those with metadata, and the kept views of each photo.
 
     One pass of the backbone gives both. No calibration is in them, so an exported model gets the same evaluation.

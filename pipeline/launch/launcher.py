@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import yaml
 
@@ -102,7 +103,9 @@ def prep(arguments: Sequence[str]) -> int:
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER
-    return supervise(command, "and keeping the files that are finished", own.max_restarts)
+    return supervise(
+        command, "and keeping the files that are finished", own.max_restarts, "after the files that are finished"
+    )
 
 
 def launch_words(config_file: Path | None, num_processes: int | None, cpu: bool = False) -> list[str]:
@@ -200,7 +203,10 @@ class StopRequest:
 
 
 def supervise(
-    command: list[str], while_stopping: str = "at the next step boundary, with a checkpoint", restarts: int = 0
+    command: list[str],
+    while_stopping: str = "at the next step boundary, with a checkpoint",
+    restarts: int = 0,
+    goes_on: str = "from the last checkpoint",
 ) -> int:
     """Run a launch to its end, and restart it where one of its processes died or hung; returns the exit status.
 
@@ -208,6 +214,7 @@ def supervise(
         command: The launch's command line.
         while_stopping: How the workers end on a request to stop, for the message.
         restarts: How many times the launch may be restarted.
+        goes_on: Where the same command then goes on, for the message.
     """
     os.environ.setdefault(STARTED_VARIABLE, str(time.time()))
     stop = StopRequest(while_stopping)
@@ -220,12 +227,9 @@ def supervise(
             return EXIT_STOPPED
         if cause is None or stop.asked or not left:
             break
-        say(f"{cause}; starting again from the last checkpoint ({left} restart{'s' if left > 1 else ''} left)")
+        say(f"{cause}; starting again {goes_on} ({left} restart{'s' if left > 1 else ''} left)")
     if cause is not None:
-        say(
-            f"failed: {cause}; the same command resumes from the last checkpoint, and with --max-restarts N it "
-            "does so by itself"
-        )
+        say(f"failed: {cause}; the same command goes on {goes_on}, and with --max-restarts N it does so by itself")
     return EXIT_FAILED
 
 
@@ -236,12 +240,14 @@ def _launch_once(command: list[str], stop: StopRequest) -> tuple[int, str | None
 
     Accelerate's launcher loses the workers' exit status: it returns 1 and prints a traceback of its own. So workers
     leave their status in a file. Where that file, or the launcher's line about the first worker to fail, explains the
-    end, the rest of its output is dropped.
+    end, the rest of its output is dropped. When a worker dies, the launcher asks the others to stop, and they say so in
+    that file: without a request to stop, what the line says of the first one counts.
     """
     with tempfile.TemporaryDirectory() as folder:
         state_file = Path(folder) / "state.json"
         environment = {
-            "OMP_NUM_THREADS": "1",  # one thread per process: as many processes as cores
+            # Without a GPU there are as many processes as cores; with one, a process's host only copies and gathers.
+            "OMP_NUM_THREADS": "4" if uses_gpu() else "1",
             "PET_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
             **os.environ,
             STATE_FILE_VARIABLE: str(state_file),
@@ -273,27 +279,37 @@ def _launch_once(command: list[str], stop: StopRequest) -> tuple[int, str | None
             status, message = int(state["exit_status"]), state.get("message")
             if message and message not in {line.rstrip("\n") for line in said}:  # a rank with a log of its own
                 say(message)
-    cause = None if explained else cause_of("".join(aside))
+    cause = cause_of("".join(aside))
+    if explained and (stop.asked or status != EXIT_STOPPED or cause is None):
+        cause = None
+    elif explained:
+        status = EXIT_FAILED
     if status not in (EXIT_OK, EXIT_USER, EXIT_STOPPED) and not explained and cause is None:
         sys.stderr.writelines(aside)
     return status, cause
 
 
 def cause_of(words: str) -> str | None:
-    """Which worker failed first, and how, from the last output of `accelerate launch`; None if it does not say."""
+    """Which worker failed first, and how, from the last output of `accelerate launch`; None if none did."""
     found = re.search(r"Root Cause.*?host\s+: (\S+).*?rank\s+: (\d+).*?exitcode\s+: (-?\d+)", words, flags=re.DOTALL)
     if found is None:
         return None
     host, rank, status = found.group(1), found.group(2), int(found.group(3))
+    if status == EXIT_STOPPED:
+        return None
     if status >= 0:
         return f"rank {rank} on {host} ended with status {status}, for the reason that it gives above"
     reason = " (probably by the system, which had no memory left)" if -status == signal.SIGKILL else ""
     return f"rank {rank} on {host} was killed by {signal.Signals(-status).name}{reason}"
 
 
-if __name__ == "__main__":
-    words = sys.argv[1:]
-    status = prep(words[1:]) if words[:1] == ["prep"] else main(words)
-    for number in SIGNALS:  # during shutdown Python has no handlers, and a repeated notice would kill it
+def end(status: int) -> NoReturn:
+    """End this process, which then takes no more signals: Python has no handlers during its shutdown."""
+    for number in SIGNALS:  # a repeated notice would kill it
         signal.signal(number, signal.SIG_IGN)
     raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    end(prep(words[1:]) if words[:1] == ["prep"] else main(words))

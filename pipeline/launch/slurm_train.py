@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.cli import help_of, parse_own
-from pipeline.config import ACCELERATE_CONFIGS, Config, find_configuration, find_recipe, parse_config
+from pipeline.config import ACCELERATE_CONFIGS, USUAL_WORKERS, Config, find_configuration, find_recipe, parse_config
 from pipeline.errors import EXIT_STOPPED, EXIT_USER, UserError, require, run, typed
 from pipeline.files import render
 from pipeline.launch.slurm import Job, Resources, submit
@@ -68,7 +68,8 @@ def main(words: Sequence[str]) -> Path | None:
     """
     if not words or {"-h", "--help"} & set(words):
         usage = (
-            f"{PROG} RECIPE --nodes N --gpus-per-node G [options] [--section.key VALUE ...]\n       {PROG} prep --help"
+            f"{PROG} RECIPE --nodes N --gpus-per-node G [options] [--section.key VALUE ...]\n       "
+            f"{PROG} prep --help\n       {PROG} predict --help\n       {PROG} evaluate --help"
         )
         print(help_of(SlurmOptions, PROG, usage))
         print(f"All other options are the configuration's; `{typed('train')} --help` lists them.")
@@ -95,8 +96,9 @@ def main(words: Sequence[str]) -> Path | None:
         sys.executable, "-m", "pipeline.launch.launcher", str(recipe), f"--config_file={accelerate}",
         f"--num_machines={own.nodes}", f"--num_processes={own.nodes * processes}",
     ]  # fmt: skip
+    workers = USUAL_WORKERS if config.data.workers is None else config.data.workers
     resources = Resources(
-        cpus_per_task=own.cpus_per_task or processes * (1 + config.data.workers),
+        cpus_per_task=own.cpus_per_task or processes * (1 + workers),
         nodes=own.nodes, ntasks_per_node=1, gpus_per_node=own.gpus_per_node or None, signal=f"B:USR2@{NOTICE_S}",
         **{name: getattr(own, name) for name in ("mem", "time", "partition", "account", "qos")},
     )  # fmt: skip
@@ -109,18 +111,11 @@ def main(words: Sequence[str]) -> Path | None:
 
 def find_problems(config: Config, gpus_per_node: int) -> list[str]:
     """Problems that would end the job as soon as it starts, though a dry run may still print its script."""
-    import torch
-
     from pipeline.data.index import read_index
     from pipeline.data.inputs import check_inputs
     from pipeline.training.run_folder import RunFolder
 
-    problems = []
-    if gpus_per_node and torch.version.cuda is None:
-        problems.append(
-            f"torch {torch.__version__} of this installation has no CUDA, so GPUs would stand idle; "
-            "install a torch that has, or give --gpus_per_node 0"
-        )
+    problems = missing_cuda(gpus_per_node)
     try:
         index = read_index(config.data.shards)
         check_inputs(index, config.model, config.data.allow_leaks)
@@ -131,17 +126,32 @@ def find_problems(config: Config, gpus_per_node: int) -> list[str]:
     return problems
 
 
-def script(launch: list[str], folder: Path, requeue: bool) -> str:
+def missing_cuda(gpus_per_node: int) -> list[str]:
+    """The problem that this installation could use no GPU, if the job asks for any."""
+    import torch
+
+    if not gpus_per_node or torch.version.cuda is not None:
+        return []
+    return [
+        f"torch {torch.__version__} of this installation has no CUDA, so GPUs would stand idle; "
+        "install a torch that has, or give --gpus_per_node 0"
+    ]
+
+
+def script(launch: list[str], folder: Path, requeue: bool, name: str = "train", what: str = "training") -> str:
     """The part of the batch script below its directives.
 
     Args:
         launch: The launcher's arguments, without those that are known only inside the job.
         folder: Folder of the logs, absolute.
-        requeue: Whether a stopped job queues again, to resume from its checkpoint.
+        requeue: Whether a stopped job queues again, to resume from what it has kept.
+        name: Name of the job, for the names of its logs.
+        what: What it does, for its messages.
     """
     return render(
         JOB, folder=shlex.quote(str(folder)), folder_pattern=shlex.quote(str(folder).replace("%", "%%")),
         command=shlex.join(launch), wait_s=LAST_WAIT_S, mistake=EXIT_USER, stopped=EXIT_STOPPED, requeue=requeue,
+        name=name, what=what,
     )  # fmt: skip
 
 

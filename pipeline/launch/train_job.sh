@@ -25,7 +25,7 @@ trap stop USR2
 
 port=$((20000 + (SLURM_JOB_ID + ${SLURM_RESTART_COUNT:-0}) % 10000))
 srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --wait={{ wait_s }} \
-  --output={{ folder_pattern }}/train-%j-node%n.log --open-mode=append bash -c '
+  --output={{ folder_pattern }}/{{ name }}-%j-node%n.log --open-mode=append bash -c '
   trap "" USR2
   ((SLURM_PROCID > 0)) || echo $$ >"$0"
   exec "$@" --machine_rank="$SLURM_PROCID" --main_process_ip="$SLURM_LAUNCH_NODE_IPADDR"
@@ -41,9 +41,9 @@ status=0
 wait "$step" || status=$?
 rm -f "$launcher"
 if [[ $asked ]] && ((status != 0 && status != {{ mistake }})); then
-  status={{ stopped }} # whatever was under way, the last checkpoint stands
+  status={{ stopped }} # whatever was under way, what was kept before stands
 fi
-echo "job $SLURM_JOB_ID: training ended with status $status on $(date)"
+echo "job $SLURM_JOB_ID: {{ what }} ended with status $status on $(date)"
 {% if requeue %}
 if ((status == {{ stopped }})); then
   scontrol requeue "$SLURM_JOB_ID"

@@ -70,6 +70,29 @@ def test_the_status_is_the_workers_and_the_launchers_words_are_dropped(capsys):
     assert capsys.readouterr().err == "error: no shards\n"
 
 
+@pytest.mark.parametrize(("first", "status"), [("-9", 1), ("1", 1), ("75", 75)])
+def test_a_worker_that_dies_is_the_reason_though_the_others_say_that_they_were_asked_to_stop(capsys, first, status):
+    """By the launcher's own request: it ends the others."""
+    found = supervise(
+        worker(f"""
+            import json, os, sys
+            print("stopped: kept", file=sys.stderr)
+            print("E1 torch/distributed/elastic/api.py failed\\nRoot Cause:\\n  host      : a\\n  rank      : 1\\n"
+                  "  exitcode  : {first}", file=sys.stderr)
+            json.dump({{"exit_status": 75, "message": "stopped: kept"}}, open(os.environ["ROADWORK_STATE_FILE"], "w"))
+            sys.exit(1)
+        """),
+        goes_on="after what is kept",
+    )
+    assert found == status
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "stopped: kept"
+    assert len(said) == (1 if status == 75 else 2)
+    if status == 1:
+        assert said[1].startswith("failed: rank 1 on a ")
+        assert "the same command goes on after what is kept" in said[1]
+
+
 def test_a_crash_keeps_every_word(capsys):
     status = supervise(
         worker("""

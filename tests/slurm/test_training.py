@@ -56,6 +56,7 @@ def said(place: Path, run: str) -> str:
 
 def losses(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] in ("train", "val")]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
     return [line["loss"] for line in lines]
 
