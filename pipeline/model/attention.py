@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.model.config import ModelConfig
+from pipeline.model.cpu_kernels import RMSNorm, biased_attention, trains_on_cpu
 from pipeline.model.moe import build_feed_forward
 
 
@@ -26,8 +27,8 @@ class GatedAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=False)
         self.gate_proj = nn.Linear(width, width, bias=False) if gated else None
         self.o_proj = nn.Linear(width, width, bias=False)
-        self.q_norm = nn.RMSNorm(width // heads)
-        self.k_norm = nn.RMSNorm(width // heads)
+        self.q_norm = RMSNorm(width // heads)
+        self.k_norm = RMSNorm(width // heads)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Let every token attend to the tokens of its photo.
@@ -41,19 +42,25 @@ class GatedAttention(nn.Module):
             [B, T, H].
         """
         query, key, value = (
-            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).unflatten(-1, (self.heads, -1)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        attend = None if mask is None else mask[:, None, None, :]
-        if attend is not None and attend.dtype != torch.bool:
-            attend = attend.to(value.dtype)
-        query, key = self.q_norm(query), self.k_norm(key)
-        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=attend)
-        joined = attended.transpose(1, 2).flatten(2)
+        query, key, value = (part.transpose(1, 2) for part in (self.q_norm(query), self.k_norm(key), value))
+        joined = _attend(query, key, value, mask).transpose(1, 2).flatten(2)
         if self.gate_proj is not None:
             joined = joined * self.gate_proj(x).sigmoid()
         output: torch.Tensor = self.o_proj(joined)
         return output
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value)
+    if mask.requires_grad and trains_on_cpu(value):
+        return biased_attention(query, key, value, mask)
+    attend = mask[:, None, None, :]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=attend if attend.dtype == torch.bool else attend.to(value.dtype)
+    )
 
 
 class GatedLayer(nn.Module):
@@ -61,9 +68,9 @@ class GatedLayer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width)
+        self.attention_norm = RMSNorm(config.width)
         self.attention = GatedAttention(config.width, config.heads, config.attention_gate)
-        self.mlp_norm = nn.RMSNorm(config.width)
+        self.mlp_norm = RMSNorm(config.width)
         self.mlp = build_feed_forward(config)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import nn
 
+from pipeline.model.cpu_kernels import RMSNorm
+
 BOX_FREQUENCIES = 8
 
 
@@ -24,7 +26,7 @@ class InputProjection(nn.Module):
         super().__init__()
         self.cls = nn.Linear(dim, width)
         self.cells = nn.Linear(2 * dim, width)
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self.box = nn.Linear(4 * 2 * BOX_FREQUENCIES, width)
 
     def forward(self, cls: torch.Tensor, cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipeline.model.cpu_kernels import RMSNorm
+
 
 class Pyramid(nn.Module):
     """Fuses levels g x g at H, g/2 x g/2 at H/2, 1 at H/4: upsampled, concatenated, added to the cells, RMS-normed."""
@@ -16,7 +18,7 @@ class Pyramid(nn.Module):
         self.to_half = nn.Linear(width, width // 2)
         self.to_quarter = nn.Linear(width, width // 4)
         self.fuse = nn.Linear(width + width // 2 + width // 4, width)
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Fuse the levels.

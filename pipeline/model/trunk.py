@@ -7,6 +7,7 @@ from torch import nn
 
 from pipeline.model.attention import GatedLayer
 from pipeline.model.config import ModelConfig
+from pipeline.model.cpu_kernels import RMSNorm
 from pipeline.model.encoder import Encoded
 from pipeline.model.evidence import CellEvidence, cell_boxes, join
 from pipeline.model.fusion import build_fusion, log_gates
@@ -29,7 +30,7 @@ class Trunk(nn.Module):
         self.projection = InputProjection(dim, width)
         self.pyramid = Pyramid(width, config.pool_grid) if config.pyramid else nn.Identity()
         self.layers = nn.ModuleList(GatedLayer(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(width)
+        self.norm = RMSNorm(width)
         self.view_vector = nn.Linear(2 * width, width)
         self.fusion = build_fusion(config)
         self.metadata = MetadataEncoder(config)
