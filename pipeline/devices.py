@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,11 @@ if TYPE_CHECKING:  # importing torch takes seconds, and `--help` needs none of i
 DEVICE_FILES = ("/dev/nvidiactl",)
 OTHER_FILES = ("/dev/kfd", "/dev/dxg")  # AMD's and WSL's, which are also there where torch could use no GPU
 NO_GPU = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide every GPU
+MIN_CUDNN = 91501
+"""Number of the first cuDNN, 9.15.1, whose attention is right for lengths that are no multiple of 128
+(github.com/pytorch/pytorch/issues/169849); a view of 512 px is 1029 tokens long."""
+# How to install a torch that a driver for CUDA 12 can run.
+CUDA_12 = f"`{sys.executable} -m pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126`"
 CPU_ONLY = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # the environment of a process that takes no GPU
 
 
@@ -78,9 +85,7 @@ def refuse_idle_gpu(flag: str = "--cpu") -> None:
         reason = str(error).strip().splitlines()[0].rstrip(".")
     raise UserError(
         f"this machine has a GPU that torch {torch.__version__} cannot use ({reason}); update the driver, or install a "
-        f"torch that fits it (`{sys.executable} -m pip install torch==2.13.0 --index-url "
-        f"https://download.pytorch.org/whl/cu126` has CUDA 12), or give {flag}, or set DS_ACCELERATOR=cpu, to compute "
-        "on the CPU"
+        f"torch that fits it ({CUDA_12} has CUDA 12), or give {flag}, or set DS_ACCELERATOR=cpu, to compute on the CPU"
     )
 
 
@@ -107,3 +112,24 @@ def spare_cores(device: torch.device) -> int:
     """Workers for each process of this machine: with a GPU all cores decode; without, the passes need most of them."""
     share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, share - 1) if device.type == "cuda" else min(1, share - 1)
+
+
+@contextmanager
+def out_of_memory(knob: str) -> Iterator[None]:
+    """Report that a GPU has too little memory as a user's mistake, which the same command would only repeat.
+
+    Args:
+        knob: The option or key that decides how much memory the work inside takes, such as `train.micro_batch_size`.
+
+    Raises:
+        UserError: Memory of a GPU could not be allocated inside; the message has torch's numbers and the option.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        import torch
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        numbers = ". ".join(str(error).partition("Including non-PyTorch")[0].strip().rstrip(".").split(". ")[:3])
+        raise UserError(f"{numbers}; choose a smaller {knob}") from error

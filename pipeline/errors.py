@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -150,17 +151,17 @@ def run(main: Callable[[], Path | str | None]) -> int:
         print(f"rank {os.environ.get('RANK', '0')} lost the connection to another rank", file=sys.stderr, flush=True)
         time.sleep(LOST_PEER_FIRST_S)  # the rank that failed first is to be the first whose end the launcher sees
         return EXIT_FAILED
+    if os.environ.get("RANK", "0") != "0" and status == EXIT_OK:
+        return status
+    first = _write_state(status, message)
     if os.environ.get("RANK", "0") != "0":
-        if status == EXIT_OK:
-            return status
-        # When the first rank ends, the others are killed. Rank 0 usually has the same message and is left to print it;
-        # a rank that still lives after this wait failed alone, and prints its own.
+        # When the first rank ends, the others are killed. Rank 0 usually has the same message, and may have work to
+        # end; a rank that still lives after this wait failed alone.
         time.sleep(RANK_ZERO_FIRST_S)
-    if message is not None:
+    if message is not None and first:
         print(message, file=sys.stderr, flush=True)
     if summary is not None:
         print(summary, flush=True)
-    _write_state(status, message)
     return status
 
 
@@ -172,7 +173,12 @@ def explain(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {reason}; fix that and give the same command again"
 
 
-def _write_state(status: int, message: str | None) -> None:
+def _write_state(status: int, message: str | None) -> bool:
+    """Leave the status to the launcher, unless another rank did: that one ended first, and the others because of it."""
     path = os.environ.get(STATE_FILE_VARIABLE)
-    if path:
-        Path(path).write_text(json.dumps({"exit_status": status, "message": message}) + "\n")
+    if not path:
+        return True
+    with contextlib.suppress(FileExistsError), Path(path).open("x") as state:
+        state.write(json.dumps({"exit_status": status, "message": message}) + "\n")
+        return True
+    return False

@@ -21,17 +21,16 @@ from pipeline.data.folds import read_dealt
 from pipeline.data.index import INDEX_NAME
 from pipeline.data.inputs import check_inputs
 from pipeline.data.storage import open_folder
-from pipeline.devices import has_bf16
-from pipeline.distributed.agreement import on_rank_zero
+from pipeline.devices import has_bf16, out_of_memory
+from pipeline.distributed.agreement import first_of_node_first, on_rank_zero
 from pipeline.distributed.settings import describe_engine, engine_settings, launched_file, resolve_precision
-from pipeline.distributed.startup import end_process, start, world_size
-from pipeline.errors import run
+from pipeline.distributed.startup import choose_kernels, run_process, start, world_size
 from pipeline.files import write_summary
 from pipeline.launch.rank_logs import divert_output
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.progress import say, silence_libraries
 from pipeline.trainer import Trainer
-from pipeline.training.loader import open_loader
+from pipeline.training.loader import open_loader, place_split, workers_of
 from pipeline.training.plan import describe_model, describe_sampling, describe_schedule, plan_sampling, plan_schedule
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.tracking import start_tracking
@@ -45,12 +44,13 @@ def main() -> Path | None:
     divert_output()
     config, dry_run = parse_config(sys.argv[1:], "pipeline/train.py")
     silence_libraries()
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the summary's path
-            return train(config, dry_run)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    choose_kernels(config.train.deterministic)
+    # Libraries print, and stdout is for the summary's path.
+    with contextlib.redirect_stdout(sys.stderr), out_of_memory("train.micro_batch_size"):
+        summary = train(config, dry_run)
+    if dist.is_initialized():  # Accelerate ends it too, after some runs; not after an error, see `run_process`
+        dist.destroy_process_group()
+    return summary
 
 
 def train(config: Config, dry_run: bool) -> Path | None:
@@ -85,9 +85,12 @@ def train(config: Config, dry_run: bool) -> Path | None:
         say_plan(describe_schedule(config, schedule))
         say_plan(() if sampling is None else describe_sampling(sampling))
     torch.manual_seed(config.train.seed)
-    model = RoadworkModel.build(
-        config.model, config.loss, config.data.decode_scale, accelerator.device, config.train.heads
-    )
+    model = first_of_node_first(
+        lambda first: RoadworkModel.build(
+            config.model, config.loss, config.data.decode_scale, accelerator.device, config.train.heads,
+            local_files_only=not first,
+        )
+    )  # fmt: skip
     if cache is not None:
         on_rank_zero(lambda: cache.check(feature_key(model.backbone, config.input_spec, config.model.pool_grid)))
     if lead:
@@ -95,8 +98,14 @@ def train(config: Config, dry_run: bool) -> Path | None:
     validation = None
     if index is not None and not dry_run and (index.splits["val"].labels >= 0).any():
         held_out = open_split(shards, index, "val", config.input_spec, cache)
-        validation = Validation(held_out, engine.batching.micro_batch_size, config.data.workers, *ranks)
-    trainer = Trainer(config, accelerator, model, loader, validation, engine.batching, schedule, folder)
+        validation = Validation(
+            place_split(config, held_out, accelerator.device), engine.batching.micro_batch_size,
+            workers_of(config.data), *ranks,
+        )  # fmt: skip
+    trainer = Trainer(
+        config, accelerator, model, loader.placed(config, accelerator.device), validation, engine.batching, schedule,
+        folder,
+    )  # fmt: skip
     if folder is None:
         summary = trainer.run(DRY_RUN_STEPS)
         if lead:
@@ -119,4 +128,4 @@ def say_plan(lines: Iterable[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    end_process(run(main))
+    run_process(main)

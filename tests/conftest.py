@@ -19,6 +19,7 @@ from tests.warm import VARIABLE, WarmPython
 # Tests that start several processes fill the cores by themselves: one after the other, beside all the rest.
 SEVERAL_PROCESSES = (
     "tests/checkpoints/", "tests/compatibility/", "tests/distributed/", "tests/slurm/", "tests/test_crossval.py",
+    "tests/test_several_processes.py",
     *(f"tests/training/test_{name}.py" for name in ("cached_training", "faults", "streaming", "training")),
 )  # fmt: skip
 STREET_PHOTOS = Path(__file__).parents[1].parent / "shared" / "data" / "street_photos"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -11,15 +13,26 @@ import torch.distributed as dist
 from pipeline.errors import UserError
 
 T = TypeVar("T")
+COLLECTIVES_LATER_MINUTES = 2.0
+
+
+def collective_timeout(hang_minutes: float) -> timedelta:
+    """How long a collective waits: longer than the watchdog, which can report where threads hang."""
+    return timedelta(minutes=hang_minutes + COLLECTIVES_LATER_MINUTES)
 
 
 class Agreement:
     """Small sums and lists over all ranks. Every method is collective."""
 
-    def __init__(self) -> None:
-        """Create a gloo group for these values where tensors go over NCCL."""
+    def __init__(self, hang_minutes: float) -> None:
+        """Create a gloo group for these values where tensors go over NCCL.
+
+        Args:
+            hang_minutes: Minutes after which a process without progress is ended; the group waits for longer.
+        """
         self.is_first = dist.get_rank() == 0
-        self.group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+        apart = dist.get_backend() == "nccl"
+        self.group = dist.new_group(backend="gloo", timeout=collective_timeout(hang_minutes)) if apart else None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Sum all ranks' CPU tensors element by element, in place; returns `values`."""
@@ -74,3 +87,21 @@ def on_all_ranks(action: Callable[[], T]) -> T:
     if failed:
         raise UserError(next(text for text in gather(problem) if text is not None))
     return cast(T, result)
+
+
+def first_of_node_first(action: Callable[[bool], T]) -> T:
+    """Run an action on the first rank of each node, and only then on the others. Collective.
+
+    What the first one fetches, the others find on their node: the hub is asked once for each node, and no two ranks
+    write into one cache, whose locks are not dependable on a network file system.
+
+    Args:
+        action: Gets whether this rank is the first of its node.
+
+    Raises:
+        UserError: Raised on every rank where it was on one.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    early = on_all_ranks(lambda: action(True) if first else None)
+    late = on_all_ranks(lambda: None if first else action(False))
+    return cast(T, early if first else late)

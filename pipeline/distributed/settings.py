@@ -19,7 +19,8 @@ from pipeline.errors import UserError
 DEFAULT_DEEPSPEED = "ds_configs/zero2.json"
 # Sections that DeepSpeed 0.19.8 has removed and refuses at the start of a run.
 REMOVED = ("amp", "eigenvalue", "elasticity", "nebula")
-SECTIONS = ("zero_optimization", "fp16", "offload_param", "offload_optimizer")  # objects that are read here
+# Objects that are read here.
+SECTIONS = ("zero_optimization", "fp16", "data_types", "offload_param", "offload_optimizer")
 # Keys that the recipe decides, whatever the file has.
 RECIPE_KEYS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
@@ -53,6 +54,10 @@ class Sharding:
     """Elements of the buffer in which gradients are reduced."""
     live: int = 0
     """Elements of gathered parameters that stage 3 keeps at once, at most."""
+    adds_in_fp32: bool = False
+    """Whether gradients are kept in fp32, which adds up micro-batches."""
+    reduces_in_fp32: bool = False
+    """Whether gradients are copied to fp32, which adds up processes."""
 
     @classmethod
     def of(cls, deepspeed: dict[str, Any], world_size: int, expert_parallel: int) -> Sharding:
@@ -66,6 +71,8 @@ class Sharding:
             offload=zero.get("offload_optimizer", {}).get("device", "none") != "none",
             bucket=int(zero.get("reduce_bucket_size", 5e8)) * buffers,
             live=int(zero.get("stage3_max_live_parameters", 1e9)),
+            adds_in_fp32=deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32",
+            reduces_in_fp32=deepspeed.get("communication_data_type") == "fp32",
         )
 
 
@@ -105,6 +112,7 @@ def engine_settings(config: Config, file: Path, world_size: int, precision: str)
     check_mixup(config.loss.mixup_alpha, batching)
     stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
     check_stage(stage, precision, config.optim.name)
+    check_accumulation(deepspeed, precision)
     experts = config.model.experts if config.model.head == "roadwork" else None
     wanted = config.train.expert_parallel
     size = resolve_expert_parallel(wanted, experts, world_size, stage, config.optim.grad_clip)
@@ -211,6 +219,21 @@ def check_stage(stage: int, precision: str, optimizer: str) -> None:
         raise UserError(
             "optim.name sophia_h needs ZeRO stage 0, 1 or 2: at stage 3 no process has whole weights to take second "
             "derivatives by; use such a stage, or sophia_g, which needs first derivatives only"
+        )
+
+
+def check_accumulation(deepspeed: dict[str, Any], precision: str) -> None:
+    """Refuse fp32 sums of bf16 gradients at ZeRO stage 1.
+
+    DeepSpeed wraps the recipe's optimizer there in another class, `BF16_Optimizer`, which gets the estimates of
+    `sophia_h` wrong.
+    """
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    wanted = deepspeed.get("data_types", {}).get("grad_accum_dtype")
+    if stage == 1 and precision == "bf16" and wanted == "fp32":
+        raise UserError(
+            "the DeepSpeed configuration has data_types.grad_accum_dtype fp32 at ZeRO stage 1, which does not work in "
+            "bf16; use stage 2, or take it out: gradients of a process's micro-batches are then added in bf16"
         )
 
 

@@ -6,19 +6,37 @@ import atexit
 import os
 import socket
 import sys
+import traceback
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 from unittest.mock import patch
 
+import torch
 from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
 from transformers.integrations import unset_hf_deepspeed_config
 
 from pipeline.data.allocator import keep_freed_memory
 from pipeline.devices import gpu_count, refuse_idle_gpu, uses_gpu
+from pipeline.distributed.agreement import collective_timeout
 from pipeline.distributed.settings import EngineSettings
-from pipeline.errors import UserError, typed
+from pipeline.errors import EXIT_FAILED, UserError, run, typed
 
-COLLECTIVES_LATER_MINUTES = 2.0
+
+def choose_kernels(deterministic: bool) -> None:
+    """Choose among the kernels of a GPU, before the first of them runs.
+
+    Args:
+        deterministic: Whether to take kernels that add in a fixed order where there are such; torch names the others in
+            a warning.
+    """
+    # cuDNN's backward of attention gives NaN on an H100 for some lengths with a mask (pytorch#196678), and plans anew
+    # for each length. The head's attention is short, so nothing is lost with the other kernels.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when CUDA starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def start(engine: EngineSettings, log_with: list[str], hang_minutes: float) -> Accelerator:
@@ -27,8 +45,7 @@ def start(engine: EngineSettings, log_with: list[str], hang_minutes: float) -> A
     Args:
         engine: Settings from `engine_settings` for as many processes as were started.
         log_with: Accelerate trackers to start.
-        hang_minutes: How long a process may be waited for; collectives time out later than the watchdog, which can
-            report where threads hang.
+        hang_minutes: How long a process may be waited for; see `collective_timeout`.
 
     Raises:
         UserError: There is a GPU that torch cannot use, or there are fewer GPUs than processes.
@@ -42,13 +59,12 @@ def start(engine: EngineSettings, log_with: list[str], hang_minutes: float) -> A
         _skip_shared_memory_kernel()
     _without_launcher()
     _leave_muon_uncompiled()
+    timeout = collective_timeout(hang_minutes)
+    _set_timeout_of_groups(timeout)
     accelerator = Accelerator(
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=engine.deepspeed, zero3_init_flag=False),
         kwargs_handlers=[
-            InitProcessGroupKwargs(
-                backend="nccl" if on_gpu else "gloo",
-                timeout=timedelta(minutes=hang_minutes + COLLECTIVES_LATER_MINUTES),
-            )
+            InitProcessGroupKwargs(backend="nccl" if on_gpu else "gloo", timeout=timeout),
         ],
         gradient_accumulation_steps=engine.batching.accumulation,
         log_with=log_with or None,
@@ -90,6 +106,36 @@ def end_process(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def run_process(main: Callable[[], Path | str | None]) -> NoReturn:
+    """Run one rank's main function as `pipeline.errors.run` does, and end the process.
+
+    After an error that is no user's mistake, the process ends at once. It must not take down its process group: NCCL
+    would wait for the other ranks, which wait for this one (pytorch#141510). Nor would the exit handlers of libraries
+    know that the work is lost. The other ranks see the connection close, and the launcher ends them.
+    """
+    try:
+        status = run(main)
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_FAILED)
+    end_process(status)
+
+
+def _set_timeout_of_groups(timeout: timedelta) -> None:
+    """Let the groups over which DeepSpeed reduces wait as long as the default one; NCCL's would give up after 10 min.
+
+    DeepSpeed creates them without a timeout: one for ZeRO, and those of sharded experts.
+    """
+    from deepspeed.comm.torch import TorchBackend
+
+    def new_group(self: TorchBackend, ranks: Any) -> Any:
+        return torch.distributed.new_group(ranks, timeout=timeout)
+
+    TorchBackend.new_group = new_group
 
 
 def _without_launcher() -> None:

@@ -36,11 +36,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _load_dinov3(name: str) -> PreTrainedModel:
+def _load_dinov3(name: str, local_files_only: bool = False) -> PreTrainedModel:
     way_out = "with --model.backbone (a folder, a hub id or scenes-tiny)"
     source = str(SCENES_TINY) if name == "scenes-tiny" else name
     try:
-        model = AutoModel.from_pretrained(source, attn_implementation="sdpa")
+        model = AutoModel.from_pretrained(source, attn_implementation="sdpa", local_files_only=local_files_only)
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the backbone {name!r}: it is neither a local folder with weights nor reachable on "
@@ -60,18 +60,19 @@ class FrozenBackbone:
     in train mode), and optimizers, DeepSpeed and `state_dict` must not find its parameters.
     """
 
-    def __init__(self, name: str, device: torch.device | str = "cpu"):
+    def __init__(self, name: str, device: torch.device | str = "cpu", local_files_only: bool = False):
         """Load the backbone.
 
         Args:
             name: `scenes-tiny`, a local folder, or a hub id.
             device: Device on which it runs, in bf16 on CUDA and in fp32 elsewhere.
+            local_files_only: Do not ask the hub, since the weights are in its cache.
 
         Raises:
             UserError: The weights are not available, or are no DINOv3 ViT; the message says what to do.
         """
         self.name = name
-        model = _load_dinov3(name)
+        model = _load_dinov3(name, local_files_only)
         self.config = model.config
         self.model = model.eval().requires_grad_(False)
         self.to(device)

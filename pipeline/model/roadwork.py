@@ -145,6 +145,7 @@ class RoadworkModel(PreTrainedModel):
         decode_scale: str = "full",
         device: torch.device | str = "cpu",
         heads: int = 1,
+        local_files_only: bool = False,
     ) -> RoadworkModel:
         """A model with a new head, or several, on a loaded backbone.
 
@@ -154,11 +155,12 @@ class RoadworkModel(PreTrainedModel):
             decode_scale: Scale at which photos are decoded, see `InputSpec`.
             device: Device of head and backbone.
             heads: Number K of heads; see `Ensemble`.
+            local_files_only: Do not ask the hub for the backbone, since it is in the cache.
 
         Raises:
             UserError: The backbone's weights are not available.
         """
-        backbone = FrozenBackbone(config.backbone)
+        backbone = FrozenBackbone(config.backbone, local_files_only=local_files_only)
         width = backbone.hidden_size
         sizes = RoadworkConfig(**asdict(config), backbone_dim=width, decode_scale=decode_scale, ensemble=heads)
         model = cls(sizes, loss)

@@ -11,28 +11,30 @@ import torch
 Tensors = dict[str, torch.Tensor]
 
 
-def rademacher(shapes: Mapping[str, tuple[int, ...]], seed: int, step: int) -> Tensors:
+def rademacher(
+    shapes: Mapping[str, tuple[int, ...]], seed: int, step: int, device: torch.device | str = "cpu"
+) -> Tensors:
     """Random signs, +1 or -1 with even chance, for every coordinate of every parameter.
 
     They follow from the seed, the step and the parameter's name alone, so that processes which share a parameter, or
-    hold parts of it, need not exchange them.
+    hold parts of it, need not exchange them. Devices of one kind draw the same; a CPU and a GPU do not.
 
     Args:
         shapes: Shapes of the whole parameters, by name.
         seed: The run's seed.
         step: Optimizer step.
+        device: Where they are drawn and stay.
 
     Returns:
-        float32 on the CPU, by name.
+        float32, by name.
     """
-    return {name: _signs(shape, (seed, step, zlib.crc32(name.encode()))) for name, shape in shapes.items()}
-
-
-def _signs(shape: tuple[int, ...], entropy: tuple[int, ...]) -> torch.Tensor:
-    count = int(np.prod(shape, dtype=np.int64))
-    drawn = np.random.default_rng(np.random.SeedSequence(entropy)).integers(256, size=-(-count // 8), dtype=np.uint8)
-    bits = np.unpackbits(drawn, count=count)
-    return (torch.from_numpy(bits).float() * 2 - 1).view(shape)
+    generator = torch.Generator(device)
+    signs = {}
+    for name, shape in shapes.items():
+        entropy = np.random.SeedSequence((seed, step, zlib.crc32(name.encode())))
+        generator.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+        signs[name] = torch.randint(2, shape, generator=generator, device=device, dtype=torch.float32).mul_(2).sub_(1)
+    return signs
 
 
 def hutchinson(

@@ -77,8 +77,9 @@ class HessianStep:
     def _probes(self, step: int) -> Tensors:
         """Random signs u for this process's parameters, by name; the same for all micro-batches of a step."""
         module = self.engine.module
-        signs = split_experts(module, rademacher(self.shapes, self.config.train.seed, step))
-        return {name: signs[name].to(p.device) for name, p in module.named_parameters() if p.requires_grad}
+        signs = rademacher(self.shapes, self.config.train.seed, step, self.accelerator.device)
+        mine = split_experts(module, signs)
+        return {name: mine[name] for name, p in module.named_parameters() if p.requires_grad}
 
     def _products(self, probes: Tensors, batch: Batch, counts: torch.Tensor, keep_all: bool) -> torch.Tensor:
         """A loss whose gradient is u * (H u), where H is the Hessian of this micro-batch's share of the loss."""

@@ -88,6 +88,10 @@ FAULTS = {
         {"zero_optimization": {"stage": 2, **OFFLOAD}},
         "offload_optimizer with the recipe's optimizer needs zero_force_ds_cpu_optimizer: false",
     ),
+    "fp32 sums at stage 1": (
+        {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+        r"data_types\.grad_accum_dtype fp32 at ZeRO stage 1, which does not work in bf16; use stage 2",
+    ),
     "an untested optimizer": (
         {"zero_allow_untested_optimizer": False},
         "zero_allow_untested_optimizer must be true, or DeepSpeed refuses the recipe's optimizer",

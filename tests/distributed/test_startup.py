@@ -1,9 +1,16 @@
-"""How a process of a training ends."""
+"""How a process of a training starts and ends."""
 
+import json
 import os
 import subprocess
 import sys
 
+import pytest
+import torch.distributed as dist
+
+from benchmarks.processes import run_apart
+from pipeline.distributed.agreement import first_of_node_first
+from pipeline.errors import UserError
 from tests.warm import python
 
 SCRIPT = """
@@ -40,3 +47,91 @@ def test_an_engine_does_not_wait_for_the_compiler_of_an_optimizer_that_nobody_us
         done = subprocess.run([python(), "-c", code.format(first)], capture_output=True, text=True, check=True)
         loaded.append(done.stdout.split()[-1])
     assert loaded == ["True", "False"]
+
+
+TIMEOUTS = """
+import deepspeed, torch, torch.distributed as dist
+from pathlib import Path
+from unittest.mock import patch
+from pipeline.config import Config, TrainConfig
+from pipeline.distributed.agreement import Agreement
+from pipeline.distributed.settings import engine_settings
+from pipeline.distributed.startup import start
+
+start(engine_settings(Config(), Path("ds_configs/zero0.json"), 1, "fp32"), [], hang_minutes=90)
+with patch.object(dist, "get_backend", lambda: "nccl"):
+    agreement = Agreement(hang_minutes=90)
+for group in (dist.group.WORLD, deepspeed.comm.new_group([0]), agreement.group):
+    print("timeout", group._get_backend(torch.device("cpu")).options._timeout)
+"""
+
+
+def test_every_group_waits_longer_than_the_watchdog():
+    """That of the trainer's flags beside NCCL too, and those that DeepSpeed makes for ZeRO and for experts."""
+    done = subprocess.run([python(), "-c", TIMEOUTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("timeout")] == ["timeout 1:32:00"] * 3
+
+
+KERNELS = """
+import json, os, sys, torch
+from pipeline import train
+
+def look(config, dry_run):
+    print(json.dumps([
+        torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+        os.environ.get("CUBLAS_WORKSPACE_CONFIG"), torch.backends.cuda.cudnn_sdp_enabled(), torch.cuda.is_initialized(),
+    ]), file=sys.__stdout__)
+
+train.train, train.dist.destroy_process_group = look, lambda: None
+train.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "kernels"),
+    [
+        ([], [False, False, None, False, False]),
+        (["--train.deterministic", "true"], [True, True, ":4096:8", False, False]),
+    ],
+)
+def test_training_chooses_its_kernels_before_cuda_starts(words, kernels):
+    """Without cuDNN's attention, whose backward pass may give NaN; on request, those that add in a fixed order."""
+    done = subprocess.run([python(), "-c", KERNELS, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == kernels
+
+
+def load_in_turns(folder, faulty):
+    """The order in which three ranks of two nodes load: ranks 0 and 2 are the first ones of theirs."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    os.environ["LOCAL_RANK"] = str((0, 1, 0)[rank])
+
+    def load(first):
+        if rank in faulty:
+            raise UserError(f"rank {rank} has no weights")
+        if first:
+            (folder / f"node-of-{rank}").touch()
+        return rank, first, len(list(folder.iterdir()))
+
+    try:
+        found = first_of_node_first(load)
+    except UserError as error:
+        found = str(error)
+    everything = [None] * 3
+    dist.all_gather_object(everything, found)
+    return everything
+
+
+@pytest.mark.dist
+def test_the_first_rank_of_each_node_loads_before_the_others(tmp_path):
+    first, second, third = run_apart(load_in_turns, 3, tmp_path, ())
+    assert second == (1, False, 2)
+    assert (first[:2], third[:2]) == ((0, True), (2, True))
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("rank", [1, 2])
+def test_weights_that_one_rank_cannot_load_are_every_ranks_mistake(tmp_path, rank):
+    assert run_apart(load_in_turns, 3, tmp_path, (rank,)) == [f"rank {rank} has no weights"] * 3

@@ -18,7 +18,7 @@ def alone(tmp_path_factory):
     """A process group of one."""
     store = tmp_path_factory.mktemp("store") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield Agreement()
+    yield Agreement(hang_minutes=1)
     dist.destroy_process_group()
 
 

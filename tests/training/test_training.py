@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pipeline.checkpoints.files import Damaged, check_checkpoint
+from pipeline.checkpoints.files import MANIFEST, Damaged, check_checkpoint
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
 from pipeline.model.roadwork import RoadworkModel
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
@@ -60,16 +60,19 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
     return out, err
 
 
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in metrics(run) if line["kind"] in ("train", "val")]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, STEPS + 1))
     return [line["loss"] for line in lines]
 
 
 def train_losses(run: Path) -> dict[int, float]:
     """Those of the steps that this folder has seen."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if line["kind"] == "train"}
+    return {line["step"]: line["loss"] for line in metrics(run) if line["kind"] == "train"}
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,10 @@ def test_two_processes_train_validate_and_leave_a_run_folder(uninterrupted):
     assert provenance["versions"]["torch"] == torch.__version__
     assert not RoadworkModel.from_pretrained(uninterrupted / "model").training
     best = summary["best"]["step"]
+    saves = [line for line in metrics(uninterrupted) if line["kind"] == "save"]
+    assert [line["step"] for line in saves] == list(range(STEPS + 1))
+    assert summary["checkpoints"]["saves"] == len(saves)
+    assert all(line[key] >= 0 for line in [*saves, summary["checkpoints"]] for key in ("save_s", "write_s"))
     assert [path.name for path in sorted((uninterrupted / "checkpoints").glob("step-*"))] == [
         f"step-{step:08d}" for step in sorted({best, STEPS - 1, STEPS})
     ]
@@ -168,6 +175,35 @@ def test_a_killed_run_falls_back_to_the_checkpoint_that_is_whole(world, uninterr
     _, err = finish(launch(world, run))
     assert f"checkpoint {newest} is damaged" in err
     assert losses(run) == losses(uninterrupted)
+
+
+def test_a_kill_in_the_middle_of_a_write_loses_nothing_that_was_promised(world, uninterrupted):
+    run, killed = world / "killed-writing", 4
+    code = "import sys; from pipeline.launch.launcher import *; "
+    code += "sys.exit(supervise([*launch_words(Path(sys.argv[1]), None), *sys.argv[2:]]))"
+    command = [
+        python(), "-c", code, str(ROOT / "accelerate_configs" / "cpu_2.yaml"),
+        str(Path(__file__).with_name("killed_in_a_write.py")), "--config", str(world / "recipe.yaml"), "--run",
+        str(run),
+    ]  # fmt: skip
+    environment = {**os.environ, "STEP": str(killed), "PET_SHUTDOWN_TIMEOUT": "10"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    _, err = finish(process, status=1)
+    assert "rank 0 on " in err
+    assert "was killed by SIGKILL" in err
+    said = max(line["step"] for line in metrics(run) if line["kind"] == "save")
+    assert said == killed - 1
+    check_checkpoint(run / "checkpoints" / f"step-{said:08d}")
+    unfinished = run / "checkpoints" / f".step-{killed:08d}.tmp"
+    assert (unfinished / "weights.safetensors").exists()
+    assert not (unfinished / MANIFEST).exists()
+    _, err = finish(launch(world, run))
+    assert f"resuming at step {said} of {STEPS}" in err
+    assert "is damaged" not in err
+    assert losses(run) == losses(uninterrupted)
+    assert list((run / "checkpoints").glob(".*")) == []
 
 
 def kill_family(pid: int) -> None:
@@ -265,3 +301,15 @@ def test_a_disk_without_room_for_checkpoints_does_not_end_a_run(world, uninterru
     assert f"the state of step {STEPS} is not saved; there is no earlier one" in err
     assert list((world / "full" / "checkpoints").iterdir()) == []
     assert losses(world / "full") == losses(uninterrupted)
+
+
+def test_a_stop_says_that_its_save_failed_and_not_that_it_was_made(world):
+    """Only the thread that writes knows, and the stop waits for it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        process = launch(world, world / "stopped-full", "--max-minutes", "0.001")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    _, err = finish(process, status=75)
+    assert f"train.max_minutes=0.001 is over; not saved at step 0 of {STEPS}" in err
