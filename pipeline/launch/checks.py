@@ -1,25 +1,21 @@
-"""The checks of `doctor`: machine, installation, configurations, backbone, data, and what a launch would do."""
+"""The checks of `doctor`: installation, configurations, data, what a launch would do, and whether the machine has room.
+
+Those of the machine itself are in `machine_checks`.
+"""
 
 from __future__ import annotations
 
-import os
 import platform
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import yaml
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
-from huggingface_hub import try_to_load_from_cache
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig, DINOv3ViTConfig
 
 from pipeline.config import ACCELERATE_CONFIGS, RECIPES, Config, read_config
@@ -28,30 +24,21 @@ from pipeline.data.index import Index, read_index
 from pipeline.data.inputs import check_inputs, fields_read, leaking_inputs
 from pipeline.data.photo import simplejpeg
 from pipeline.data.storage import is_url
-from pipeline.devices import gpu_count, has_bf16, refuse_idle_gpu, uses_gpu
+from pipeline.devices import has_bf16, uses_gpu
 from pipeline.distributed.settings import describe_engine, find_deepspeed, read_deepspeed, resolve_precision
 from pipeline.errors import UserError, in_checkout, typed
+from pipeline.launch.findings import BAD, GIB, GOOD, NOTE, Finding, print_findings
 from pipeline.launch.launcher import choose_launch
+from pipeline.launch.machine_checks import backbone, cards, host_memory, machine, network, shared_memory
 from pipeline.launch.plan import LaunchPlan, resolve
 from pipeline.model.backbone import SCENES_TINY, VITH16PLUS, vith16plus_config
-from pipeline.training.memory import count, need
+from pipeline.training.loader import workers_of
+from pipeline.training.memory import count, need, waiting_bytes
 from pipeline.training.plan import describe_sampling, describe_schedule, plan_sampling, plan_schedule
 
-GOOD, NOTE, BAD = "good", "note", "bad"
-COLOURS = {GOOD: "green", NOTE: "yellow", BAD: "red"}
-SMALL_DISK_GB = 5
-GIB = 2**30
+__all__ = ["BAD", "GOOD", "NOTE", "check", "print_findings"]
+
 ROOM = 0.9  # share of a GPU's memory; the context, the allocator's gaps and cuBLAS take the rest
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the table."""
-
-    verdict: str
-    """`good`, `note` (works, but worth a look) or `bad` (will fail)."""
-    about: str
-    text: str
 
 
 def check(
@@ -66,45 +53,20 @@ def check(
     Returns:
         The lines of the table, and the DeepSpeed engine's configuration, empty where no engine can be made.
     """
-    findings = [*machine(), *installation(), *configurations(), *backbone(config), *data(config)]
     elsewhere = gpu_gib is not None and not uses_gpu()
+    weights = backbone(config.model.backbone, not elsewhere)
+    findings = [*machine(), *installation(), *configurations(), weights, *data(config)]
     gpu_gib = gpu_gib or min((card.total_memory / GIB for card in cards()), default=None)
     try:
         chosen, processes = choose_launch(config_file, num_processes, idle_gpu=True)
         precision = resolve_precision(config.train.precision, elsewhere or has_bf16())
         launch = resolve(config, chosen, num_machines, processes, precision)
-        findings += [*plan(config, launch), *memory(config, launch, gpu_gib)]
+        findings += [*plan(config, launch), *memory(config, launch, gpu_gib), *network(launch.machines)]
+        if not elsewhere:
+            findings += room(config, launch)
     except UserError as error:
         return [*findings, Finding(BAD, "launch", str(error))], {}
     return findings, launch.engine.deepspeed
-
-
-def print_findings(findings: list[Finding]) -> None:
-    """Print the table on stderr."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for finding in findings:
-        colour = COLOURS[finding.verdict]
-        table.add_row(f"[{colour}]{finding.verdict}[/]", finding.about, finding.text)
-    Console(stderr=True, width=None if os.isatty(2) else 160).print(table)
-
-
-def machine() -> Iterator[Finding]:
-    """Check cores, memory, GPUs and disk."""
-    cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
-    free = f"{memory.available / GIB:.0f} of {memory.total / GIB:.0f} GiB free"
-    yield Finding(GOOD, "machine", f"{cores} cores, {free}")
-    for card in cards():
-        yield Finding(GOOD, "gpu", f"{card.name}, {card.total_memory / GIB:.0f} GiB")
-    if not uses_gpu():
-        try:
-            refuse_idle_gpu()
-        except UserError as problem:
-            yield Finding(BAD, "gpu", str(problem))
-        else:
-            text = "none: training runs on the CPU over gloo; enough for scenes-tiny, not for ViT-H/16+"
-            yield Finding(NOTE, "gpu", text)
-    free_gb = shutil.disk_usage(Path.cwd()).free / 1e9
-    yield Finding(GOOD if free_gb > SMALL_DISK_GB else NOTE, "disk", f"{free_gb:.0f} GB free in {Path.cwd()}")
 
 
 def installation() -> Iterator[Finding]:
@@ -148,19 +110,6 @@ def configurations() -> Iterator[Finding]:
     yield Finding(BAD if problems else GOOD, "configs", text)
 
 
-def backbone(config: Config) -> Iterator[Finding]:
-    """Check that the recipe's backbone is on this machine, without loading or fetching it."""
-    name = config.model.backbone
-    folder = SCENES_TINY if name == "scenes-tiny" else Path(name)
-    if (folder / "config.json").is_file():
-        yield Finding(GOOD, "backbone", f"{name}: weights in {folder}")
-    elif isinstance(try_to_load_from_cache(name, "config.json"), str):
-        yield Finding(GOOD, "backbone", f"{name}: weights in the hub cache")
-    else:
-        way = "it is fetched at the start, which for gated weights needs their licence accepted and `hf auth login`"
-        yield Finding(NOTE, "backbone", f"{name}: not on this machine; {way}")
-
-
 def data(config: Config) -> Iterator[Finding]:
     """Check the index, and decode one sample of each split into its views."""
     folder = config.data.shards
@@ -189,11 +138,6 @@ def inputs(config: Config, index: Index) -> Finding:
     leaks = leaking_inputs(index, config.model)
     named = [f"{name} (leaks the label)" if name in leaks else name for name in fields_read(config.model)]
     return Finding(NOTE if leaks else GOOD, "metadata", f"the model reads {', '.join(named) or 'none'}")
-
-
-def cards() -> list[Any]:
-    """This machine's GPUs, if torch can use them."""
-    return [torch.cuda.get_device_properties(number) for number in range(gpu_count() if uses_gpu() else 0)]
 
 
 def plan(config: Config, launch: LaunchPlan) -> Iterator[Finding]:
@@ -240,6 +184,21 @@ def memory(config: Config, launch: LaunchPlan, gpu_gib: float | None) -> Iterato
     if theirs is not None:
         text = f"DeepSpeed's own estimate of the trained part, without the average: {theirs:.2f} GiB"
         yield Finding(GOOD, "memory", text)
+
+
+def room(config: Config, launch: LaunchPlan) -> Iterator[Finding]:
+    """Check that this machine has room for what its processes keep in the host's memory."""
+    backbone = backbone_config(config.model.backbone)
+    if backbone is None:
+        return  # `memory` says so
+    engine, processes = launch.engine, launch.world_size // launch.machines
+    micro_batch = engine.batching.micro_batch_size
+    waiting = processes * waiting_bytes(config, backbone, workers_of(config.data), micro_batch)
+    yield from shared_memory(waiting, processes)
+    wanted = need(config, backbone, engine.precision, engine.sharding, micro_batch)
+    # With a GPU the host has the weights for as long as they are read from the checkpoint, in fp32.
+    own = 4 * count(config, backbone).frozen if uses_gpu() else wanted.device
+    yield host_memory(processes * (wanted.host + own) + waiting, processes)
 
 
 def deepspeed_estimate(trained: int, launch: LaunchPlan) -> float | None:

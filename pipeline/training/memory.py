@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from pipeline.config import Config
+from pipeline.data.feature_key import STORED_DTYPE
 from pipeline.data.stand_in import StandIn
 from pipeline.distributed.settings import Sharding
 from pipeline.model.config import MAX_VIEWS_PER_PASS
@@ -21,6 +22,7 @@ from pipeline.model.roadwork import RoadworkConfig, RoadworkModel
 
 MOMENTS_AND_MASTER = 4 + 4 + 4
 AVERAGE = 4
+LOADERS, PREFETCH = 2, 2  # training's and validation's, each with torch's default of batches per worker
 ESTIMATE = 4  # fp32 numbers per weight in one of sophia_h's estimates: weight, gradient, sign, product
 
 
@@ -83,7 +85,7 @@ def state_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> t
         state = MOMENTS_AND_MASTER / copies
         if sharding.stage == 0 and precision == "fp32":
             state = MOMENTS_AND_MASTER - 4
-        gradient = low / copies if sharding.stage >= 2 else low
+        gradient = (4 if sharding.adds_in_fp32 else low) / copies if sharding.stage >= 2 else low
         if sharding.offload:
             host += count * (state + gradient)
             state = gradient = 0.0
@@ -96,7 +98,8 @@ def buffer_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> 
     """Bytes of reduction buckets and, under stage 3, of the parameters that are gathered at the same time."""
     low = 2 if precision == "bf16" else 4
     gathered = min(parameters.trained, sharding.live) if sharding.stage == 3 else 0
-    return low * ((sharding.bucket if sharding.stage > 0 else 0) + gathered)
+    copied = 4 if sharding.reduces_in_fp32 and low < 4 else 0
+    return low * gathered + (low + copied) * (sharding.bucket if sharding.stage > 0 else 0)
 
 
 def need(config: Config, backbone: DINOv3ViTConfig, precision: str, sharding: Sharding, micro_batch: int) -> Need:
@@ -208,3 +211,24 @@ def backbone_activations(config: Config, backbone: DINOv3ViTConfig, precision: s
     layer = low * tokens * (3 * backbone.hidden_size + 3 * backbone.intermediate_size)
     pixels = 3 * side**2 * 4
     return views * (max(layer, pixels) + pixels)
+
+
+def waiting_bytes(config: Config, backbone: DINOv3ViTConfig, workers: int, micro_batch: int) -> int:
+    """Bytes of the batches that wait for one process in shared memory, at most.
+
+    Each worker holds `PREFETCH` batches. While a run validates, the workers of its training wait with theirs.
+
+    Args:
+        config: The run's configuration.
+        backbone: The frozen backbone's configuration.
+        workers: Processes that read for this one.
+        micro_batch: Photos of one batch.
+    """
+    model, sample = config.model, StandIn(1, config.input_spec, config.model.text_dim)[0]
+    size = sum(tensor.nbytes for tensor in sample.values())
+    if config.data.features_in != "disk":
+        return 0
+    if config.data.features:
+        tokens = model.num_views * (2 + 2 * model.pool_grid**2)
+        size += tokens * backbone.hidden_size * STORED_DTYPE.itemsize - sample["views"].nbytes
+    return LOADERS * workers * PREFETCH * micro_batch * size

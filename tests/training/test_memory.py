@@ -50,6 +50,13 @@ def test_stage_two_is_deepspeeds_estimate_but_for_the_average_and_its_second_gra
     assert ours == pytest.approx(theirs + 4 * MILLION - 4 * MILLION / processes)
 
 
+@pytest.mark.parametrize(("stage", "copies"), [(2, 4), (3, 4)])
+def test_gradients_that_add_up_in_fp32_take_four_bytes_instead_of_two(stage, copies):
+    usual, more = (states(Sharding(copies, stage, adds_in_fp32=kept))[0] for kept in (False, True))
+    assert more - usual == pytest.approx(2 * MILLION / copies)
+    assert states(Sharding(copies, stage, adds_in_fp32=True), "fp32") == states(Sharding(copies, stage), "fp32")
+
+
 def test_offloading_moves_optimizer_state_to_the_host():
     device, host = states(Sharding(2, 2, offload=True))
     assert (device, host) == (MILLION * (2 + 4), MILLION * (2 + 12) / 2)
@@ -69,6 +76,11 @@ def test_the_numbers_of_a_deepspeed_file_are_read():
     assert found == Sharding(8, 3, 2, offload=True, bucket=200, live=7)
     assert buffer_bytes(Parameters(1000, 0, 0), "bf16", found) == 2 * (200 + 7)
     assert buffer_bytes(Parameters(5, 0, 0), "bf16", found) == 2 * (200 + 5)
+    reduced = Sharding.of({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32",
+                           "zero_optimization": {"stage": 2, "reduce_bucket_size": 100}}, 8, 1)  # fmt: skip
+    assert reduced == Sharding(8, 2, bucket=100, live=10**9, adds_in_fp32=True, reduces_in_fp32=True)
+    assert buffer_bytes(Parameters(5, 0, 0), "bf16", reduced) == (2 + 4) * 100
+    assert buffer_bytes(Parameters(5, 0, 0), "fp32", reduced) == 4 * 100
 
 
 def test_counting_allocates_nothing_and_finds_the_experts():
