@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measurements that need a GPU, in two calls of under eight minutes each on one H100 or H200 with 16 cores:
-#   benchmarks/gpu.sh 1 OUT    every path once; extraction
-#   benchmarks/gpu.sh 2 OUT    prediction, compilation, training
+#   benchmarks/gpu.sh 1 OUT    every path once; extraction, prediction
+#   benchmarks/gpu.sh 2 OUT    training; compilation as a whole
 # OUT gets HARDWARE-gpu-CALL.jsonl, a line for each number as soon as it is known, and gpu-CALL.log. `--dry` after OUT
 # rehearses a call on the CPU in a minute. Needs neither network nor weights: what cannot be installed there, this project
 # among it, is taken from wheels in .whl/.

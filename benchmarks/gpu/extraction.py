@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,21 +15,21 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import DINOv3ViTLayer
 
 from benchmarks.gpu.parts import Bench, cosine_distance
 from data_prep.features.extraction import KERNELS, Extractor, Item
-from data_prep.features.options import Options
-from data_prep.scenes.data_set import scenes
+from data_prep.features.options import Options, Precision
 from data_prep.shards.command import shard
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.index import read_index
 from pipeline.data.stand_in import StandIn
 from pipeline.devices import spare_cores
 from pipeline.model.backbone import FrozenBackbone
+from pipeline.model.compiled import compile_layers
+from pipeline.model.float8 import Float8Linear, to_float8
 from pipeline.names import NUM_VIEWS
 from pipeline.training.throughput import flops_per_view, matmul_rate
 
 COPY_ELEMENTS = 2_000_000_000
-E4M3_MAX = 448.0
-MLP = (("mlp", "gate_proj"), ("mlp", "up_proj"), ("mlp", "down_proj"))
-ATTENTION = tuple(("attention", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+PASSES = {"a quarter pass": 4, "half a pass": 2, "a pass": 1}
+"""By name, into how many parts the views of a pass are cut."""
 
 
 class Rates:
@@ -48,33 +49,35 @@ class Rates:
     def passes(self, backbone: FrozenBackbone, count: int) -> dict[str, Any]:
         """Passes of the backbone alone, on views that are on the GPU already."""
         work = partial(backbone, random_views(self.bench, count).to(self.bench.device))
-        return {**self.of(count, self.bench.seconds(work)), "peak_gb": self.bench.peak_gb(work)}
+        rates = self.of(count, self.bench.seconds(work))
+        return {"views": count, **rates, "peak_gb": self.bench.peak_gb(work)}
 
-    def from_memory(self, backbone: FrozenBackbone) -> dict[str, Any]:
-        """Passes from pinned memory to stored tokens."""
+    def from_memory(self, backbone: FrozenBackbone, precision: Precision = "auto") -> dict[str, Any]:
+        """Passes from pinned memory to stored tokens; in FP8 the extractor changes the backbone, and compiles it."""
         bench, number = self.bench, 3
-        extractor = make_extractor(bench, backbone)
+        extractor = make_extractor(bench, backbone, precision)
         rows = pinned_rows(bench)
         took = bench.seconds(lambda: list(extractor.batches(rows * number)))
-        return self.of(number * bench.sizes.pass_views, took)
+        return {**self.of(number * bench.sizes.pass_views, took), **(extractor.start or {})}
 
 
 def extraction(bench: Bench) -> None:
     """Measure extraction, the most needed numbers first."""
-    rates = Rates(bench)
+    rates, views = Rates(bench), bench.sizes.pass_views
     bench.attempt("ceilings", ceilings, bench, rates)
     attention(bench)
     backbone = FrozenBackbone(bench.backbone, bench.device)
-    for count in (bench.sizes.pass_views // 4, bench.sizes.pass_views // 2, bench.sizes.pass_views):
-        bench.attempt(f"eager, {count} views", rates.passes, backbone, count)
+    for name, parts in PASSES.items():
+        bench.attempt(f"eager, {name}", rates.passes, backbone, views // parts)
     bench.attempt("eager, from pinned memory to tokens", rates.from_memory, backbone)
-    bench.attempt("compiling layer by layer", compile_layers, bench, backbone)
-    bench.attempt("compiled by layer", rates.passes, backbone, bench.sizes.pass_views)
+    bench.attempt("compiling layer by layer", compile_by_layer, bench, backbone)
+    bench.attempt("compiled by layer, a pass", rates.passes, backbone, views)
     bench.attempt("compiled by layer, from pinned memory to tokens", rates.from_memory, backbone)
     bench.attempt("compiled by layer, from photos to tokens", from_photos, bench, rates, backbone)
     del backbone
-    for name, places in (("the MLPs", MLP), ("all products", (*MLP, *ATTENTION))):
-        bench.attempt(f"FP8 in {name}", fp8, bench, rates, places)
+    for name, convert in (("the MLPs", mlps_to_float8), ("all products", to_float8)):
+        bench.attempt(f"FP8 in {name}, compiled by layer, a pass", float8, bench, rates, convert)
+    bench.attempt("FP8 in all products, from pinned memory to tokens", from_memory_in_float8, bench, rates)
 
 
 def whole(bench: Bench) -> None:
@@ -83,11 +86,12 @@ def whole(bench: Bench) -> None:
     backbone = FrozenBackbone(bench.backbone, bench.device)
     compile_model(bench, backbone.model)
     views = random_views(bench, bench.sizes.pass_views).to(bench.device)
-    bench.attempt("compiling all layers at once", lambda: {"s": bench.once(lambda: backbone(views))})
-    bench.attempt("compiled as a whole", rates.passes, backbone, len(views))
+    bench.attempt("compiling all layers at once", lambda: {"compile_s": bench.once(lambda: backbone(views))})
+    bench.attempt("compiled as a whole, a pass", rates.passes, backbone, len(views))
     bench.attempt("compiled as a whole, from pinned memory to tokens", rates.from_memory, backbone)
     channels_first = views.contiguous()
-    bench.attempt("first pass of another memory layout", lambda: {"s": bench.once(lambda: backbone(channels_first))})
+    again = partial(backbone, channels_first)
+    bench.attempt("first pass of another memory layout", lambda: {"compile_s": bench.once(again)})
 
 
 def ceilings(bench: Bench, rates: Rates) -> dict[str, Any]:
@@ -126,10 +130,8 @@ def attention(bench: Bench) -> None:
 
 def from_photos(bench: Bench, rates: Rates, backbone: FrozenBackbone) -> dict[str, Any]:
     """From shards of photos to tokens, decoded on all cores but one, once the workers have started."""
-    photos, out = bench.place / "photos", bench.place / "photo-shards"
-    workers = 1 if bench.dry else 0
-    scenes(photos, bench.sizes.photos, bench.sizes.photo_size, workers=workers)
-    shard(photos, out, splits="random", val_share=0.0, test_share=0.0, workers=workers)
+    out = bench.place / "photo-shards"
+    shard(bench.photos, out, splits="random", val_share=0.0, test_share=0.0, workers=1 if bench.dry else 0)
     data = ShardDataset(str(out), read_index(str(out)), "train", bench.model_config().input_spec("full"))
     extractor = make_extractor(bench, backbone)
     rows = extractor.run({"train": data}, [Item("train", row, 1) for row in range(len(data))] * bench.sizes.repeats)
@@ -142,51 +144,47 @@ def from_photos(bench: Bench, rates: Rates, backbone: FrozenBackbone) -> dict[st
     return {**rates.of(done * NUM_VIEWS, wall_s), **found}
 
 
-class Linear8(nn.Module):
-    """y = x W' + b in FP8 (e4m3), with a scale for each row of x and of W."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        weight, scale = to_e4m3(linear.weight.data)
-        self.weight, self.scale, self.bias = weight.t(), scale.t(), linear.bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """As `nn.Linear`, with sums rounded to bf16."""
-        rows, scale = to_e4m3(x.flatten(0, -2))
-        scales = {"scale_a": scale, "scale_b": self.scale}
-        y = torch._scaled_mm(rows, self.weight, **scales, out_dtype=torch.bfloat16, use_fast_accum=True).to(x.dtype)
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
-
-
-def to_e4m3(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [N, k] in FP8, and the scale [N, 1] of each."""
-    scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=1e-12) / E4M3_MAX
-    return (rows.float() / scale).to(torch.float8_e4m3fn), scale
-
-
-def fp8(bench: Bench, rates: Rates, places: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+def float8(bench: Bench, rates: Rates, convert: Callable[[nn.Module], None]) -> dict[str, Any]:
     """Speed of a backbone with some products in FP8, and how near its tokens are; with random weights."""
     backbone, views = FrozenBackbone(bench.backbone, bench.device), random_views(bench, NUM_VIEWS)
     exact = backbone(views)
-    for layer in layers_of(backbone):
-        for room, name in places:
-            setattr(getattr(layer, room), name, Linear8(getattr(getattr(layer, room), name)))
+    convert(backbone.model)
     pairs = zip(("cls", "patches"), backbone(views), exact, strict=True)
     found = {f"cosine_distance_of_{name}": cosine_distance(ours, theirs) for name, ours, theirs in pairs}
-    return {**found, **compile_layers(bench, backbone), **rates.passes(backbone, bench.sizes.pass_views)}
+    return {**found, **compile_by_layer(bench, backbone), **rates.passes(backbone, bench.sizes.pass_views)}
 
 
-def compile_layers(bench: Bench, backbone: FrozenBackbone) -> dict[str, Any]:
+def mlps_to_float8(model: nn.Module) -> None:
+    """As `to_float8`, for the MLPs alone: two thirds of a layer's products, and none that attention depends on."""
+    for layer in layers_of(model):
+        for name, linear in list(layer.mlp.named_children()):
+            if isinstance(linear, nn.Linear):
+                layer.mlp.set_submodule(name, Float8Linear(linear))
+
+
+def from_memory_in_float8(bench: Bench, rates: Rates) -> dict[str, Any]:
+    """As `prep features --precision fp8` does it: by the extractor, on a backbone of its own."""
+    return rates.from_memory(FrozenBackbone(bench.backbone, bench.device), "fp8")
+
+
+def compile_by_layer(bench: Bench, backbone: FrozenBackbone) -> dict[str, Any]:
     """Compile each layer by itself in the first pass; all layers share one compilation."""
-    for layer in layers_of(backbone):
-        compile_model(bench, layer)
     views = random_views(bench, bench.sizes.pass_views).to(bench.device)
-    return {"compile_s": bench.once(lambda: backbone(views))}
+    first_pass = partial(backbone, views)
+    if bench.dry:
+        for layer in layers_of(backbone.model):
+            compile_model(bench, layer)
+        return {"compile_s": bench.once(first_pass)}
+    start = time.perf_counter()
+    if not compile_layers(backbone.model, first_pass, spare_cores(bench.device)):
+        raise RuntimeError("the layers cannot be compiled here; the log says why")
+    bench.wait()
+    return {"compile_s": time.perf_counter() - start}
 
 
-def layers_of(backbone: FrozenBackbone) -> list[nn.Module]:
+def layers_of(model: nn.Module) -> list[DINOv3ViTLayer]:
     """The transformer's layers."""
-    return [module for module in backbone.model.modules() if isinstance(module, DINOv3ViTLayer)]
+    return [module for module in model.modules() if isinstance(module, DINOv3ViTLayer)]
 
 
 def compile_model(bench: Bench, module: nn.Module) -> None:
@@ -194,9 +192,12 @@ def compile_model(bench: Bench, module: nn.Module) -> None:
     module.compile(dynamic=False, backend="eager" if bench.dry else "inductor")
 
 
-def make_extractor(bench: Bench, backbone: FrozenBackbone) -> Extractor:
-    """An extractor that takes the backbone as it is, compiled or not."""
-    options = Options(str(bench.device), None, bench.sizes.pass_views, compile=False, attention="auto", shard_mb=16.0)
+def make_extractor(bench: Bench, backbone: FrozenBackbone, precision: Precision = "auto") -> Extractor:
+    """An extractor that takes the backbone as it is, compiled or not; in FP8 it compiles."""
+    options = Options(
+        str(bench.device), None, bench.sizes.pass_views, compile=precision == "fp8", attention="auto", shard_mb=16.0,
+        precision=precision,
+    )  # fmt: skip
     return Extractor(backbone, bench.model_config().pool_grid, options, spare_cores(bench.device))
 
 

@@ -26,6 +26,7 @@ import torch
 from transformers import AutoModel, DINOv3ViTConfig
 
 from benchmarks.form import machine, versions
+from data_prep.scenes.data_set import scenes
 from data_prep.scenes.pretraining import scenes_tiny_config
 from pipeline.model.backbone import vith16plus_config
 from pipeline.model.config import ModelConfig
@@ -50,12 +51,16 @@ class Sizes:
     photo_size: str = "4032x3024"
     train_photos: int = 256
     batch_size: int = 64
+    photo_batch: int = 16
+    """Photos of a micro-batch in training from photos."""
     epochs: int = 60
     """Epochs of the training whose speed is measured."""
+    few_epochs: int = 8
+    """Epochs of training for its bits alone."""
     repeats: int = 5
 
 
-DRY = Sizes(64, 24, 4, "320x240", 24, 8, 4, 2)
+DRY = Sizes(64, 24, 4, "320x240", 24, 8, 8, epochs=4, few_epochs=2, repeats=2)
 DRY_HEAD = {"width": 32, "layers": 1, "heads": 2, "fusion_heads": 2, "experts": 2, "experts_per_token": 1,
             "expert_width": 16}  # fmt: skip
 
@@ -138,6 +143,15 @@ class Bench:
             model.save_pretrained(folder.with_suffix(".new"))
             folder.with_suffix(".new").rename(folder)
         return str(folder)
+
+    @cached_property
+    def photos(self) -> Path:
+        """Folder of procedural scenes as `prep scenes` makes it; all parts of a call share it."""
+        folder = self.place / "photos"
+        if not folder.exists():
+            scenes(folder.with_suffix(".new"), self.sizes.photos, self.sizes.photo_size, workers=1 if self.dry else 0)
+            folder.with_suffix(".new").rename(folder)
+        return folder
 
     def model_config(self, **changes: Any) -> ModelConfig:
         """The full model on that backbone."""

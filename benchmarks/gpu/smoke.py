@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from benchmarks.gpu.parts import Bench, cosine_distance
 from pipeline.data.batch import Batch, collate
 from pipeline.data.stand_in import StandIn
 from pipeline.distributed.experts import second_derivatives
+from pipeline.distributed.startup import choose_kernels
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.config import HEADS, PRUNING, LossConfig, ModelConfig
 from pipeline.model.encoder import all_tokens
@@ -35,14 +37,21 @@ def smoke(bench: Bench) -> None:
         fixed = [5, 4, 6, 10, 11, 8, 7] if mode == "fixed" else []
         bench.attempt(f"pruning {mode}", steps, bench, ModelConfig(**SIZES, pruning=mode, fixed_views=fixed), False)
     bench.attempt("mixup", steps, bench, ModelConfig(**SIZES), False, LossConfig(mixup_alpha=0.4))
-    bench.attempt("beside the CPU", agreement, bench)
+    bench.attempt("without cell evidence", steps, bench, ModelConfig(**SIZES, evidence=False), False)
+    for heads in (2, 3):
+        bench.attempt(f"{heads} heads", steps, bench, ModelConfig(**SIZES), True, None, heads)
+    bench.attempt("beside the CPU", agreement, bench, 1)
+    bench.attempt("3 heads beside the CPU", agreement, bench, 3)
     bench.attempt("second derivatives beside the CPU", second_order, bench)
+    bench.attempt("not deterministic, by torch's own list", not_deterministic, bench)
 
 
-def steps(bench: Bench, config: ModelConfig, cached: bool, loss: LossConfig | None = None) -> dict[str, Any]:
+def steps(
+    bench: Bench, config: ModelConfig, cached: bool, loss: LossConfig | None = None, heads: int = 1
+) -> dict[str, Any]:
     """Forward and backward in training's precision, pruned and not, and answers in evaluation mode."""
     torch.manual_seed(0)  # the same weights in every run
-    model = RoadworkModel.build(config, loss or LossConfig(), device=bench.device)
+    model = RoadworkModel.build(config, loss or LossConfig(), device=bench.device, heads=heads)
     model.to(torch.float32 if bench.dry else torch.bfloat16).train()
     batch = photos(config)
     if cached:
@@ -81,23 +90,35 @@ def tokens_of(batch: Batch, backbone: FrozenBackbone, config: ModelConfig) -> Ba
     return {name: part for name, part in batch.items() if name != "views"} | stored
 
 
-def agreement(bench: Bench) -> dict[str, Any]:
-    """How far a head on the GPU is from one on the CPU that reads the same tokens, and their backbones' tokens."""
+def agreement(bench: Bench, heads: int) -> dict[str, Any]:
+    """How far heads on the GPU are from the same ones on the CPU that read the same tokens, and the backbones' tokens.
+
+    The map of cell evidence is compared where both sides keep the same views.
+    """
     config = ModelConfig(**SIZES)
     torch.manual_seed(0)
-    here = RoadworkModel.build(config, None).eval()
-    there = RoadworkModel.build(config, None, device=bench.device).eval()
+    here = RoadworkModel.build(config, None, heads=heads).eval()
+    there = RoadworkModel.build(config, None, device=bench.device, heads=heads).eval()
     there.load_state_dict(here.state_dict())
     batch = photos(config)
     tokens, theirs = (tokens_of(batch, model.backbone, config) for model in (here, there))
     with torch.inference_mode():
-        logits, on_gpu = (model(tokens, null_metadata=True).logits.cpu() for model in (here, there))
-        halved = copy.deepcopy(there).bfloat16()(tokens, null_metadata=True).logits.float().cpu()
+        ours, on_gpu = (model(tokens, null_metadata=True) for model in (here, there))
+        halved = copy.deepcopy(there).bfloat16()(tokens, null_metadata=True)
+    same = (on_gpu.view_indices.cpu() == ours.view_indices).all(dim=1)
     return {
-        "logits_fp32": (on_gpu - logits).abs().max().item(),
-        "logits_bf16": (halved - logits).abs().max().item(),
+        "logits_fp32": apart(on_gpu.logits, ours.logits),
+        "logits_bf16": apart(halved.logits, ours.logits),
+        "evidence_fp32": apart(on_gpu.evidence_map.cpu()[same], ours.evidence_map[same]),
+        "photos_with_the_same_views": int(same.sum()),
         "cosine_distance_of_cls": cosine_distance(theirs["cls"], tokens["cls"]),
     }
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference of two tensors' elements; 0 if there are none."""
+    difference = (ours.cpu().double() - theirs.double()).abs()
+    return difference.max().item() if difference.numel() else 0.0
 
 
 def second_order(bench: Bench) -> dict[str, Any]:
@@ -116,7 +137,20 @@ def second_order(bench: Bench) -> dict[str, Any]:
             products = hutchinson(loss, leaves, {name: sign.to(device) for name, sign in signs.items()})
         found.append({name: product.cpu().double() for name, product in products.items()})
     cpu, gpu = found
-    apart = {name: ((cpu[name] - gpu[name]).abs().max() / cpu[name].abs().max().clamp(min=1e-12)).item()
-             for name in cpu}  # fmt: skip
-    worst = max(apart, key=apart.__getitem__)
-    return {"median": sorted(apart.values())[len(apart) // 2], "most": apart[worst], "of": worst}
+    shares = {name: apart(gpu[name], cpu[name]) / cpu[name].abs().max().clamp(min=1e-12).item() for name in cpu}
+    worst = max(shares, key=shares.__getitem__)
+    return {"median": sorted(shares.values())[len(shares) // 2], "most": shares[worst], "of": worst}
+
+
+def not_deterministic(bench: Bench) -> dict[str, Any]:
+    """Which operations of a step torch warns of under `train.deterministic`."""
+    choose_kernels(deterministic=True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            steps(bench, ModelConfig(**SIZES), cached=True)
+            steps(bench, ModelConfig(**SIZES), cached=False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    said = {str(warning.message).partition(".")[0][:200] for warning in caught}
+    return {"named": sorted(text for text in said if "determinis" in text)}

@@ -21,30 +21,54 @@ from data_prep.scenes.data_set import scenes
 from data_prep.shards.command import shard
 from pipeline import train
 from pipeline.config import ACCELERATE_CONFIGS, ROOT, Config, DataConfig, TrainConfig, to_yaml
+from pipeline.distributed.settings import engine_settings
 from pipeline.files import sha256_of
+from pipeline.training.memory import need
 from pipeline.training.run_folder import RunFolder
+from pipeline.training.telemetry import GIB
 
-RUN_LIMIT_S = 90
+RUN_LIMIT_S = 75
 TRAIN_PHOTO_SIZE = "1024x768"  # all twelve views of 512 px show something, and drawing takes little
 
 
 def training(bench: Bench) -> None:
-    """Train the full head from a feature cache, twice to compare the bits, in other ways, and once from the photos."""
+    """Train the full head from a feature cache, the most needed numbers first."""
     bench.attempt("features, by the command", prepare, bench)
-    halfway = bench.sizes.epochs * bench.sizes.train_photos // bench.sizes.batch_size // 2
-    long = ("--train.epochs", str(bench.sizes.epochs), "--checkpoint.every_steps", str(halfway))
-    bench.attempt("AdamW, ZeRO-2", run, bench, "first", *long)
-    bench.attempt("the same again", again, bench, long)
-    bench.attempt("resumed halfway", resumed, bench, long)
-    few = ("--train.epochs", "4", "--train.log_every", "4")
-    for optimizer in ("sophia_g", "sophia_h"):
-        bench.attempt(optimizer, run, bench, optimizer, *few, "--optim.name", optimizer, "--optim.hessian_every", "4")
-    bench.attempt("baseline", run, bench, "baseline", *few, "--model.head", "single_view")
-    online = ("--data.shards", str(bench.place / "validated-shards"), "--data.features", "", "--train.epochs", "1",
-              "--train.micro_batch_size", "16", "--train.log_every", "1")  # fmt: skip
-    bench.attempt("online, with a validation", run, bench, "online", *online)
+    twice_and_resumed(bench, "AdamW, ZeRO-2", "adamw", bench.sizes.epochs)
+    bench.attempt("features in the GPU's memory", run, bench, "device", *few(), "--data.features_in", "device")
+    bench.attempt("from photos, with a validation", run, bench, "photos", *few(epochs=1), *from_photos(bench))
+    bench.attempt("memory beside its estimate", memory, bench, ("adamw", "photos"))
+    twice_and_resumed(bench, "train.deterministic", "fixed", bench.sizes.few_epochs, "--train.deterministic", "true")
+    for name in ("sophia_g", "sophia_h"):
+        bench.attempt(name, run, bench, name, *few(), "--optim.name", name, "--optim.hessian_every", "4")
     for stage in (1, 3):
-        bench.attempt(f"AdamW, ZeRO-{stage}", partial(run, stage=stage), bench, f"zero{stage}", *few)
+        bench.attempt(f"AdamW, ZeRO-{stage}", partial(run, stage=stage), bench, f"zero{stage}", *few())
+    bench.attempt("baseline", run, bench, "baseline", *few(), "--model.head", "single_view")
+    bench.attempt("3 heads", run, bench, "heads", *few(), "--train.heads", "3")
+    bench.attempt("features in the host's memory", run, bench, "host", *few(), "--data.features_in", "host")
+
+
+def few(epochs: int = 4) -> tuple[str, ...]:
+    """Options of a short run, whose last log line is far from its start."""
+    return "--train.epochs", str(epochs), "--train.log_every", "4"
+
+
+def from_photos(bench: Bench) -> tuple[str, ...]:
+    """Options for training without the cache, in micro-batches that leave room for the backbone's activations."""
+    shards = str(bench.place / "validated-shards")
+    return (
+        "--data.shards", shards, "--data.features", "", "--train.micro_batch_size", str(bench.sizes.photo_batch),
+        "--train.log_every", "1",
+    )  # fmt: skip
+
+
+def twice_and_resumed(bench: Bench, what: str, name: str, epochs: int, *options: str) -> None:
+    """Train, then train again, then go on from the middle of that run: all three should end with the same bits."""
+    halfway = epochs * bench.sizes.train_photos // bench.sizes.batch_size // 2
+    words = ("--train.epochs", str(epochs), "--checkpoint.every_steps", str(halfway), *options)
+    bench.attempt(what, run, bench, name, *words)
+    bench.attempt(f"{what}, the same again", again, bench, name, words)
+    bench.attempt(f"{what}, resumed halfway", resumed, bench, name, words)
 
 
 def prepare(bench: Bench) -> dict[str, Any]:
@@ -70,21 +94,29 @@ def prepare(bench: Bench) -> dict[str, Any]:
 
 def run(bench: Bench, name: str, *options: str, stage: int = 2) -> dict[str, Any]:
     """Train in a folder of its own, under a ZeRO stage; returns what the run's last log line says."""
-    log = bench.place / f"{name}.log"
+    log, folder = bench.place / f"{name}.log", RunFolder(bench.place / name)
     # A rehearsal goes through the launcher once, and saves the imports of the other runs.
-    start = trained_here if bench.dry and name != "first" else launched
-    words = (str(bench.place / "recipe.yaml"), "--train.run", str(bench.place / name), *options)
-    deepspeed = str(ROOT / "ds_configs" / f"zero{stage}.json")
-    status = finish(get_context("fork").Process(target=start, args=(words, deepspeed, log)), RUN_LIMIT_S)
+    start = trained_here if bench.dry and name != "adamw" else launched
+    words = (str(bench.place / "recipe.yaml"), "--train.run", str(folder.path), *options)
+    status = finish(get_context("fork").Process(target=start, args=(words, str(stage_file(stage)), log)), RUN_LIMIT_S)
     said = log.read_text()
     print(f"== {name}\n{said}", file=sys.stderr, flush=True)
     if status is None:
         raise TimeoutError(f"longer than {RUN_LIMIT_S} s; it said last: {said[-300:]}")
     if status:
         raise RuntimeError(f"status {status}: {said[-500:]}")
-    lines = map(json.loads, RunFolder(bench.place / name).metrics.read_text().splitlines())
-    last = [line for line in lines if line["kind"] == "train"][-1]
-    return {key: value for key, value in last.items() if not isinstance(value, str | list)}
+    return {key: value for key, value in last_line(folder).items() if not isinstance(value, str | list)}
+
+
+def last_line(folder: RunFolder) -> dict[str, Any]:
+    """The last line about training in a run's log."""
+    lines = map(json.loads, folder.metrics.read_text().splitlines())
+    return [line for line in lines if line["kind"] == "train"][-1]
+
+
+def stage_file(stage: int) -> Path:
+    """DeepSpeed's file of a ZeRO stage."""
+    return ROOT / "ds_configs" / f"zero{stage}.json"
 
 
 def launched(words: Sequence[str], deepspeed: str, log: Path) -> None:
@@ -114,23 +146,37 @@ def divert(log: Path) -> None:
             os.dup2(stream.fileno(), number)
 
 
-def again(bench: Bench, words: Sequence[str]) -> dict[str, Any]:
-    """A second run of the same configuration, and whether it ends with the same bits."""
-    run(bench, "second", *words)
-    return {"equal": checkpoint(bench, "second") == checkpoint(bench, "first"), **checkpoint(bench, "second")}
+def again(bench: Bench, name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Run the same configuration a second time; compare the bits with which it ends."""
+    run(bench, f"{name}-again", *words)
+    return {"equal": checkpoint(bench, f"{name}-again") == checkpoint(bench, name)}
 
 
-def resumed(bench: Bench, words: Sequence[str]) -> dict[str, Any]:
-    """The second run, taken back to its middle and finished anew, and whether it ends with the same bits."""
-    folder = RunFolder(bench.place / "second")
+def resumed(bench: Bench, name: str, words: Sequence[str]) -> dict[str, Any]:
+    """Take the second run back to its middle and finish it anew; compare the bits with which it ends."""
+    folder = RunFolder(bench.place / f"{name}-again")
     *_, middle, last = sorted(folder.checkpoints.glob("step-*"))
     shutil.rmtree(last)
     folder.summary.unlink()
-    run(bench, "second", *words)
-    return {"equal": checkpoint(bench, "second") == checkpoint(bench, "first"), "from": middle.name}
+    run(bench, folder.path.name, *words)
+    return {"equal": checkpoint(bench, folder.path.name) == checkpoint(bench, name), "from": middle.name}
 
 
 def checkpoint(bench: Bench, name: str) -> dict[str, str]:
     """SHA-256 of each file of tensors in a run's newest checkpoint."""
     newest = sorted(RunFolder(bench.place / name).checkpoints.glob("step-*"))[-1]
-    return {f"{newest.name}/{file.name}": sha256_of(file)[:16] for file in sorted(newest.glob("*.safetensors"))}
+    return {f"{newest.name}/{file.name}": sha256_of(file) for file in sorted(newest.glob("*.safetensors"))}
+
+
+def memory(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
+    """The peak of finished runs under ZeRO-2, and what `doctor` would have estimated for them."""
+    found: dict[str, Any] = {}
+    for name in names:
+        folder = RunFolder(bench.place / name)
+        config = folder.config()
+        engine = engine_settings(config, stage_file(2), 1, "fp32" if bench.dry else "bf16")
+        wanted = need(
+            config, bench.backbone_config, engine.precision, engine.sharding, engine.batching.micro_batch_size
+        )
+        found |= {f"{name}_gib": last_line(folder).get("gpu_peak_gib"), f"{name}_estimate_gib": wanted.device / GIB}
+    return found
