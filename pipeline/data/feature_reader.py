@@ -147,8 +147,14 @@ class FeatureReader(CheckedFiles, ABC):
         """Consecutive rows of a tensor of a file."""
         dtype, (_, *shape) = head.layout[name]
         size = prod(shape) * dtype.itemsize
-        data = self.read_tensor(number, head.starts[name] + rows.start * size, (rows.stop - rows.start) * size)
+        data = self._bytes(number, head.starts[name] + rows.start * size, (rows.stop - rows.start) * size)
         return data.view(dtype).view(-1, *shape)
+
+    def _bytes(self, number: int, start: int, size: int) -> torch.Tensor:
+        """Bytes of a file, uint8 [size], which they are read into directly."""
+        data = torch.empty(size, dtype=torch.uint8)
+        self.read_into(number, start, data.numpy().data)
+        return data
 
 
 class RowReader(FeatureReader):
@@ -167,7 +173,7 @@ class RowReader(FeatureReader):
 
     def _large(self, number: int, head: _Head, at: int) -> dict[str, torch.Tensor]:
         start, end = map(int, head.row_ends[at : at + 2])
-        data = self.read_tensor(number, head.starts["rows"] + start, end - start)
+        data = self._bytes(number, head.starts["rows"] + start, end - start)
         views, classes = (int(ends[at + 1] - ends[at]) for ends in (head.view_ends, head.class_ends))
         found, begin = {}, 0
         for name, (dtype, shape) in shapes_of(self.index, views, classes).items():

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pipeline.data.index import HEADER_BYTES, Sample, Shard
 from pipeline.data.photo import BadPhoto
 from pipeline.data.record import Record
@@ -63,12 +61,10 @@ class CheckedFiles:
             raise Damage(f"it ends before its byte {end}")
         return data
 
-    def read_tensor(self, number: int, start: int, size: int) -> torch.Tensor:
-        """`size` bytes of a file from `start` on, all of them: uint8 [size], which they were read into directly."""
-        data = torch.empty(size, dtype=torch.uint8)
-        if self.folder.read_into(self.files[number].name, start, data.numpy().data) != size:
-            raise Damage(f"it ends before its byte {start + size}")
-        return data
+    def read_into(self, number: int, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with a file's bytes from `start` on, all of them."""
+        if self.folder.read_into(self.files[number].name, start, buffer) != len(buffer):
+            raise Damage(f"it ends before its byte {start + len(buffer)}")
 
 
 def members_in_order(samples: Sequence[Sample]) -> list[tuple[Sample, str]]:

@@ -135,7 +135,7 @@ def test_a_calibrated_model_prunes_dynamically_in_evaluation_export_and_predicti
     (tmp_path / "photos").mkdir()
     for seed in range(8):
         (tmp_path / "photos" / f"{seed}.jpg").write_bytes(noisy_photo(seed))
-    predict(run / "model", [str(tmp_path / "photos")], tmp_path / "out.jsonl", workers=0)
+    predict(run / "model", tmp_path / "out.jsonl", input=[str(tmp_path / "photos")], workers=0)
     counts = [len(json.loads(line)["kept_views"]) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert min(counts) < 12
 
