@@ -103,7 +103,7 @@ def test_the_way_on_your_own_photos(place):
             assert "Traceback" not in process.stderr
         elif command.startswith(
             "./launch.sh doctor"
-        ):  # the recipe is for GPUs, and a small machine lacks memory for it
+        ):  # for GPUs; a small machine lacks memory for it
             assert process.returncode in (0, 3), process.stderr
             bad = set(re.findall(r"^bad +(\w+)", process.stdout + process.stderr, re.MULTILINE))
             assert bad <= {"backbone", "host"}, process.stderr
