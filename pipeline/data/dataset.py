@@ -15,7 +15,15 @@ from torch.utils.data import Dataset
 from pipeline.data.copies import is_streetvision, make_copy, placement_of
 from pipeline.data.folds import DealtSplit
 from pipeline.data.index import HEADER_BYTES, Index, Sample
-from pipeline.data.integrity import CheckedFiles, check_header, check_layout, check_sample, check_tail, read_record
+from pipeline.data.integrity import (
+    CheckedFiles,
+    Damage,
+    check_header,
+    check_layout,
+    check_sample,
+    check_tail,
+    read_record,
+)
 from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, Scratch, decode, probe
 from pipeline.data.record import Metadata, Record
 from pipeline.data.views import canvas_side, extract_views, useful_views, view_boxes
@@ -229,7 +237,10 @@ class ShardDataset(CheckedFiles, Dataset[dict[str, torch.Tensor]]):
             Metadata, `labels` int64 [], -1 where unknown, `row` int64 [], its position in the split, and
             `null_metadata` bool [], whether the metadata is a target only, and no input, as in `STREETVISION` copies.
         """
-        label = self.split.samples[row].label
+        label, vector = self.split.samples[row].label, record.text_vector
+        if vector is not None and len(vector) != self.text_dim:
+            with self.naming(self.split.samples[row].shard, record):
+                raise Damage(f"the vector of its description has {len(vector)} numbers, not {self.text_dim}")
         return {
             **metadata_tensors(record.metadata, record.text_vector, self.text_dim),
             "null_metadata": torch.tensor(is_streetvision(copy)),

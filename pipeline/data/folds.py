@@ -12,6 +12,7 @@ from pipeline.data.index import SPLITS, Index, Sample, Shard, Split, read_index
 from pipeline.data.weights import sample_weights
 from pipeline.errors import UserError
 from pipeline.files import write_text
+from pipeline.typed_json import Malformed, Whole, load_json, to_type
 
 FORMAT = "roadwork folds 1"
 DEFAULTS = {"temper": 0.5, "balance": 1.0}  # of shards that do not say
@@ -24,8 +25,8 @@ class Folds:
 
     source_sha256: str
     """Fingerprint of the photos, as in `Index`."""
-    parts: int
-    part_of: dict[str, int]
+    parts: Whole
+    part_of: dict[str, Whole]
     """Part of each photo by its key, from 0; photos that are not here take no part."""
 
 
@@ -58,18 +59,16 @@ def read_folds(path: Path, index: Index) -> Folds:
         UserError: The file is missing or malformed, has a part without photos, or is of other shards.
     """
     try:
-        values = json.loads(path.read_text())
+        values = load_json(path.read_bytes())
+        found_format = values.get("format") if isinstance(values, dict) else None
+        if found_format != FORMAT:
+            raise Malformed(f"its format is {found_format!r}, and not {FORMAT!r}")
+        folds = to_type(values, Folds)
     except FileNotFoundError as error:
         raise UserError(f"data.folds is {str(path)!r}, and there is no such file; `crossval` makes one") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); let `crossval` make it anew") from error
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise UserError(f"{path} holds no folds of this program's format ({FORMAT}); let `crossval` make it anew")
-    try:
-        folds = Folds(**values)
-        found = set(folds.part_of.values())
-    except (TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not describe folds ({error}); let `crossval` make it anew") from error
+    except Malformed as error:
+        raise UserError(f"{path} does not describe folds: {error}; let `crossval` make it anew") from error
+    found = set(folds.part_of.values())
     if folds.source_sha256 != index.source_sha256:
         raise UserError(f"{path} holds folds of other shards; choose another data.folds or data.shards")
     if folds.parts < FEWEST_PARTS or found != set(range(folds.parts)):

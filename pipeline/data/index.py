@@ -8,12 +8,14 @@ import re
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError, typed
+from pipeline.typed_json import Malformed, Positive, Whole, load_json, to_type
 
 PHOTO_EXTENSIONS = ("jpg", "png", "webp")
 HEADER_BYTES = tarfile.BLOCKSIZE  # right before a member's data
@@ -21,6 +23,7 @@ INDEX_NAME = "index.json"
 FORMAT_VERSION = 2
 SPLITS = ("train", "val", "test")
 CLASSES = {1: "roadwork", 0: "none", -1: "unlabelled"}
+Label = Annotated[int, msgspec.Meta(ge=0, le=1)]
 SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its extension it fits the 100 characters of a tar header
 SAFE_SHARD = re.compile(r"[A-Za-z0-9_-]{1,100}\.tar")
 
@@ -30,9 +33,9 @@ class Shard:
     """One tar of a split."""
 
     name: str
-    bytes: int
+    bytes: Whole
     sha256: str
-    samples: int
+    samples: Whole
 
 
 @dataclass(frozen=True)
@@ -40,17 +43,17 @@ class Sample:
     """One sample and the positions of its members."""
 
     key: str
-    shard: int
+    shard: Whole
     """Position in the split's list of shards."""
     members: dict[str, tuple[int, int]]
     """Offset in the tar and size, in bytes, by extension (`jpg`, `json`, `mask.png`)."""
-    label: int | None
+    label: Label | None
     group: int
     """Near-duplicates share a group; intervals are bootstrapped over groups."""
-    cluster: int
+    cluster: Whole
     weight: float
-    width: int
-    height: int
+    width: Positive
+    height: Positive
 
     @property
     def photo_extension(self) -> str:
@@ -112,9 +115,9 @@ class Cluster:
     """Latitude and longitude in degrees."""
     split: str
     """Split of its photos; `mixed` where they are in several."""
-    samples: int
-    roadwork: int
-    none: int
+    samples: Whole
+    roadwork: Whole
+    none: Whole
 
 
 @dataclass(frozen=True)
@@ -145,9 +148,9 @@ class Index:
     """Version of the program that made the shards."""
     source_sha256: str
     """Fingerprint of everything that was read."""
-    rejected: dict[str, int]
+    rejected: dict[str, Whole]
     """Number of inputs that were not written, by reason."""
-    unknown_words: dict[str, dict[str, int]]
+    unknown_words: dict[str, dict[str, Whole]]
     """Words that the vocabulary lacks, with their counts, by metadata field."""
     asked_shares: dict[str, dict[str, float]] | None = None
     """Share of each cluster and class that the weights ask for in training, see `shares`; older indexes lack it."""
@@ -165,6 +168,22 @@ class Index:
         return split
 
 
+@dataclass(frozen=True)
+class _ReadArguments:
+    """Those of `Index.arguments` that something depends on; shards of other versions may lack them."""
+
+    text_dim: Whole = 0
+    text_encoder: str | None = None
+    temper: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    balance: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    source_kind: str = ""
+
+
+@dataclass(frozen=True)
+class _Read:
+    arguments: _ReadArguments
+
+
 def read_index(folder: Path | str) -> Index:
     """Read and check `index.json` in a folder or at a URL.
 
@@ -180,43 +199,19 @@ def read_index(folder: Path | str) -> Index:
             f"`{typed('prep shard')} --source PHOTOS --out FOLDER`"
         ) from error
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); shard again") from error
-    version = values.get("format_version") if isinstance(values, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; shard again")
-    try:
-        index = _from_json(values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not a shard index ({error!r}); shard again") from error
+        values = load_json(text)
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; shard again")
+        index = to_type(values, Index)
+        to_type(values, _Read)
+    except Malformed as error:
+        raise UserError(f"{path} is not a shard index: {error}; shard again") from error
     if index.splits.keys() != set(SPLITS):
         raise UserError(f"{path} has the splits {', '.join(index.splits)}, not {', '.join(SPLITS)}; shard again")
     for split in index.splits.values():
         _check_split(path, split)
     return index
-
-
-def _from_json(values: dict[str, Any]) -> Index:
-    splits = {
-        name: Split(
-            shards=tuple(Shard(**shard) for shard in split["shards"]),
-            samples=tuple(
-                Sample(**{**s, "members": {k: (int(a), int(b)) for k, (a, b) in s["members"].items()}})
-                for s in split["samples"]
-            ),
-        )
-        for name, split in values["splits"].items()
-    }
-    clusters = tuple(
-        Cluster(**{**c, "centre": None if c["centre"] is None else tuple(c["centre"])}) for c in values["clusters"]
-    )
-    fields = {name: Field(**field) for name, field in values["fields"].items()}
-    rest = ("arguments", "version", "source_sha256", "rejected", "unknown_words")
-    asked = values.get("asked_shares")
-    return Index(
-        splits=splits, clusters=clusters, fields=fields, asked_shares=asked, **{name: values[name] for name in rest}
-    )  # fmt: skip
 
 
 def _check_split(path: str, split: Split) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pipeline.data.photo import BadPhoto
 from pipeline.data.record import Record
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
+from pipeline.typed_json import Malformed, parse_json
 
 # A tar ends with two empty blocks, padded to a multiple of RECORDSIZE.
 MOST_TAIL_BYTES = 2 * HEADER_BYTES + tarfile.RECORDSIZE
@@ -148,9 +148,9 @@ def read_record(sample: Sample, split: str, data: bytes) -> Record:
         Damage: The record cannot be read, or disagrees with the index.
     """
     try:
-        record = Record.from_json(json.loads(data))
-    except (KeyError, TypeError, ValueError) as error:
-        raise Damage("its record cannot be read") from error
+        record = parse_json(data, Record)
+    except Malformed as error:
+        raise Damage(f"its record cannot be read ({error})") from error
     recorded = {**vars(record), "GPS cluster": record.gps_cluster, "weight": record.sample_weight}
     indexed = {**vars(sample), "GPS cluster": sample.cluster, "split": split}
     compared = ("key", "split", "label", "group", "GPS cluster", "weight", "width", "height")

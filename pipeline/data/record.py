@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.data.index import Label
+from pipeline.names import DAYTIME, SCENE, WEATHER
+from pipeline.typed_json import Positive, Whole
+
 
 @dataclass(frozen=True)
 class Metadata:
-    """Facts about a photo that are not in its pixels; None is NULL. Words are those of `vocabulary`, in lower case."""
+    """Facts about a photo that are not in its pixels; None is NULL. Words are those of `pipeline.names`."""
 
     gps: tuple[float, float] | None = None
     """Latitude and longitude in degrees."""
@@ -18,15 +22,17 @@ class Metadata:
     city: str | None = None
     description: str | None = None
 
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Metadata:
-        """The inverse of `asdict`, from JSON, where tuples became lists."""
-        gps, weather = values["gps"], values["weather"]
-        return cls(
-            gps=None if gps is None else (float(gps[0]), float(gps[1])),
-            weather=None if weather is None else tuple(weather),
-            **{name: values[name] for name in ("daytime", "scene", "city", "description")},
-        )
+    def __post_init__(self) -> None:
+        """Refuse what is no place on Earth, and words that are not in the vocabulary."""
+        if self.gps is not None and not (abs(self.gps[0]) <= 90 and abs(self.gps[1]) <= 180):
+            raise ValueError(f"gps is {list(self.gps)}, which is no latitude and longitude in degrees")
+        for name, words, known in (
+            ("weather", self.weather or (), WEATHER), ("daytime", (self.daytime,), DAYTIME),
+            ("scene", (self.scene,), SCENE),
+        ):  # fmt: skip
+            unknown = [word for word in words if word is not None and word not in known]
+            if unknown:
+                raise ValueError(f"{name} has {unknown[0]!r}, which is not in the vocabulary")
 
 
 @dataclass(frozen=True)
@@ -34,19 +40,19 @@ class Record:
     """A sample's description; the photo's bytes are stored beside it, unchanged."""
 
     key: str
-    label: int | None
+    label: Label | None
     """1 roadwork, 0 none, None unknown."""
     split: str
     source: str
     """Where the photo came from, relative to the source that was read."""
     sha256: str
     """SHA-256 of the photo's bytes."""
-    width: int
+    width: Positive
     """Width in pixels, after EXIF orientation."""
-    height: int
+    height: Positive
     group: int
     """Near-duplicates (one video, one place) share a group; a group is in one split."""
-    gps_cluster: int
+    gps_cluster: Whole
     sample_weight: float
     video: str | None = None
     """Name of the video that the photo is a frame of."""
@@ -57,14 +63,3 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
         return {**vars(self), "metadata": vars(self.metadata)}  # `asdict` copies deeply and takes ten times as long
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Record:
-        """The inverse of `to_json`.
-
-        Raises:
-            KeyError, TypeError: The values are not those of a record.
-        """
-        vector = values["text_vector"]
-        typed = {"metadata": Metadata.from_json(values["metadata"]), "text_vector": vector and tuple(vector)}
-        return cls(**{**values, **typed})

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import re
 import tarfile
 from dataclasses import replace
 
@@ -207,6 +208,31 @@ def test_a_photo_that_no_program_can_decode_is_named(folder):
     record = json.dumps({**json.loads(members[1][1]), "sha256": hashlib.sha256(cut).hexdigest()}).encode()
     tamper(folder / "train-00000.tar", lambda m: [(m[0][0], cut), (m[1][0], record), *m[2:]])
     with pytest.raises(UserError, match="train_0: cannot be decoded"):
+        read_all(folder)
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"label": "1"}, "label: expected int | null, got str"), ({"width": 64.5}, "width: expected int, got float"),
+    ({"metadata": None}, "metadata: expected object, got null"), ({"text_vector": "a"}, "text_vector: expected array"),
+    ({"text_vector": [1.0]}, "the vector of its description has 1 numbers, not 0"),
+    ({"text_vector": [float("nan")]}, "it holds NaN"), ({"group": 10**30}, "which is too large"),
+    *[({"metadata": {"gps": None, "weather": None, **words}}, said) for words, said in (
+        ({"gps": [91.0, 0]}, r"metadata: gps is [91.0, 0.0], which is no latitude"),
+        ({"gps": [1e9, 1e9]}, "which is no latitude"), ({"gps": [1]}, "metadata.gps: expected array of length 2"),
+        ({"gps": "1,2"}, "metadata.gps: expected array | null, got str"),
+        ({"daytime": "noon"}, "metadata: daytime has 'noon', which is not in the vocabulary"),
+        ({"weather": ["sunny", "x"]}, "metadata: weather has 'x'"), ({"scene": ""}, "metadata: scene has ''"),
+        ({"weather": "sunny"}, "metadata.weather: expected array | null, got str"),
+    )],
+])  # fmt: skip
+def test_a_record_with_another_value_is_named_with_its_tar_and_sample(folder, changes, said):
+    make_shards(folder, {"train": [0, 1]})
+    before = read_members(folder / "train-00000.tar")[1][1]
+    record = json.dumps({**json.loads(before), "source": "", **changes})
+    record = record.replace(', "video": null', "").replace(', "city": null, "description": null', "").encode()
+    assert len(record) <= len(before)
+    tamper(folder / "train-00000.tar", lambda m: [m[0], (m[1][0], record.ljust(len(before))), *m[2:]])
+    with pytest.raises(UserError, match=rf"train-00000\.tar, sample train_0: .*{re.escape(said)}"):
         read_all(folder)
 
 

@@ -131,14 +131,17 @@ def changed(values, **changes):
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda values: changed(values, format="folds 9"), "holds no folds of this program's format"),
-        (lambda values: [], "holds no folds of this program's format"),
+        (lambda values: changed(values, format="folds 9"), "does not describe folds: its format is 'folds 9'"),
+        (lambda values: [], "does not describe folds: its format is None"),
         (lambda values: changed(values, part_of=[0, 1]), "does not describe folds"),
-        (lambda values: changed(values, extra=1), "does not describe folds"),
+        (lambda values: changed(values, parts=3.5), "does not describe folds: parts: expected int, got float"),
         (lambda values: changed(values, source_sha256="cd" * 32), "holds folds of other shards"),
         (lambda values: changed(values, parts=4), r"photos in the parts \[0, 1, 2\], but must have them in each"),
         (lambda values: changed(values, parts=2), "in each of 3 or more parts"),
-        (lambda values: changed(values, part_of={**values["part_of"], "train_0": -1}), r"the parts \[-1, 0, 1, 2\]"),
+        (
+            lambda values: changed(values, part_of={**values["part_of"], "train_0": -1}),
+            r"part_of\[...\]: expected int >= 0",
+        ),
         (
             lambda values: changed(values, part_of={**values["part_of"], "train_99": 0}),
             "name 1 photos that are not in the shards, such as 'train_99'",
@@ -158,7 +161,7 @@ def test_a_missing_or_broken_file_and_a_fold_that_is_not_there_are_refused(world
     with pytest.raises(UserError, match="there is no such file"):
         read_dealt(world / "shards", str(path), 0)
     path.write_text("{")
-    with pytest.raises(UserError, match=f"{re.escape(str(path))} is not JSON"):
+    with pytest.raises(UserError, match=f"{re.escape(str(path))} does not describe folds: it is not JSON"):
         read_dealt(world / "shards", str(path), 0)
     with pytest.raises(UserError, match=r"data\.fold is 3, but must be one of the 3 folds, 0 to 2"):
         deal(index, some_folds(index), 3)

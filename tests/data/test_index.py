@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -89,11 +90,46 @@ def test_an_index_that_leads_astray_is_refused(folder, edit):
         read_index(folder)
 
 
+@pytest.mark.parametrize(("edit", "place"), [
+    (lambda v: v["splits"]["train"]["samples"][0].update(key=7), "key: expected str, got int"),
+    (lambda v: v["splits"]["train"]["samples"][0].update(label=2), "label: expected int <= 1"),
+    (lambda v: v["splits"]["train"]["samples"][0].update(label="1"), "label: expected int | null, got str"),
+    (lambda v: v["splits"]["train"]["samples"][0].update(weight=None), "weight: expected float, got null"),
+    (lambda v: v["splits"]["train"]["samples"][0].update(width=0), "width: expected int >= 1"),
+    (lambda v: v["splits"]["train"]["samples"][0].update(height=True), "height: expected int, got bool"),
+    (lambda v: v["splits"]["train"]["samples"][0].update(members=[["jpg", [1, 2]]]), "members: expected object, got array"),
+    (lambda v: v["splits"]["train"]["samples"][0]["members"].update(jpg=[512.5, 1]), "expected int, got float"),
+    (lambda v: v["splits"]["train"]["samples"][0].update(shard=-1), "shard: expected int >= 0"),
+    (lambda v: v["splits"]["train"].update(shards={}), "shards: expected array, got object"),
+    (lambda v: v["splits"].update(train=None), "expected object, got null"),
+    (lambda v: v.update(splits=[]), "splits: expected object, got array"),
+    (lambda v: v.update(clusters=[None]), r"clusters[0]: expected object, got null"),
+    (lambda v: v.update(fields={"gps": 1}), "expected object, got int"),
+    (lambda v: v.update(arguments=[]), "arguments: expected object, got array"),
+    (lambda v: v["arguments"].update(text_dim="384"), "arguments.text_dim: expected int, got str"),
+    (lambda v: v["arguments"].update(temper=2), "arguments.temper: expected float <= 1.0"),
+    (lambda v: v.update(source_sha256=None), "source_sha256: expected str, got null"),
+    (lambda v: v.update(rejected={"x": -1}), "expected int >= 0"),
+    (lambda v: v.update(asked_shares={"0": 1}), "expected object, got int"),
+])  # fmt: skip
+def test_a_value_of_another_type_is_one_sentence_with_its_place(folder, edit, place):
+    change(folder, edit)
+    with pytest.raises(UserError, match=f"is not a shard index: .*{re.escape(place)}; shard again"):
+        read_index(folder)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "[" * 100_000, b"\xff\xfe", '{"format_version": NaN}'])
+def test_a_file_that_is_no_index_at_all_is_one_sentence(folder, text):
+    (folder / "index.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=r"index.json .*; shard again$"):
+        read_index(folder)
+
+
 def test_a_folder_without_an_index_says_how_to_make_one(tmp_path):
     with pytest.raises(UserError, match="prep shard"):
         read_index(tmp_path)
     (tmp_path / "index.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="is not a shard index: it is not JSON"):
         read_index(tmp_path)
 
 

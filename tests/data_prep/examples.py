@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from PIL import Image
 
 from pipeline.data.index import Index
 from pipeline.data.record import Record
+from pipeline.typed_json import parse_json
 
 # Far apart, so that each is a block of its own.
 CITIES = {
@@ -90,7 +90,7 @@ def read(folder: Path, index: Index) -> dict[str, list[tuple[Record, dict[str, b
         for sample in split.samples:
             data = (folder / split.shards[sample.shard].name).read_bytes()
             members = {extension: data[start : start + size] for extension, (start, size) in sample.members.items()}
-            found.setdefault(name, []).append((Record.from_json(json.loads(members["json"])), members))
+            found.setdefault(name, []).append((parse_json(members["json"], Record), members))
     return found
 
 
