@@ -37,8 +37,12 @@ class Parser(ArgumentParser):
             if isinstance(cause, UserError):
                 raise cause
             cause = cause.__cause__ or cause.__context__
-        known = sorted({action.dest for action in self._actions})
-        raise UserError(explain(" ".join(message.split()), known))
+        raise UserError(explain(" ".join(message.split()), self.names))
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all options."""
+        return sorted({action.dest for action in self._actions})
 
 
 def explain(message: str, known: list[str]) -> str:
@@ -55,10 +59,14 @@ def explain(message: str, known: list[str]) -> str:
     unknown = re.match(r"(?:unrecognized arguments: -*|Group '.*' does not accept option ')([\w.\-]+)", message)
     if unknown is None:
         return message
-    key = unknown.group(1).replace("-", "_")
-    last = {name.split(".")[-1]: name for name in known}
+    return unknown_option(unknown.group(1).replace("-", "_"), known)
+
+
+def unknown_option(key: str, known: list[str]) -> str:
+    """Say that there is no such option, and which known one is nearest to it."""
+    last = {name.rpartition(".")[2]: name for name in known}
     near = difflib.get_close_matches(key, known, n=1) or [
-        last[name] for name in difflib.get_close_matches(key.split(".")[-1], last, n=1)
+        last[name] for name in difflib.get_close_matches(key.rpartition(".")[2], last, n=1)
     ]
     return f"unknown option {key!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 from urllib.parse import urlsplit
 
 import yaml
 
-from pipeline.cli import Parser, underscored
+from pipeline.cli import Parser, underscored, unknown_option
 from pipeline.errors import UserError, above, at_least, check_fields, in_checkout, in_range, one_of, require
 from pipeline.model.config import DECODE_SCALES, InputSpec, LossConfig, ModelConfig
 from pipeline.optim.config import OptimConfig
+from pipeline.typed_json import Malformed, to_type
+from pipeline.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "pipeline" / "recipes"
@@ -25,6 +28,8 @@ SAMPLING = ("weighted", "uniform")
 PRECISIONS = ("auto", "bf16", "fp32")
 PLACES = ("disk", "host", "device")
 USUAL_WORKERS = 4
+MOST_WORKERS = 1024
+WINDOW = re.compile(r"[0-9]{1,12}:[0-9]{1,12}")
 # Keys that a resumed run may change: none of them changes what is computed, but for the random draws of a step, which
 # follow the processes and their micro-batches.
 FREE_KEYS = {
@@ -94,7 +99,8 @@ class DataConfig:
             sampling=one_of(SAMPLING), epoch_share=in_range("(0, 1]"), max_repeats=at_least(1), augment_share=share,
             streetvision_share=share, features_in=one_of(PLACES),
         )  # fmt: skip
-        require(self.workers is None or self.workers >= 0, "data.workers", self.workers, "0 or more")
+        fits = self.workers is None or 0 <= self.workers <= MOST_WORKERS
+        require(fits, "data.workers", self.workers, f"0 or more, and at most {MOST_WORKERS}")
         held = self.features_in != "disk" and not self.features
         require(not held, "data.features_in", self.features_in, "disk without data.features")
         require(not self.fold or bool(self.folds), "data.fold", self.fold, "0 without data.folds")
@@ -159,11 +165,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive, counted = at_least(1), at_least(0)
         check_fields(
-            "train", self, epochs=positive, batch_size=positive, micro_batch_size=positive, expert_parallel=positive,
-            heads=positive, precision=one_of(PRECISIONS), seed=counted, log_every=positive,
+            "train", self, epochs=positive, batch_size=at_least(1, 1e6), micro_batch_size=at_least(1, 1e6),
+            expert_parallel=positive, heads=at_least(1, 1024), precision=one_of(PRECISIONS),
+            seed=at_least(0, 2**32 - 1), log_every=positive,
             validations_per_epoch=positive, patience=counted, ema_decay=in_range("[0, 1)"), distil_every=counted,
             max_minutes=counted, max_skips=positive, max_rollbacks=counted, hang_minutes=above(0),
         )  # fmt: skip
+        own = Path(self.run).name not in ("", "..") and "\0" not in self.run
+        require(own, "train.run", self.run, "a folder of the run's own, such as runs/first")
         if self.profile:
             profile_window(self.profile)
 
@@ -175,7 +184,7 @@ def profile_window(text: str) -> tuple[int, int]:
         UserError: The text is no window.
     """
     first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    if not (WINDOW.fullmatch(text) and 1 <= int(first) <= int(last)):
         raise UserError(f"train.profile is {text!r}, but must be FIRST:LAST, two step numbers from 1 on, such as 10:13")
     return int(first), int(last)
 
@@ -212,7 +221,10 @@ class CheckpointConfig:
 
 def require_plain_url(key: str, value: str) -> None:
     """Refuse a value that is no URL, or a URL with a secret in it: the configuration is written to many files."""
-    parts = urlsplit(value)
+    try:
+        parts = urlsplit(value)
+    except ValueError as error:
+        raise UserError(f"{key} is {value!r}, which is no URL ({error})") from error
     if parts.password is not None or parts.query:
         raise UserError(f"{key} has a password or a signature in it; leave credentials to the driver's environment")
     is_url = bool(parts.scheme) and "://" in value
@@ -236,6 +248,10 @@ class Config:
         return self.model.input_spec(self.data.decode_scale)
 
 
+# Each section's keys with their types.
+ROOMS: dict[str, dict[str, Any]] = {room.name: get_type_hints(room.default_factory) for room in fields(Config)}
+
+
 def parse_config(arguments: list[str], prog: str) -> tuple[Config, bool]:
     """Read a command line: `--config FILE` first, whatever its position, then the overrides in their order.
 
@@ -246,7 +262,18 @@ def parse_config(arguments: list[str], prog: str) -> tuple[Config, bool]:
         UserError: A key is unknown, a value is out of its range, or a file cannot be read.
     """
     parser = _parser(f"{prog} [--config RECIPE.yaml] [--epochs N] [--dry-run] [--section.key VALUE ...]")
-    values: Any = parser.parse_args(config_first(arguments))
+    files, words = config_first(arguments)
+    for word in words:
+        if word.partition("=")[0].removeprefix("--") in ROOMS:
+            raise UserError(f"{word.partition('=')[0]} needs a key, such as --train.epochs; --config names a file")
+    recipes: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for room, keys in _read_rooms(Path(file), parser).items():
+            recipes[room] = recipes.get(room, {}) | keys
+    values: Any = parser.parse_args(words, namespace=parser.parse_object(recipes))
+    for room, types in ROOMS.items():
+        for key, kind in types.items():
+            _check_type(f"{room}.{key}", values[room][key], kind)
     values = parser.instantiate(values)
     return Config(**{room.name: values[room.name] for room in fields(Config)}), bool(values.dry_run)
 
@@ -258,7 +285,7 @@ def print_help(prog: str) -> None:
 
 def _parser(usage: str) -> Parser:
     parser = Parser(usage=usage, description="Train a roadwork classifier.")
-    parser.add_argument("--config", action="config", help="A recipe: YAML that states what differs from the defaults.")
+    parser.add_argument("--config", metavar="FILE", help="A recipe: YAML that states what differs from the defaults.")
     parser.add_argument("--dry_run", action="store_true", help="Print the plan, take two steps, write nothing.")
     parser.epilog = "Short forms: " + ", ".join(f"{short} for {long}" for short, long in ALIASES.items())
     for room in fields(Config):
@@ -266,21 +293,45 @@ def _parser(usage: str) -> Parser:
     return parser
 
 
-def config_first(arguments: list[str]) -> list[str]:
-    """Replace the short forms, and move `--config FILE` to the front, since later words win."""
+def config_first(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Tell the files of `--config FILE` from the other words, which come after them, and replace the short forms."""
     parts = (underscored(argument).partition("=") for argument in arguments)
-    expanded = [ALIASES.get(name, name) + equals + value for name, equals, value in parts]
+    words = iter([ALIASES.get(name, name) + equals + value for name, equals, value in parts])
     files: list[str] = []
     rest: list[str] = []
-    words = iter(expanded)
     for word in words:
-        if word == "--config":
-            files += [word, next(words, "")]
-        elif word.startswith("--config="):
-            files.append(word)
+        if word == "--config" or word.startswith("--config="):
+            files.append(word.removeprefix("--config").removeprefix("=") or next(words, ""))
         else:
             rest.append(word)
-    return files + rest
+    return files, rest
+
+
+def _read_rooms(path: Path, parser: Parser) -> dict[str, dict[str, Any]]:
+    """The sections of a recipe, each value of its key's type.
+
+    Raises:
+        UserError: A section or key is unknown, or a value has another type; the message says which.
+    """
+    rooms = read_yaml(path)
+    for room, values in rooms.items():
+        if room not in ROOMS:
+            raise UserError(f"{path}: {unknown_option(room, list(ROOMS))}")
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {room} has no keys with values; write `{room}:` with them below, or leave it out")
+        for key, value in values.items():
+            if key not in ROOMS[room]:
+                raise UserError(f"{path}: {unknown_option(f'{room}.{key}', parser.names)}")
+            _check_type(f"{path}: {room}.{key}", value, ROOMS[room][key])
+    return rooms
+
+
+def _check_type(name: str, value: object, kind: Any) -> None:
+    try:
+        to_type(value, kind)
+    except Malformed as error:
+        reason = str(error)
+        raise UserError(f"{name}: {reason[0].lower()}{reason[1:]}") from error
 
 
 def read_config(path: Path) -> Config:
@@ -289,7 +340,7 @@ def read_config(path: Path) -> Config:
     Raises:
         UserError: The file cannot be read, or has a key or value that is refused.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no configuration at {path}; name a run folder or a recipe that exists")
     return parse_config(["--config", os.fspath(path)], "config")[0]
 

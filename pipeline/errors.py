@@ -91,9 +91,9 @@ def one_of(choices: Sequence[str]) -> Rule:
     return lambda value: value in choices, f"one of {', '.join(choices)}"
 
 
-def at_least(low: float) -> Rule:
-    """A rule that allows finite numbers from `low` on."""
-    return lambda value: low <= value < math.inf, f"{low:g} or more"
+def at_least(low: float, most: float = 1e9) -> Rule:
+    """A rule that allows numbers from `low` on; what is beyond `most` is a slip of the hand, or an attack."""
+    return lambda value: low <= value <= most, f"{low:g} or more, and at most {most:.10g}"
 
 
 def above(low: float) -> Rule:

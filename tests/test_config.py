@@ -79,7 +79,7 @@ def test_every_short_form_stands_for_a_key():
             r"data.streetvision_share is 0.5, but must be at most 1 - data.augment_share",
         ),
         (["--data.sampling", "best"], "data.sampling is 'best', but must be one of weighted, uniform"),
-        (["--config", "absent.yaml"], "does not exist"),
+        (["--config", "absent.yaml"], "No such file"),
     ],
 )
 def test_a_mistake_is_one_sentence_that_names_the_key(words, sentence):
@@ -93,3 +93,54 @@ def test_an_unknown_key_in_a_file_gets_the_nearest_known_one(tmp_path):
     path.write_text("train:\n  epocs: 3\n")
     with pytest.raises(UserError, match=r"did you mean 'train\.epochs'"):
         read_config(path)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("train:\n", "train has no keys with values"), ("train: [1]\n", "train has no keys with values"),
+    ("train:\n  epochs:\n", "train.epochs: expected int, got null"),
+    ("train:\n  epochs: true\n", "train.epochs: expected int, got bool"),
+    ("train:\n  epochs: '3'\n", "train.epochs: expected int, got str"),
+    ("train:\n  epochs: 3.5\n", "train.epochs: expected int, got float"),
+    ("train:\n  run: 7\n", "train.run: expected str, got int"),
+    ("model:\n  metadata: null\n", "model.metadata: expected array, got null"),
+    ("model:\n  metadata: gps\n", "model.metadata: expected array, got str"),
+    ("model:\n  fixed_views: [1, x]\n", r"model.fixed_views: \[1\]: expected int, got str"),
+    ("data:\n  shards: null\n", "data.shards: expected str, got null"),
+    ("optim:\n  lr: {a: 1}\n", "optim.lr: expected float, got object"),
+    ("train:\n  epochz: 3\n", "unknown option 'train.epochz'; did you mean 'train.epochs'"),
+    ("trian:\n  epochs: 3\n", "unknown option 'trian'; did you mean 'train'"),
+    ("config: /etc/passwd\n", "unknown option 'config'"), ("1: 2\n", "unknown option '1'"),
+])  # fmt: skip
+def test_a_recipe_with_another_value_is_one_sentence_with_file_and_key(tmp_path, text, said):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"^{tmp_path}/r.yaml: {said}") as raised:
+        read_config(tmp_path / "r.yaml")
+    assert "\n" not in str(raised.value)
+    assert "root:x" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("text", "key"), [
+    ("train: {seed: 100000000000}", "train.seed"), ("data: {workers: 100000000}", "data.workers"),
+    ("train: {batch_size: 1000000000000}", "train.batch_size"), ("train: {heads: 100000}", "train.heads"),
+    ("loss: {segmentation: .inf}", "loss.segmentation"), ("loss: {segmentation: .nan}", "loss.segmentation"),
+    ("optim: {lr: .inf}", "optim.lr"), ("model: {metadata: [gps, gps]}", "model.metadata"),
+    ("model: {width: 1000000000}", "model.width"), ("model: {layers: 1000000000}", "model.layers"),
+    ("model: {view_side: 1600000}", "model.view_side"), ("train: {run: /}", "train.run"),
+    ("train: {run: ''}", "train.run"), ("train: {run: ..}", "train.run"),
+    ("train: {run: \"a\\0b\"}", "train.run"), ("train: {profile: '²:³'}", "train.profile"),
+    ("checkpoint: {sync: 'http://[x'}", "checkpoint.sync"),
+])  # fmt: skip
+def test_a_value_beyond_all_bounds_is_refused_by_its_key(tmp_path, text, key):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=f"^{key} "):
+        read_config(tmp_path / "r.yaml")
+
+
+def test_later_recipes_win_key_by_key_and_sections_take_no_files(tmp_path):
+    (tmp_path / "a.yaml").write_text("train: {epochs: 3, seed: 4}\nmodel: {metadata: [gps]}\n")
+    (tmp_path / "b.yaml").write_text("train: {epochs: 5}\n")
+    config = parse_config(["--config", f"{tmp_path}/a.yaml", f"--config={tmp_path}/b.yaml"], "train")[0]
+    assert (config.train.epochs, config.train.seed, config.model.metadata) == (5, 4, ("gps",))
+    for word in ("--train", "--model=x.yaml"):
+        with pytest.raises(UserError, match="needs a key, such as"):
+            parse_config([word, f"{tmp_path}/a.yaml"], "train")

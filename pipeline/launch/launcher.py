@@ -20,7 +20,7 @@ from typing import NoReturn
 import yaml
 
 from pipeline.cli import help_of, parse_own
-from pipeline.config import ACCELERATE_CONFIGS, ROOT, find_configuration, find_recipe, print_help
+from pipeline.config import ACCELERATE_CONFIGS, ROOT, find_configuration, find_recipe, parse_config, print_help
 from pipeline.devices import CPU_ONLY, gpu_count, refuse_idle_gpu, uses_gpu
 from pipeline.errors import (
     EXIT_FAILED,
@@ -80,8 +80,10 @@ def main(arguments: Sequence[str]) -> int:
     try:
         own, rest = parse_own(LaunchOptions, list(arguments), prog)
         recipe = rest.pop(0) if rest and not rest[0].startswith("-") else None
+        words = ["--config", str(find_recipe(recipe)), *rest]
+        parse_config(words, prog)  # a mistake is said once, before there are processes
         launch = launch_words(own.config_file, own.num_processes, own.cpu) + machine_words(own)
-        command = [*launch, str(ROOT / "pipeline" / "train.py"), "--config", str(find_recipe(recipe)), *rest]
+        command = [*launch, str(ROOT / "pipeline" / "train.py"), *words]
     except UserError as error:
         say(f"error: {error}")
         return EXIT_USER

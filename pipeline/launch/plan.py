@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pipeline.config import ACCELERATE_CONFIGS, Config
+from pipeline.config import Config
 from pipeline.distributed.settings import EngineSettings, engine_settings, find_deepspeed
 from pipeline.errors import UserError
+from pipeline.typed_json import Malformed, Positive, to_type
+from pipeline.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class LaunchPlan:
         """The launch in one readable line."""
         per_machine = self.world_size // self.machines
         files = f"{self.accelerate.name} and {self.engine.file.name}"
-        return f"{self.machines} machines x {per_machine} processes, by {files}"
+        machines = f"{self.machines} machine{'s' * (self.machines > 1)}"
+        return f"{machines} x {per_machine} process{'es' * (per_machine > 1)}, by {files}"
 
 
 def resolve(
@@ -59,18 +60,31 @@ def resolve(
     return LaunchPlan(accelerate, machines, world_size, engine_settings(config, deepspeed, world_size, precision))
 
 
+@dataclass(frozen=True)
+class _DeepSpeed:
+    deepspeed_config_file: str = ""
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What is read here of an accelerate configuration."""
+
+    num_machines: Positive = 1
+    num_processes: Positive = 1
+    deepspeed_config: _DeepSpeed | None = None
+
+
 def read_accelerate(path: Path) -> dict[str, Any]:
     """Read an accelerate configuration.
 
     Raises:
-        UserError: The file is missing, or not a YAML mapping.
+        UserError: The file is missing, or not a YAML mapping, or a value that is read here has another type.
     """
+    settings = read_yaml(path)
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read the accelerate configuration {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"the accelerate configuration {path} is not a mapping, as those in {ACCELERATE_CONFIGS} are")
+        to_type(settings, _Read)
+    except Malformed as error:
+        raise UserError(f"{path}: {error}; correct it there") from error
     return settings
 
 

@@ -11,6 +11,7 @@ HEADS = ("roadwork", "single_view", "mean_pool", "attention_mil", "cell_mil")
 PRUNING = ("scored", "dynamic", "off", "random", "fixed", "oracle")
 FUSIONS = ("gated", "mean")
 METADATA_FIELDS = ("gps", "weather", "daytime", "scene", "text")
+MOST_SIDE = 4096
 MAX_VIEWS_PER_PASS = 192  # bounds the activations of one forward pass of the backbone
 DECODE_SCALES = ("full", "half")
 TERMS = (
@@ -82,16 +83,17 @@ class ModelConfig:
         self.metadata, self.fixed_views = tuple(self.metadata), list(self.fixed_views)
         patches = self.view_side // 16
         sides = f"a multiple of the patch side 16, like {max(16, round(self.view_side / 16) * 16)}"
-        require(self.view_side >= 16 and self.view_side % 16 == 0, "model.view_side", self.view_side, sides)
-        share, positive = in_range("[0, 1)"), at_least(1)
+        fits = 16 <= self.view_side <= MOST_SIDE and self.view_side % 16 == 0
+        require(fits, "model.view_side", self.view_side, f"{sides}, and at most {MOST_SIDE}")
+        share, positive, size = in_range("[0, 1)"), at_least(1, 1024), at_least(1, 65_536)
         check_fields(
             "model", self, head=one_of(HEADS), pruning=one_of(PRUNING), keep_views=in_range(f"[2, {NUM_VIEWS}]"),
             pool_grid=(lambda grid: grid % 2 == 0 and 2 <= grid <= patches,
                        f"even and at most the {patches} patches of a view's side"),
-            layers=positive, heads=self._attention_heads(), fusion_heads=self._attention_heads(), experts=positive,
-            experts_per_token=in_range(f"[1, {self.experts}]"), expert_width=positive, fusion=one_of(FUSIONS),
-            evidence_share=in_range("[0, 1]"), dropout=share, metadata_field_dropout=share, metadata_all_dropout=share,
-            text_dim=positive, mask_side=positive,
+            layers=positive, width=size, heads=self._attention_heads(), fusion_heads=self._attention_heads(),
+            experts=positive, experts_per_token=in_range(f"[1, {self.experts}]"), expert_width=size,
+            fusion=one_of(FUSIONS), evidence_share=in_range("[0, 1]"), dropout=share, metadata_field_dropout=share,
+            metadata_all_dropout=share, text_dim=size, mask_side=positive,
         )  # fmt: skip
         numbers, fixed = set(range(1, NUM_VIEWS)), self.fixed_views
         different = len(set(fixed)) == len(fixed) and numbers.issuperset(fixed)
@@ -102,6 +104,8 @@ class ModelConfig:
         goes_by = "gated with the pruning mode oracle, which goes by its importance"
         require(important, "model.fusion", self.fusion, goes_by)
         unknown = [field for field in self.metadata if field not in METADATA_FIELDS]
+        different = len(set(self.metadata)) == len(self.metadata)
+        require(different, "model.metadata", list(self.metadata), "different fields")
         require(not unknown, "model.metadata", unknown, f"among {', '.join(METADATA_FIELDS)}")
 
     def _attention_heads(self) -> Rule:

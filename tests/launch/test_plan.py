@@ -122,10 +122,10 @@ def test_products_with_the_hessian_are_refused_at_stage_3_and_drawn_labels_are_n
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"cannot read the accelerate configuration .*none\.yaml"):
+    with pytest.raises(UserError, match=r"cannot read .*none\.yaml"):
         resolve(Config(), tmp_path / "none.yaml", None, None, "bf16")
     (tmp_path / "list.yaml").write_text("- a\n")
-    with pytest.raises(UserError, match="not a mapping"):
+    with pytest.raises(UserError, match="does not hold keys with values"):
         resolve(Config(), tmp_path / "list.yaml", None, None, "bf16")
     with pytest.raises(UserError, match="cannot read the DeepSpeed configuration"):
         resolve(

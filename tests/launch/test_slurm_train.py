@@ -120,7 +120,7 @@ def test_notice_reaches_the_launcher_of_the_first_node_even_while_it_starts(reci
         (["--processes-per-node", "0"], "--processes_per_node is 0, but must be 1 or more"),
         (["--nodes", "3"], "train.batch_size is 8, which 3 processes cannot share evenly; choose 6 or 9"),
         (["--train.epoch", "3"], "unknown option 'train.epoch'; did you mean 'train.epochs'?"),
-        (["--config-file", "none.yaml"], "cannot read the accelerate configuration none.yaml"),
+        (["--config-file", "none.yaml"], "cannot read none.yaml"),
         (["--shards", "nowhere"], "no shards in nowhere"),
         (["--gpus-per-node", "8", "--nodes", "1"], "has no CUDA"),
     ],
