@@ -12,18 +12,25 @@ if __name__ == "__main__":  # started as a file: the project's root replaces thi
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 
 from pipeline.config import Config, parse_config
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key
-from pipeline.data.features import open_cache
+from pipeline.data.features import FeatureCache, open_cache
 from pipeline.data.folds import read_dealt
-from pipeline.data.index import INDEX_NAME
+from pipeline.data.index import INDEX_NAME, Index
 from pipeline.data.inputs import check_inputs
 from pipeline.data.storage import open_folder
 from pipeline.devices import has_bf16, out_of_memory
 from pipeline.distributed.agreement import first_of_node_first, on_rank_zero
-from pipeline.distributed.settings import describe_engine, engine_settings, launched_file, resolve_precision
+from pipeline.distributed.settings import (
+    EngineSettings,
+    describe_engine,
+    engine_settings,
+    launched_file,
+    resolve_precision,
+)
 from pipeline.distributed.startup import choose_kernels, run_process, start, world_size
 from pipeline.files import write_summary
 from pipeline.launch.rank_logs import divert_output
@@ -66,15 +73,24 @@ def train(config: Config, dry_run: bool) -> Path | None:
     engine = engine_settings(config, launched_file(), world_size(), precision)
     log_with = ["wandb"] if config.train.wandb and not dry_run else []
     accelerator = start(engine, log_with, config.train.hang_minutes)
-    lead = accelerator.is_main_process
-    folder = None
-    if index is not None and not dry_run:
-        folder = RunFolder(Path(config.train.run))
-        if on_rank_zero(lambda: folder.check(config, index)):
-            if lead:
-                say(f"{folder.path} is finished already; for another run choose another --train.run")
-            return folder.summary.resolve()
+    if index is None or dry_run:
+        return _train(config, accelerator, engine, index, cache, None)
+    folder = RunFolder(Path(config.train.run))
+    if on_rank_zero(lambda: folder.check(config, index)):
+        if accelerator.is_main_process:
+            say(f"{folder.path} is finished already; for another run choose another --train.run")
+        return folder.summary.resolve()
+    with contextlib.ExitStack() as held:
+        on_rank_zero(lambda: held.enter_context(folder.locked()))
+        return _train(config, accelerator, engine, index, cache, folder)
 
+
+def _train(
+    config: Config, accelerator: Accelerator, engine: EngineSettings, index: Index | None, cache: FeatureCache | None,
+    folder: RunFolder | None,
+) -> Path | None:  # fmt: skip
+    """Build everything, and train; without a run folder only two steps."""
+    lead, shards = accelerator.is_main_process, config.data.shards
     ranks = accelerator.process_index, accelerator.num_processes
     loader = open_loader(config, index, engine.batching.micro_batch_size, *ranks, cache)
     schedule = plan_schedule(config, loader.samples)
@@ -96,7 +112,7 @@ def train(config: Config, dry_run: bool) -> Path | None:
     if lead:
         say_plan(describe_model(config, model, engine))
     validation = None
-    if index is not None and not dry_run and (index.splits["val"].labels >= 0).any():
+    if index is not None and folder is not None and (index.splits["val"].labels >= 0).any():
         held_out = open_split(shards, index, "val", config.input_spec, cache)
         validation = Validation(
             place_split(config, held_out, accelerator.device), engine.batching.micro_batch_size,

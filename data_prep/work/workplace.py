@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from pipeline.data.index import INDEX_NAME, Shard
 from pipeline.data.storage import is_url, open_folder
 from pipeline.errors import UserError, require
 from pipeline.files import replace_folder, sync
+from pipeline.lock import LOCK_NAME, locked
 
 if TYPE_CHECKING:
     from pipeline.data.features import FeatureShard
@@ -132,16 +132,8 @@ class Workplace:
         Raises:
             UserError: Another run holds the lock.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.path, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another run is writing {self.out} at this moment; wait for it, or choose another --out"
-                ) from error
-            if not shared:
+        with locked(self.path, f"writing {self.out}", "choose another --out", shared) as held:
+            if held and not shared:
                 for left in self.path.glob(".*.tmp"):
                     left.unlink()
             try:
@@ -152,14 +144,12 @@ class Workplace:
                     if not is_worth_keeping(self.path / JOURNAL_NAME):
                         self.remove()
                 raise
-        finally:
-            os.close(lock)
 
     def clear(self, keep: frozenset[str] = frozenset()) -> None:
-        """Remove everything in the folder but the named files; the plan first, since it would vouch for the rest."""
+        """Remove all but the lock and the named files; the plan first, since it would vouch for the rest."""
         (self.path / HEADER_NAME).unlink(missing_ok=True)
         for left in self.path.iterdir():
-            if left.name in keep:
+            if left.name in keep or left.name == LOCK_NAME:
                 continue
             if left.is_dir() and not left.is_symlink():
                 shutil.rmtree(left)
@@ -167,8 +157,9 @@ class Workplace:
                 left.unlink()
 
     def remove(self) -> None:
-        """Remove the folder."""
+        """Remove the folder, with its lock."""
         self.clear()
+        (self.path / LOCK_NAME).unlink(missing_ok=True)
         self.path.rmdir()
 
     def check_space(self, needed: int) -> None:
@@ -211,12 +202,14 @@ class Workplace:
         """Rename the hidden folder to the output; on another disk, copy it."""
         out.parent.mkdir(parents=True, exist_ok=True)
         if self.path.stat().st_dev == out.parent.stat().st_dev:
+            (self.path / LOCK_NAME).unlink(missing_ok=True)
             sync(self.path)
             os.replace(self.path, out)  # over an empty folder too
             sync(out.parent)
             return
+        unlocked = shutil.ignore_patterns(LOCK_NAME)
         try:
-            replace_folder(out, lambda fresh: shutil.copytree(self.path, fresh, dirs_exist_ok=True))
+            replace_folder(out, lambda fresh: shutil.copytree(self.path, fresh, ignore=unlocked, dirs_exist_ok=True))
         except (OSError, shutil.Error) as error:
             raise UserError(
                 f"{out} cannot be written ({error}); what is done stays in {self.path}, so give the command again"

@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.errors import UserError, in_checkout
 from pipeline.evaluation.inference import load_model
 from pipeline.evaluation.results import read_results
 from pipeline.files import write_json, write_text
+from pipeline.lock import locked
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.names import Profile
 
@@ -97,6 +99,10 @@ class RunFolder:
         if before["data"]["source_sha256"] != index.source_sha256:
             raise UserError(f"{self.path} holds a run on other shards; choose another --train.run")
         return "steps" in self.results()
+
+    def locked(self) -> AbstractContextManager[bool]:
+        """Keep other trainings out of the folder; see `pipeline.lock.locked`."""
+        return locked(self.path, f"training {self.path}", "choose another --train.run")
 
     def create(self, config: Config, index: Index, world_size: int) -> None:
         """Write what a new run starts with; a resumed run keeps its files."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from pipeline.checkpoints.files import MANIFEST, Damaged, check_checkpoint
 from pipeline.config import CheckpointConfig, Config, DataConfig, OptimConfig, TrainConfig, to_yaml
 from pipeline.model.roadwork import RoadworkModel
+from pipeline.training.run_folder import RunFolder
 from tests.small_run import make_backbone, make_shards, random_labels, small_config
 from tests.warm import python
 
@@ -115,6 +116,17 @@ def test_a_finished_run_returns_at_once_and_other_settings_are_refused(world, un
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_second_training_of_a_run_is_refused_while_the_first_lives(world, tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with run.locked():
+        _, err = finish(launch(world, run.path), status=2)
+        (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert error.startswith(f"error: another process (process {os.getpid()} on ")
+        assert error.endswith(f"is training {run.path} at this moment; wait for it, or choose another --train.run")
+        assert "Traceback" not in err
+        assert [path.name for path in run.path.iterdir()] == [".lock"]
+
+
 def test_training_refuses_what_doctor_refuses(world, tmp_path):
     """The guards of the DeepSpeed file, through the launcher that trains: each is one sentence and status 2."""
     settings = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
@@ -154,9 +166,23 @@ def test_a_stopped_run_goes_on_to_bitwise_the_same_losses(world, uninterrupted):
     assert 2 <= taken < STEPS
     _, err = finish(launch(world, run))
     assert f"resuming at step {taken} of {STEPS}" in err
-    assert losses(run) == losses(uninterrupted)
-    ours, theirs = (load_file(folder / "model" / "model.safetensors") for folder in (run, uninterrupted))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_bits(run, uninterrupted)
+
+
+def assert_same_bits(ours: Path, theirs: Path) -> None:
+    """Every loss, and every averaged weight of the best validation."""
+    assert losses(ours) == losses(theirs)
+    weights, expected = (load_file(run / "model" / "model.safetensors") for run in (ours, theirs))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_deterministic_run_is_bitwise_the_same_on_a_cpu_where_every_run_is(world, uninterrupted):
+    """And names no operation that could be none."""
+    run = world / "fixed-order"
+    _, err = finish(launch(world, run, "--train.deterministic", "true"))
+    assert "deterministic" not in err
+    assert_same_bits(run, uninterrupted)
 
 
 def test_a_killed_run_falls_back_to_the_checkpoint_that_is_whole(world, uninterrupted):

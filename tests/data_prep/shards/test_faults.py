@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -207,7 +208,8 @@ def test_an_output_inside_the_source_is_refused(tmp_path):
 
 def test_two_runs_of_one_folder_do_not_meet(tmp_path):
     source = write_folder(tmp_path / "in", city_rows(1, 3))
-    with Workplace(str(tmp_path / "out"), None).locked(), pytest.raises(UserError, match="another run is writing"):
+    sentence = rf"another process \(process {os.getpid()} on .*\) is writing {tmp_path}/out at this moment"
+    with Workplace(str(tmp_path / "out"), None).locked(), pytest.raises(UserError, match=sentence):
         shard(source, tmp_path / "out", workers=1)
     shard(source, tmp_path / "out", workers=1)
 
