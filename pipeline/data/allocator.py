@@ -10,14 +10,11 @@ LARGEST_MMAP_THRESHOLD = 32 << 20  # on 64-bit machines; glibc refuses more
 KEPT = 256 << 20
 
 
-def keep_freed_memory(worker: int = 0) -> None:
+def keep_freed_memory() -> None:
     """Keep up to 256 MB of freed memory for the next photo or step, instead of returning it to the system each time.
 
     Canvas and views of a photo are blocks of megabytes, as are the activations of a step on a CPU. By default glibc
     asks the system for them anew, which zeroes every page again. Does nothing with another C library.
-
-    Args:
-        worker: The worker's number, unused; `DataLoader` passes it to its `worker_init_fn`.
     """
     if platform.libc_ver()[0] != "glibc":
         return

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from pipeline.data.allocator import keep_freed_memory
+from pipeline.data.workers import begin_worker
 from pipeline.devices import uses_gpu
 
 Batch = dict[str, torch.Tensor]
@@ -38,7 +38,7 @@ def _stack(values: list[torch.Tensor]) -> torch.Tensor:
 def batches_of(
     data: Any, batch_size: int, workers: int, collate_fn: Callable[..., Any] = collate, **options: Any
 ) -> DataLoader[Any]:
-    """The loader of a dataset's batches. Its worker processes keep the memory of one batch for the next.
+    """The loader of a dataset's batches; see `begin_worker` for its worker processes.
 
     Batches are in pinned memory if a GPU will read them, so that they can be copied while it computes.
 
@@ -52,8 +52,9 @@ def batches_of(
     if isinstance(getattr(data, "dataset", data), BatchSource):
         return DataLoader(data, batch_size, collate_fn=_unchanged, **options)
     options = {"pin_memory": uses_gpu(), **options}
-    init = keep_freed_memory
-    return DataLoader(data, batch_size, num_workers=workers, collate_fn=collate_fn, worker_init_fn=init, **options)
+    return DataLoader(
+        data, batch_size, num_workers=workers, collate_fn=collate_fn, worker_init_fn=begin_worker, **options
+    )
 
 
 def _unchanged(batch: Any) -> Any:

@@ -16,7 +16,7 @@ PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
 
 
 class StopSignal:
-    """Catches SIGINT, SIGTERM and SIGUSR2, and watches the clock; a second SIGINT interrupts at once.
+    """Catches SIGINT, SIGTERM, SIGUSR2 and SIGHUP, and watches the clock; a second SIGINT interrupts at once.
 
     The launcher's death, be it by kill -9 or by a SIGUSR2 that a bare `accelerate launch` does not catch, counts as a
     request too: else its processes would train on without it.
@@ -31,8 +31,9 @@ class StopSignal:
         self.asked = False
         started = float(os.environ.get(STARTED_VARIABLE, psutil.Process().create_time()))
         self.deadline = started + 60 * max_minutes if max_minutes else float("inf")
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._remember)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # what nohup wants
+                signal.signal(number, self._remember)
         if "LOCAL_RANK" in os.environ:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -17,11 +18,11 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.dist
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """launch.sh in a session of its own, as a container or a batch system starts it."""
+def start(folder: Path, *words: str, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """launch.sh in a session of its own, as a container or a batch system starts it; `before` stands before it."""
     return subprocess.Popen(
-        [str(ROOT / "launch.sh"), *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True, env={**os.environ, "WANDB_MODE": "disabled"},
+        [*before, str(ROOT / "launch.sh"), *words], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True, env={**os.environ, "WANDB_MODE": "disabled"},
     )  # fmt: skip
 
 
@@ -49,15 +50,29 @@ def wait_for_steps(run: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_to_launch_sh_saves_and_gives_75(recipe, tmp_path, number):
+ONE = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2]
+
+
+@pytest.mark.parametrize(("number", "whom"), [
+    *[(number, "launch.sh") for number in ONE], *[(number, "its group") for number in ONE],
+    *[(number, "the first process of a container") for number in (signal.SIGTERM, signal.SIGINT)],
+])  # fmt: skip
+def test_a_signal_saves_and_gives_75(recipe, tmp_path, number, whom):
     one = str(ROOT / "accelerate_configs" / "cpu_1.yaml")
-    process = start(tmp_path, "train", str(recipe), "--config_file", one, "--run", str(tmp_path / "run"))
+    words = ["train", str(recipe), "--config_file", one, "--run", str(tmp_path / "run"), "--data.workers", "1"]
+    namespace = ["unshare", "--fork", "--pid", "--mount-proc"] if "container" in whom else []
+    if namespace and subprocess.run([*namespace, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this machine gives us no namespace of processes")
+    process = start(tmp_path, *words, before=namespace)
     wait_for_steps(tmp_path / "run", process)
-    process.send_signal(number)
+    if whom == "its group":
+        os.killpg(process.pid, number)
+    else:
+        (psutil.Process(process.pid).children()[0] if namespace else process).send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 75, err
     assert "stopped: saved at step " in err
+    assert "Traceback" not in err
     names = json.loads((tmp_path / "run" / "checkpoints" / "names.json").read_text())
     assert (tmp_path / "run" / "checkpoints" / names["last"] / "complete.json").exists()
 
