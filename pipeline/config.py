@@ -16,8 +16,8 @@ from pipeline.cli import Parser, underscored, unknown_option
 from pipeline.errors import UserError, above, at_least, check_fields, in_checkout, in_range, one_of, require
 from pipeline.model.config import DECODE_SCALES, InputSpec, LossConfig, ModelConfig
 from pipeline.optim.config import OptimConfig
-from pipeline.typed_json import Malformed, to_type
-from pipeline.yaml_file import read_yaml
+from pipeline.parsing.typed_json import Malformed, to_type
+from pipeline.parsing.yaml_file import read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "pipeline" / "recipes"
@@ -128,6 +128,10 @@ class TrainConfig:
     """Largest number of samples of one process in one forward pass; accumulation follows from it."""
     expert_parallel: int = 1
     """Processes that share the experts of a layer; 1 gives every process all of them, as does a run of one process."""
+    grouped_mm: bool = False
+    """Multiply by the weights of all experts of a layer in one call (`torch.nn.functional.grouped_mm`) where a process
+    has them whole, so that the host never waits for their numbers of tokens. Estimates of sophia_h do without. Not
+    measured on a GPU yet."""
     heads: int = 1
     """Heads that are trained at once on the same backbone, photos and kept views. They answer with the mean of their
     log-odds; each costs as much as a head costs alone, which is little beside the backbone."""

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. Rooms on one line know nothing of each other.
 FLOORS = (
     {"pipeline.errors", "pipeline.files", "pipeline.progress", "pipeline.names"},
-    {"pipeline.cli", "pipeline.devices"},
+    {"pipeline.cli", "pipeline.devices", "pipeline.parsing"},
     {"pipeline"},  # what importing any of it runs first
     {"pipeline.model"},
     {"pipeline.optim", "pipeline.data"},

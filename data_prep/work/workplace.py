@@ -13,10 +13,10 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.data.index import INDEX_NAME, Shard
+from pipeline.data.lock import LOCK_NAME, locked
 from pipeline.data.storage import is_url, open_folder
 from pipeline.errors import UserError, require
 from pipeline.files import replace_folder, sync
-from pipeline.lock import LOCK_NAME, locked
 
 if TYPE_CHECKING:
     from pipeline.data.features import FeatureShard

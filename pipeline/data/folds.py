@@ -12,7 +12,7 @@ from pipeline.data.index import SPLITS, Index, Sample, Shard, Split, read_index
 from pipeline.data.weights import sample_weights
 from pipeline.errors import UserError
 from pipeline.files import write_text
-from pipeline.typed_json import Malformed, Whole, load_json, to_type
+from pipeline.parsing.typed_json import Malformed, Whole, load_json, to_type
 
 FORMAT = "roadwork folds 1"
 DEFAULTS = {"temper": 0.5, "balance": 1.0}  # of shards that do not say

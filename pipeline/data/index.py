@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError, typed
-from pipeline.typed_json import Malformed, Positive, Whole, load_json, to_type
+from pipeline.parsing.typed_json import Malformed, Positive, Whole, load_json, to_type
 
 PHOTO_EXTENSIONS = ("jpg", "png", "webp")
 HEADER_BYTES = tarfile.BLOCKSIZE  # right before a member's data

@@ -14,7 +14,7 @@ from pipeline.data.photo import BadPhoto
 from pipeline.data.record import Record
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
-from pipeline.typed_json import Malformed, parse_json
+from pipeline.parsing.typed_json import Malformed, parse_json
 
 # A tar ends with two empty blocks, padded to a multiple of RECORDSIZE.
 MOST_TAIL_BYTES = 2 * HEADER_BYTES + tarfile.RECORDSIZE

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.data.index import Label
 from pipeline.names import DAYTIME, SCENE, WEATHER
-from pipeline.typed_json import Positive, Whole
+from pipeline.parsing.typed_json import Positive, Whole
 
 
 @dataclass(frozen=True)

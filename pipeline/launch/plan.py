@@ -10,8 +10,8 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.distributed.settings import EngineSettings, engine_settings, find_deepspeed
 from pipeline.errors import UserError
-from pipeline.typed_json import Malformed, Positive, to_type
-from pipeline.yaml_file import read_yaml
+from pipeline.parsing.typed_json import Malformed, Positive, to_type
+from pipeline.parsing.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)

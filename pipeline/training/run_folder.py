@@ -18,11 +18,11 @@ import torch
 
 from pipeline.config import ROOT, Config, differences, read_config, to_yaml
 from pipeline.data.index import Index
+from pipeline.data.lock import locked
 from pipeline.errors import UserError, in_checkout
 from pipeline.evaluation.inference import load_model
 from pipeline.evaluation.results import read_results
 from pipeline.files import write_json, write_text
-from pipeline.lock import locked
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.names import Profile
 
@@ -101,7 +101,7 @@ class RunFolder:
         return "steps" in self.results()
 
     def locked(self) -> AbstractContextManager[bool]:
-        """Keep other trainings out of the folder; see `pipeline.lock.locked`."""
+        """Keep other trainings out of the folder; see `pipeline.data.lock.locked`."""
         return locked(self.path, f"training {self.path}", "choose another --train.run")
 
     def create(self, config: Config, index: Index, world_size: int) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.data.index import Index
 from pipeline.data.record import Record
-from pipeline.typed_json import parse_json
+from pipeline.parsing.typed_json import parse_json
 
 # Far apart, so that each is a block of its own.
 CITIES = {

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.typed_json import LARGEST
+from pipeline.parsing.typed_json import LARGEST
 
 MOST_BYTES = 1 << 20
 MOST_DIGITS = 20

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Annotated, Any, NoReturn, TypeVar
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -27,20 +28,36 @@ def parse_json(data: str | bytes, kind: type[T]) -> T:
     return to_type(load_json(data), kind)
 
 
-def load_json(data: str | bytes) -> Any:
+def load_json(data: str | bytes, lenient: bool = False, keep: Callable[[dict[str, Any]], Any] | None = None) -> Any:
     """Read JSON as plain values.
 
     Args:
         data: The text, in UTF-8.
+        lenient: Whether NaN, which tools write for an empty cell, reads as None, and numbers that are too large as
+            infinite or as their text, so that they are refused only where a number is needed.
+        keep: What each object becomes as soon as it is read, to keep only what is needed of large files.
 
     Raises:
         Malformed: The text is no JSON, is nested too deeply, or has a key twice in one object, or a number that is not
             finite or does not fit 64 bits.
     """
+
+    def constant(word: str) -> Any:
+        if lenient:
+            return None if word == "NaN" else word
+        raise Malformed(f"it holds {word}, which is no number")
+
+    def unique(pairs: list[tuple[str, Any]]) -> Any:
+        return _unique(pairs) if keep is None else keep(_unique(pairs))
+
     try:
         text = data if isinstance(data, str) else data.decode()
         return json.loads(
-            text, object_pairs_hook=_unique, parse_constant=_not_finite, parse_float=_finite, parse_int=_whole
+            text,
+            object_pairs_hook=unique,
+            parse_constant=constant,
+            parse_float=None if lenient else _finite,
+            parse_int=_whole_or_text if lenient else _whole,
         )
     except UnicodeDecodeError as error:
         raise Malformed(f"it is not UTF-8 at byte {error.start}") from error
@@ -77,10 +94,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _not_finite(word: str) -> NoReturn:
-    raise Malformed(f"it holds {word}, which is no number")
-
-
 def _finite(digits: str) -> float:
     value = float(digits)
     if math.isinf(value):
@@ -93,3 +106,7 @@ def _whole(digits: str) -> int:
     if not -LARGEST <= value < LARGEST:
         raise Malformed(f"it holds the number {digits[:20]}, which is too large")
     return value
+
+
+def _whole_or_text(digits: str) -> int | str:
+    return int(digits) if len(digits) < 19 else digits[:40]

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from pipeline.errors import UserError
-from pipeline.yaml_file import parse_yaml, read_yaml
+from pipeline.parsing.yaml_file import parse_yaml, read_yaml
 
 
 @pytest.mark.parametrize(("text", "line", "said"), [

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipeline.typed_json import Malformed, Positive, Whole, load_json, parse_json
+from pipeline.parsing.typed_json import Malformed, Positive, Whole, load_json, parse_json
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.lock import LOCK_NAME, locked
 from pipeline.errors import UserError
-from pipeline.lock import LOCK_NAME, locked
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HOLD = """if True:
     import os, sys, time
     from pathlib import Path
-    from pipeline.lock import locked
+    from pipeline.data.lock import locked
     with locked(Path(sys.argv[1]), "training it", "leave it"):
         if "fork" not in sys.argv:
             print("held", flush=True)
