@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -59,6 +60,8 @@ class Row(NamedTuple):
     """The photo's row in its split."""
     sha256: str
     """SHA-256 of the photo's bytes."""
+    record: bytes
+    """The sample's record as JSON."""
     tokens: PhotoTokens
     """The row's tokens, without the views that add nothing."""
     mask_targets: torch.Tensor
@@ -76,7 +79,7 @@ class ViewDataset(Dataset[list[dict[str, Any]]]):
         return len(self.items)
 
     def __getitem__(self, number: int) -> list[dict[str, Any]]:
-        """By row `photo`, `sha256`, `mask_targets`, useful `views` uint8 [M, 3, S, S], `boxes` and `view_mask`."""
+        """By row the fields of `Row` but for its tokens: useful `views` uint8 [M, 3, S, S], `boxes` and `view_mask`."""
         item = self.items[number]
         data = self.data[item.split]
         record, photo = data.sample(item.row)
@@ -84,7 +87,7 @@ class ViewDataset(Dataset[list[dict[str, Any]]]):
             image, size = decode_scaled(photo, data.spec)
         mask = data.mask(item.row)
         rows = [data.cut(image, size, mask, record, copy) for copy in range(item.copies)]
-        same = {"photo": item.row, "sha256": record.sha256}
+        same = {"photo": item.row, "sha256": record.sha256, "record": json.dumps(record.to_json()).encode()}
         return [{**same, **row, "views": _useful(row["views"], row["view_mask"])} for row in rows]
 
 
@@ -131,7 +134,8 @@ class Extractor:
         self.passes = 1 if self.on_gpu else min(torch.get_num_threads(), MOST_PASSES)
         self.views = 0
         """Views that were computed."""
-        self.compiled = False
+        self.compiled: bool | None = None
+        """Whether the backbone is compiled; None before the first pass."""
         self.start: dict[str, float] | None = None
         """What the first pass measured: `compile_s`, and in FP8 `cosine_of_cls` and `cosine_of_cells`, the mean cosine
         between its tokens and those in the backbone's own precision. None before it."""
@@ -226,9 +230,10 @@ class Extractor:
             return Tokens(*(part.to(STORED_DTYPE) for part in tokens))
 
     def full_pass(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the backbone on uint8 [M, 3, S, S]; one to compile always gets a full batch, so that it compiles once."""
+        """Run the backbone on uint8 [M, 3, S, S]; a compiled one always gets a full batch, so that it compiles once."""
         missing = self.batch_views - len(views)
-        if not (self.on_gpu and self.options.compile) or missing <= 0:
+        compiles = self.on_gpu and self.options.compile and self.compiled is not False
+        if not compiles or missing <= 0:
             return self.backbone(views)
         cls, patches = self.backbone(F.pad(views, (0, 0, 0, 0, 0, 0, 0, missing)))
         return cls[: len(views)], patches[: len(views)]
@@ -286,4 +291,4 @@ def _finish(batch: ViewBatch, wait: Callable[[], Tokens]) -> Iterator[Row]:
     split = zip(batch.rows, cls.split(counts), cells.split(counts), regions, strict=True)
     for row, one_cls, one_cells, one_regions in split:
         tokens = PhotoTokens(one_cls, one_cells, one_regions, row["boxes"], row["view_mask"])
-        yield Row(row["photo"], row["sha256"], tokens, row["mask_targets"])
+        yield Row(row["photo"], row["sha256"], row["record"], tokens, row["mask_targets"])

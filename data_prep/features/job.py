@@ -39,6 +39,7 @@ from pipeline.files import write_json, write_summary
 from pipeline.model.backbone import FrozenBackbone, compute_dtype
 from pipeline.model.float8 import E4M3
 from pipeline.names import MASK_CLASSES
+from pipeline.parsing.typed_json import to_type
 from pipeline.progress import say, silence_libraries, track
 from pipeline.training.throughput import flops_per_view, matmul_rate
 
@@ -108,6 +109,7 @@ class Job:
             precision=self.precision(backbone.device),
             version=version("roadwork"),
             shards=tuple(plan_shards(self.index, self.copies, size, self.options.shard_mb)),
+            tars=tuple(sorted({tar.sha256 for split in self.index.splits.values() for tar in split.shards})),
         )
         if self._is_finished(key, plan.precision):
             say(f"{workplace.out} is finished already: the same photos, the same backbone, the same views")
@@ -123,7 +125,7 @@ class Job:
             write_json(workplace.path / HEADER_NAME, plan.to_json())
         receipts = Receipts(workplace.path)
         missing = [shard for shard in plan.shards if not receipts.is_whole(shard.name)]
-        workplace.check_space(size * sum(shard.rows for shard in missing))
+        workplace.check_space(sum(size * shard.rows + record_bytes(self.index, shard) for shard in missing))
         if len(missing) < len(plan.shards):
             say(f"resuming: {len(plan.shards) - len(missing)} of {len(plan.shards)} files are written already")
         return plan, missing
@@ -154,7 +156,7 @@ class Job:
     def finish(self, plan: Plan, speed: dict[str, Any], wall_s: float) -> Path:
         """Describe the written files in an index, and publish all."""
         receipts = Receipts(self.workplace.path)
-        written = tuple(FeatureShard.from_json(receipts.read(shard.name)) for shard in plan.shards)
+        written = tuple(to_type(receipts.read(shard.name), FeatureShard) for shard in plan.shards)
         photos = sum(len(shard.photos) for shard in written)
         size = sum(shard.bytes for shard in written)
         summary = {
@@ -247,10 +249,16 @@ def read_choice(recipe: str, model: ModelChoice) -> Config:
 
 
 def row_bytes(key: FeatureKey, dim: int) -> int:
-    """The most bytes that one row can take: all views add something, and the mask has all classes."""
+    """The most bytes of a row without its record: all views add something, and the mask has all classes."""
     tokens = (2 + 2 * key.pool_grid**2) * dim * STORED_DTYPE.itemsize
     views = key.num_views * (tokens + 4 * torch.float32.itemsize + torch.bool.itemsize)
     return views + len(MASK_CLASSES) * (key.mask_side**2 * MASK_DTYPE.itemsize + 1) + 1
+
+
+def record_bytes(index: Index, shard: PlannedShard) -> int:
+    """Bytes of the records in a file."""
+    samples = index.splits[shard.split].samples[shard.first : shard.first + shard.photos]
+    return shard.copies * sum(sample.members["json"][1] for sample in samples)
 
 
 @contextmanager

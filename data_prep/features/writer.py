@@ -15,7 +15,7 @@ from safetensors.torch import save
 from data_prep.features.extraction import Item, Row
 from data_prep.work.receipts import Receipts, explain_full_disk
 from pipeline.data.feature_key import FeatureKey
-from pipeline.data.feature_reader import LARGE, SMALL
+from pipeline.data.feature_reader import LARGE, ROWS, SIZES, SMALL
 from pipeline.data.features import MASK_DTYPE, FeatureIndex, FeaturePhoto, FeatureShard, StoredRow, bytes_of
 from pipeline.data.index import Index
 from pipeline.files import write_bytes
@@ -63,6 +63,8 @@ class Plan:
     version: str
     """Version of the program."""
     shards: tuple[PlannedShard, ...]
+    tars: tuple[str, ...]
+    """As in `FeatureIndex`."""
 
     def index(self, written: tuple[FeatureShard, ...]) -> FeatureIndex:
         """The index of the cache, when its files are written."""
@@ -80,7 +82,7 @@ class Plan:
             KeyError, TypeError: The values are not those of a plan.
         """
         shards = tuple(PlannedShard(**shard) for shard in values["shards"])
-        return cls(**{**values, "key": FeatureKey(**values["key"]), "shards": shards})
+        return cls(**{**values, "key": FeatureKey(**values["key"]), "shards": shards, "tars": tuple(values["tars"])})
 
 
 def plan_shards(index: Index, copies: int, row_bytes: int, shard_mb: float) -> list[PlannedShard]:
@@ -148,8 +150,10 @@ def write_shard(folder: Path, index: Index, shard: PlannedShard, rows: list[Row]
         UserError: The disk is full.
     """
     stored = [stored_row(row) for row in rows]
-    large = torch.cat([bytes_of(getattr(one, name)) for one in stored for name in LARGE])
-    data = save({"rows": large, **{name: torch.stack([getattr(one, name) for one in stored]) for name in SMALL}})
+    large = torch.cat([bytes_of(getattr(one, name)) for one in stored for name in (*LARGE, "record")])
+    sizes = torch.tensor([len(one.record) for one in stored], dtype=torch.int32)
+    small = {name: torch.stack([getattr(one, name) for one in stored]) for name in SMALL}
+    data = save({ROWS: large, SIZES: sizes, **small})
     samples = index.splits[shard.split].samples
     checksums = tuple(one.checksum() for one in stored)
     photos = tuple(
@@ -167,4 +171,5 @@ def stored_row(row: Row) -> StoredRow:
     targets = row.mask_targets.to(MASK_DTYPE)
     has_mask = ~targets.isnan().any()
     classes = targets.flatten(1).any(dim=1) & has_mask
-    return StoredRow(**vars(row.tokens), masks=targets[classes], mask_classes=classes, has_mask=has_mask)
+    record = torch.frombuffer(bytearray(row.record), dtype=torch.uint8)
+    return StoredRow(**vars(row.tokens), masks=targets[classes], mask_classes=classes, has_mask=has_mask, record=record)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import Dataset
 
 from pipeline.data.copies import is_streetvision, make_copy, placement_of
@@ -24,7 +22,7 @@ from pipeline.data.integrity import (
     check_tail,
     read_record,
 )
-from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, Scratch, decode, probe
+from pipeline.data.photo import Scratch, decode, decode_mask, probe
 from pipeline.data.record import Metadata, Record
 from pipeline.data.views import canvas_side, extract_views, useful_views, view_boxes
 from pipeline.model.config import InputSpec
@@ -111,18 +109,6 @@ def metadata_tensors(
         "scene": torch.tensor(0 if metadata.scene is None else 1 + SCENE.index(metadata.scene)),
         "text": torch.full((text_dim,), torch.nan) if text_vector is None else torch.tensor(text_vector),
     }
-
-
-def decode_mask(data: bytes) -> np.ndarray:
-    """A mask PNG, whose value c + 1 marks class c, as uint8 [H, W].
-
-    Raises:
-        BadPhoto: The bytes are no image.
-    """
-    try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("L"))
-    except PILLOW_ERRORS as error:
-        raise BadPhoto(f"the mask cannot be decoded: {error}") from error
 
 
 def mask_targets(mask: np.ndarray | None, side: int) -> torch.Tensor:

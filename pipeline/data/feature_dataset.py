@@ -1,4 +1,4 @@
-"""Training and validating from the feature cache: the shards give metadata and targets, the cache gives tokens."""
+"""Training and validating from the feature cache: the index gives labels, the cache gives all else in one read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_reader import open_reader
-from pipeline.data.features import FeatureCache, stale
+from pipeline.data.features import FeatureCache, StoredRow, stale
 from pipeline.data.index import Index
+from pipeline.data.integrity import read_record
 from pipeline.data.record import Record
 from pipeline.model.config import InputSpec
 
@@ -32,12 +33,14 @@ class FeatureDataset(ShardDataset):
         super().__init__(*shards, **options)
         self.reader = open_reader(cache, self.name, [sample.key for sample in self.split.samples])
         self.copies = self.reader.copies
+        self._tars = frozenset(cache.index.tars)
 
     def load(self, number: int) -> tuple[Record, dict[str, torch.Tensor]]:
         """The record, and tokens, metadata and targets; see `ShardDataset`, with `PhotoTokens` instead of views."""
         copy, row = divmod(number, len(self))
         copy = copy if copy < len(self.reader.photo(row).checksums) else 0
-        record, stored = self.record(row), self.reader.read(row, copy)
+        stored = self.reader.read(row, copy)
+        record = self.record_with(row, stored)
         return record, {
             **{name: value[: self.spec.num_views] for name, value in vars(stored.tokens()).items()},
             **self.about(row, record, copy),
@@ -50,7 +53,17 @@ class FeatureDataset(ShardDataset):
         Raises:
             UserError: The data is damaged, or the cache holds another photo under the sample's key.
         """
-        record = super().record(row)
+        return self._of_this_photo(row, super().record(row))
+
+    def record_with(self, row: int, stored: StoredRow) -> Record:
+        """The sample's record, from a row of the cache if the tars are still those that it was made from."""
+        sample = self.split.samples[row]
+        if self.split.shards[sample.shard].sha256 not in self._tars:
+            return self.record(row)
+        with self.reader.naming(self.reader.places[row][0], sample):
+            return self._of_this_photo(row, read_record(sample, self._homes[row], stored.record.numpy().tobytes()))
+
+    def _of_this_photo(self, row: int, record: Record) -> Record:
         if record.sha256 != self.reader.photo(row).sha256:
             raise stale(str(self.reader.place), f"it holds another photo as {record.key}")
         return record

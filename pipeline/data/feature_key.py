@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, fields
+from typing import Annotated
 
+import msgspec
 import torch
 
 from pipeline.data.views import CANVAS_RATIO, TORCH_LANCZOS, canvas_boxes, useful_views
@@ -15,6 +17,9 @@ from pipeline.model.config import InputSpec
 # Raise it when the pixels of a view change while boxes and resize kernel stay the same.
 PIXELS_VERSION = 1
 STORED_DTYPE = torch.bfloat16
+Size = Annotated[int, msgspec.Meta(gt=0, le=1 << 16)]
+"""A size of tokens or grids in a cache, which may come from elsewhere: far above any model's, and no product of them
+overflows 64 bits."""
 PROBED_SIZES = ((4032, 3024), (3024, 4032), (1920, 1080), (640, 640), (224, 224), (3000, 400))
 # Keys of a transformers configuration that do not change the computation.
 BOOKKEEPING = frozenset({"transformers_version", "architectures", "dtype"})
@@ -29,9 +34,9 @@ class FeatureKey:
     weights: str
     """Fingerprint of the backbone's configuration and weights."""
     view_side: int
-    num_views: int
-    pool_grid: int
-    mask_side: int
+    num_views: Size
+    pool_grid: Size
+    mask_side: Size
     """Cells per side of the mask targets that are stored with the tokens."""
     geometry: str
     """Fingerprint of the views' boxes, and of which views are useful."""

@@ -159,16 +159,17 @@ class _Photos(Dataset[tuple[dict[str, torch.Tensor], list[StoredRow]]]):
 
     def __getitem__(self, row: int) -> tuple[dict[str, torch.Tensor], list[StoredRow]]:
         """See the class."""
-        about, reader = self.data.about(row, self.data.record(row)), self.data.reader
-        about = {name: value for name, value in about.items() if name not in ("row", "null_metadata")}
-        return about, [reader.read(row, copy) for copy in range(len(reader.photo(row).checksums))]
+        reader = self.data.reader
+        rows = [reader.read(row, copy) for copy in range(len(reader.photo(row).checksums))]
+        about = self.data.about(row, self.data.record_with(row, rows[0]))
+        return {name: value for name, value in about.items() if name not in ("row", "null_metadata")}, rows
 
 
 def _packed(photos: Sequence[tuple[dict[str, torch.Tensor], list[StoredRow]]]) -> Batch:
     """The tensors of consecutive photos in the form of `FeatureMemory`."""
     rows = list(chain.from_iterable(stored for _, stored in photos))
     about = {name: torch.stack([known[name] for known, _ in photos]) for name in photos[0][0]}
-    joined = ((name, [getattr(row, name) for row in rows]) for name in StoredRow._fields)
+    joined = ((name, [getattr(row, name) for row in rows]) for name in (*LARGE, *SMALL))
     return about | {name: torch.cat(parts) if name in PACKED else torch.stack(parts) for name, parts in joined}
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +26,15 @@ from pipeline.data.features import (
 )
 from pipeline.data.integrity import CheckedFiles, Damage
 from pipeline.names import MASK_CLASSES
+from pipeline.parsing.typed_json import Malformed, Whole, load_json, to_type
 
 MOST_HEADER_BYTES = 1 << 20
 LENGTH_BYTES = 8  # of the little-endian number that a safetensors file starts with
-DTYPES = {"BF16": STORED_DTYPE, "F16": MASK_DTYPE, "F32": torch.float32, "BOOL": torch.bool, "U8": torch.uint8}
+DTYPES = {"BF16": STORED_DTYPE, "F16": MASK_DTYPE, "F32": torch.float32, "BOOL": torch.bool, "U8": torch.uint8,
+          "I32": torch.int32}  # fmt: skip
 SMALL = ("boxes", "view_mask", "mask_classes", "has_mask")  # tensors that are read whole, once
 LARGE = ("cls", "cells", "regions", "masks")  # tensors of which a row is read when it is wanted, in their order
+ROWS, SIZES = "rows", "record_sizes"  # tensors of the present format alone
 
 Shape = tuple[int, ...]
 Shapes = dict[str, tuple[torch.dtype, Shape]]
@@ -39,6 +42,9 @@ Shapes = dict[str, tuple[torch.dtype, Shape]]
 
 class FeatureReader(CheckedFiles, ABC):
     """Reads any row of a cache, and checks it: the file's length and layout, and the row's checksum."""
+
+    kept: tuple[str, ...] = SMALL
+    """Tensors that are read whole, once."""
 
     def __init__(self, cache: FeatureCache, split: str, keys: Sequence[str]):
         """Find the photos of a split in the cache.
@@ -83,7 +89,7 @@ class FeatureReader(CheckedFiles, ABC):
         with self.naming(number, photo):
             head = self._head(number)
             at = place * len(photo.checksums) + copy
-            small = {name: tensor[at] for name, tensor in head.small.items()}
+            small = {name: head.small[name][at] for name in SMALL}
             stored = StoredRow(**self._large(number, head, at), **small)
             if stored.checksum() != photo.checksums[copy]:
                 raise Damage("its bytes have changed")
@@ -110,32 +116,45 @@ class FeatureReader(CheckedFiles, ABC):
 
     @abstractmethod
     def _large(self, number: int, head: _Head, at: int) -> dict[str, torch.Tensor]:
-        """The tensors `LARGE` of the row at a position of a file."""
+        """The tensors `LARGE` and the record of the row at a position of a file."""
 
     def _head(self, number: int) -> _Head:
         """A file's header and its small tensors; read once in each process."""
         if number not in self._heads:
-            shard = self.index.shards[number]
-            length = int.from_bytes(self.read_range(number, 0, LENGTH_BYTES), "little")
-            if length > min(MOST_HEADER_BYTES, shard.bytes):
-                raise Damage("its header cannot be read")
-            try:
-                header = json.loads(self.read_range(number, LENGTH_BYTES, LENGTH_BYTES + length))
-                layout = {name: value for name, value in header.items() if name != "__metadata__"}
-                shapes = {name: tuple(value["shape"]) for name, value in layout.items()}
-                starts = {name: LENGTH_BYTES + length + value["data_offsets"][0] for name, value in layout.items()}
-                expected = self._expected(number, shapes)
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-                raise Damage("its header cannot be read") from error
-            if {name: (DTYPES.get(value["dtype"]), shapes[name]) for name, value in layout.items()} != expected:
-                raise Damage("its tensors are not those that the index describes")
-            head = _Head(self.index, expected, starts, {})
-            for name in SMALL:
-                head.small[name] = self._rows(number, head, name, slice(0, shapes[name][0]))
-            if not self._fits(head):
+            head = self._header(number)
+            for name in self.kept:
+                head.small[name] = self._rows(number, head, name, slice(0, head.layout[name][1][0]))
+            flags = [tensor.view(torch.uint8) for tensor in head.small.values() if tensor.dtype == torch.bool]
+            if any(bool((flag > 1).any()) for flag in flags) or not self._fits(head):
                 raise Damage("its masks do not fit its tokens")
             self._heads[number] = head
         return self._heads[number]
+
+    def _header(self, number: int) -> _Head:
+        """A file's header, without the small tensors. The tensors fill the file, so none is larger than it."""
+        size = self.index.shards[number].bytes
+        length = int.from_bytes(self.read_range(number, 0, LENGTH_BYTES), "little")
+        if length > min(MOST_HEADER_BYTES, size - LENGTH_BYTES):
+            raise Damage("its header cannot be read")
+        try:
+            values = to_type(load_json(self.read_range(number, LENGTH_BYTES, LENGTH_BYTES + length)), dict[str, Any])
+            values.pop("__metadata__", None)
+            entries = to_type(values, dict[str, _Entry])
+            expected = self._expected(number, {name: entry.shape for name, entry in entries.items()})
+        except (Malformed, KeyError, ValueError, IndexError) as error:
+            raise Damage("its header cannot be read") from error
+        if {name: (DTYPES.get(entry.dtype), entry.shape) for name, entry in entries.items()} != expected:
+            raise Damage("its tensors are not those that the index describes")
+        begin = end = LENGTH_BYTES + length
+        starts = {}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+            dtype, shape = expected[name]
+            starts[name], end = end, end + prod(shape) * dtype.itemsize
+            if entry.data_offsets != (starts[name] - begin, end - begin):
+                raise Damage("its tensors do not follow each other")
+        if end != size:
+            raise Damage("its tensors do not fill it")
+        return _Head(self.index, expected, starts, {})
 
     def _expected(self, number: int, shapes: dict[str, Shape]) -> Shapes:
         """Type and shape of every tensor of a file."""
@@ -153,34 +172,42 @@ class FeatureReader(CheckedFiles, ABC):
     def _bytes(self, number: int, start: int, size: int) -> torch.Tensor:
         """Bytes of a file, uint8 [size], which they are read into directly."""
         data = torch.empty(size, dtype=torch.uint8)
-        self.read_into(number, start, data.numpy().data)
+        if size:  # a URL's driver may take an empty range for the whole file
+            self.read_into(number, start, data.numpy().data)
         return data
 
 
 class RowReader(FeatureReader):
-    """A `FeatureReader` of the present format: a row of all large tensors is one read.
+    """A `FeatureReader` of the present format: a row of all large tensors and the record is one read.
 
-    Besides the tensors `SMALL`, a file has a tensor `rows`, uint8: row after row, the bytes of the tensors `LARGE`.
-    Where a row begins follows from the masks of the rows before it.
+    Besides the tensors `SMALL`, a file has a tensor `rows`, uint8: row after row, the bytes of the tensors `LARGE`, and
+    of the record; and a tensor `record_sizes`, int32, with the record's length in each row. Where a row begins follows
+    from the masks and sizes of the rows before it.
     """
 
+    kept = (*SMALL, SIZES)
+
     def _layout(self, rows: int, shapes: dict[str, Shape]) -> Shapes:
-        (size,) = shapes["rows"]
-        return {"rows": (torch.uint8, (size,))}
+        (size,) = shapes[ROWS]
+        return {ROWS: (torch.uint8, (size,)), SIZES: (torch.int32, (rows,))}
 
     def _fits(self, head: _Head) -> bool:
-        return bool(head.layout["rows"][1][0] == head.row_ends[-1])
+        # In Python's integers, since sizes from a file could overflow NumPy's.
+        rows, views, classes = len(head.view_ends) - 1, int(head.view_ends[-1]), int(head.class_ends[-1])
+        tokens = large_bytes(self.index, views, classes) + (rows - 1) * large_bytes(self.index, 0, 0)
+        sizes = head.small[SIZES]
+        return int(sizes.min()) >= 0 and head.layout[ROWS][1] == (tokens + int(sizes.sum()),)
 
     def _large(self, number: int, head: _Head, at: int) -> dict[str, torch.Tensor]:
         start, end = map(int, head.row_ends[at : at + 2])
-        data = self._bytes(number, head.starts["rows"] + start, end - start)
+        data = self._bytes(number, head.starts[ROWS] + start, end - start)
         views, classes = (int(ends[at + 1] - ends[at]) for ends in (head.view_ends, head.class_ends))
         found, begin = {}, 0
         for name, (dtype, shape) in shapes_of(self.index, views, classes).items():
             size = prod(shape) * dtype.itemsize
             found[name] = data[begin : begin + size].view(dtype).view(shape)
             begin += size
-        return found
+        return {**found, "record": data[begin:]}
 
 
 class ColumnReader(FeatureReader):
@@ -199,7 +226,7 @@ class ColumnReader(FeatureReader):
         views, classes = (slice(*map(int, ends[at : at + 2])) for ends in (head.view_ends, head.class_ends))
         rows = {"cls": views, "cells": views, "regions": slice(at, at + 1), "masks": classes}
         found = {name: self._rows(number, head, name, place) for name, place in rows.items()}
-        return {**found, "regions": found["regions"][0]}
+        return {**found, "regions": found["regions"][0], "record": torch.empty(0, dtype=torch.uint8)}
 
 
 READERS: dict[str, type[FeatureReader]] = {FORMAT: RowReader, COLUMNS: ColumnReader}
@@ -238,6 +265,16 @@ def large_bytes(index: FeatureIndex, views: int, classes: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Entry:
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: tuple[Whole, ...]
+    data_offsets: tuple[Whole, Whole]
+    """Begin and end in the part of the file after the header, in bytes."""
+
+
+@dataclass(frozen=True)
 class _Head:
     """The part of a file that is kept in memory."""
 
@@ -246,7 +283,7 @@ class _Head:
     starts: dict[str, int]
     """Start of each tensor, in bytes from the file's start."""
     small: dict[str, torch.Tensor]
-    """The tensors that `SMALL` names, whole."""
+    """The tensors that a reader keeps, whole."""
 
     @cached_property
     def view_ends(self) -> np.ndarray:
@@ -264,7 +301,8 @@ class _Head:
         fixed = large_bytes(self.index, 0, 0)
         view, mask = large_bytes(self.index, 1, 0) - fixed, large_bytes(self.index, 0, 1) - fixed
         rows: np.ndarray = np.arange(len(self.view_ends))
-        return fixed * rows + view * self.view_ends + mask * self.class_ends
+        records = np.concatenate([[0], self.small[SIZES].numpy().cumsum(dtype=np.int64)])
+        return fixed * rows + view * self.view_ends + mask * self.class_ends + records
 
 
 def _ends(present: torch.Tensor) -> np.ndarray:

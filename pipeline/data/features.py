@@ -4,13 +4,13 @@ A cache is a folder with safetensors files and an `index.json`, which is written
 of one split, each with all of its copies. One row is one copy, `StoredRow`; views that add nothing and classes that are
 not in the photo's mask take no space.
 
-In the present format the large tensors of a row lie one after the other, so a row is one read. In `COLUMNS`, the format
-before it, each of them lies with those of the other rows; it is read, and no longer written.
+In the present format the large tensors of a row lie one after the other with the sample's record, so a sample is one
+read. In `COLUMNS`, the format before it, each of them lies with those of the other rows, and records are only in the
+shards; it is read, and no longer written.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import zlib
 from dataclasses import asdict, dataclass
@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.data.feature_key import FeatureKey
+from pipeline.data.feature_key import FeatureKey, Size
 from pipeline.data.index import INDEX_NAME, Index
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError, typed
+from pipeline.parsing.typed_json import Malformed, Whole, load_json, to_type
 
 FORMAT = "roadwork features 3"
 COLUMNS = "roadwork features 2"
@@ -47,16 +48,10 @@ class FeatureShard:
     """One file of a cache."""
 
     name: str
-    bytes: int
+    bytes: Whole
     sha256: str
     photos: tuple[FeaturePhoto, ...]
     """The file's photos in the order of their rows; all have the same number of copies."""
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> FeatureShard:
-        """The inverse of `asdict`, from what JSON makes of it."""
-        photos = (FeaturePhoto(photo["key"], photo["sha256"], tuple(photo["checksums"])) for photo in values["photos"])
-        return cls(values["name"], values["bytes"], values["sha256"], tuple(photos))
 
 
 @dataclass(frozen=True)
@@ -66,7 +61,7 @@ class FeatureIndex:
     format: str
     """How rows lie in the files, `FORMAT` or `COLUMNS`."""
     key: FeatureKey
-    dim: int
+    dim: Size
     """Width D of the backbone's tokens."""
     source_sha256: str
     """Fingerprint of the photos' shards."""
@@ -77,6 +72,9 @@ class FeatureIndex:
     version: str
     """Version of the program that made the cache."""
     shards: tuple[FeatureShard, ...]
+    tars: tuple[str, ...] = ()
+    """SHA-256 of the tars that the rows' records are from: those of other tars, made with other texts perhaps, are read
+    from these tars instead."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""
@@ -131,6 +129,8 @@ class StoredRow(NamedTuple):
     """bool [6], with C of them true."""
     has_mask: torch.Tensor
     """bool []."""
+    record: torch.Tensor
+    """The sample's record as JSON, uint8 [n]; empty in `COLUMNS`."""
 
     def checksum(self) -> int:
         """CRC-32 of all values, tensor after tensor."""
@@ -186,24 +186,25 @@ def read_features(place: Path | str) -> FeatureIndex:
         UserError: The index is missing, or cannot be read.
     """
     try:
-        values = json.loads(open_folder(place).read(INDEX_NAME))
+        values = load_json(open_folder(place).read(INDEX_NAME))
+        if not isinstance(values, dict) or values.get("format") not in (FORMAT, COLUMNS):
+            raise UserError(f"{place} holds no feature cache of this program's format ({FORMAT}); extract it again")
+        index = to_type(values, FeatureIndex)
     except FileNotFoundError as error:
         raise UserError(
             f"no finished feature cache in {place}: there is no {INDEX_NAME}; `{typed('prep features')}` makes one, "
             "and resumes where it was cut off"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{place}/{INDEX_NAME} is no JSON; extract it again") from error
-    if not isinstance(values, dict) or values.get("format") not in (FORMAT, COLUMNS):
-        raise UserError(f"{place} holds no feature cache of this program's format ({FORMAT}); extract it again")
-    try:
-        key, shards = FeatureKey(**values.pop("key")), values.pop("shards")
-        index = FeatureIndex(key=key, shards=tuple(FeatureShard.from_json(shard) for shard in shards), **values)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{place}/{INDEX_NAME} does not describe a feature cache; extract it again") from error
+    except Malformed as error:
+        raise UserError(f"{place}/{INDEX_NAME} does not describe a feature cache: {error}; extract it again") from error
     for shard in index.shards:
         if not SAFE_NAME.fullmatch(shard.name):
             raise UserError(f"{place}/{INDEX_NAME} names {shard.name!r}, which is no plain file name; extract again")
+        rows = {len(photo.checksums) for photo in shard.photos}
+        if len(rows) != 1 or 0 in rows:
+            raise UserError(
+                f"{place}/{INDEX_NAME} gives the photos of {shard.name} no rows or unequal ones; extract again"
+            )
     return index
 
 

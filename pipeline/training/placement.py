@@ -31,14 +31,14 @@ def place_features(data: ShardDataset, place: str, device: torch.device, workers
     """
     if place == "disk" or not isinstance(data, FeatureDataset):
         return data
-    memory = on_all_ranks(lambda: FeatureMemory(data))
+    memory, neighbours = on_all_ranks(lambda: FeatureMemory(data)), ranks_of_machine()
     if place == "device":
-        size = memory.bytes if device.type == "cpu" else memory.token_bytes
+        # Processes on GPUs have one each, those on a CPU share the machine's memory.
+        size = memory.bytes * len(neighbours) if device.type == "cpu" else memory.token_bytes
         on_all_ranks(lambda: check_room(data, size, device))
-        memory.allocate(device)
+        on_all_ranks(lambda: allocate(memory, device))
         mine = range(len(data))
     else:
-        neighbours = ranks_of_machine()
         first = neighbours[0] == dist.get_rank()
         on_all_ranks(lambda: check_room(data, memory.bytes, torch.device("cpu")) if first else None)
         memory.use(shared_memory(memory.bytes, neighbours))
@@ -54,14 +54,35 @@ def check_room(data: FeatureDataset, size: int, device: torch.device) -> None:
     Raises:
         UserError: There is too little memory; the message says how much of it is free.
     """
+    if size > free_bytes(device):
+        raise no_room(data, size, device)
+
+
+def allocate(memory: FeatureMemory, device: torch.device) -> None:
+    """Take memory on a device.
+
+    Raises:
+        UserError: The GPU has no room for one of the tensors, though it has for all of them together.
+    """
+    try:
+        memory.allocate(device)
+    except torch.OutOfMemoryError as error:
+        raise no_room(memory.data, memory.token_bytes, device) from error
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU, or of this machine."""
     on_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
-    if size > free:
-        where, way_out = ("GPU", "host or disk") if on_gpu else ("machine", "disk")
-        raise UserError(
-            f"the features of the split {data.name!r} in {data.reader.place} take {size / 1e9:.2f} GB, and this "
-            f"{where} has {free / 1e9:.2f} GB free; train with --data.features_in {way_out}"
-        )
+    return int(torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available)
+
+
+def no_room(data: FeatureDataset, size: int, device: torch.device) -> UserError:
+    """The error about features of `size` bytes that a device does not hold."""
+    where, way_out = ("GPU", "host or disk") if device.type == "cuda" else ("machine", "disk")
+    return UserError(
+        f"the features of the split {data.name!r} in {data.reader.place} take {size / 1e9:.2f} GB, and this "
+        f"{where} has {free_bytes(device) / 1e9:.2f} GB free; train with --data.features_in {way_out}"
+    )
 
 
 def ranks_of_machine() -> range:
@@ -80,18 +101,37 @@ def shared_memory(size: int, neighbours: range) -> torch.Tensor:
     Args:
         size: Bytes.
         neighbours: The ranks of this machine's processes; the first one takes the memory.
+
+    Raises:
+        UserError: A process cannot open it; on every rank.
     """
     mine = os.memfd_create("roadwork-features") if dist.get_rank() == neighbours[0] else None
     if mine is not None:
         os.ftruncate(mine, size)
     paths = gather(f"/proc/{os.getpid()}/fd/{mine}")
-    opened = os.open(paths[neighbours[0]], os.O_RDWR)
-    memory = torch.frombuffer(mmap.mmap(opened, size), dtype=torch.uint8)
-    os.close(opened)
-    dist.barrier()  # all have opened it
+    memory = on_all_ranks(lambda: map_file(paths[neighbours[0]], size))
     if mine is not None:
-        os.close(mine)
+        os.close(mine)  # since all have it now
     return memory
+
+
+def map_file(path: str, size: int) -> torch.Tensor:
+    """The first bytes of a file, uint8 [size], shared with all who map it.
+
+    Raises:
+        UserError: The file cannot be opened, or mapped.
+    """
+    try:
+        opened = os.open(path, os.O_RDWR)
+        try:
+            return torch.frombuffer(mmap.mmap(opened, size), dtype=torch.uint8)
+        finally:
+            os.close(opened)
+    except OSError as error:  # processes in different containers do not see each other's files
+        raise UserError(
+            f"the processes of this machine cannot share memory ({path}: {error.strerror}); run them in one container, "
+            "or train with --data.features_in disk"
+        ) from error
 
 
 def read_all(memory: FeatureMemory, rows: range, workers: int) -> None:

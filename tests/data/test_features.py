@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shutil
 
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from safetensors.torch import load_file, save_file
 
 from pipeline.data.batch import collate
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.feature_key import feature_key, geometry_fingerprint, weights_fingerprint
-from pipeline.data.features import open_cache, read_features
+from pipeline.data.features import open_cache
+from pipeline.data.folds import Folds, deal
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
 from pipeline.model.backbone import FrozenBackbone
@@ -32,8 +30,12 @@ ROUNDING = {"rtol": 2**-8, "atol": 1e-5}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Shards, a backbone and a cache with copies; nobody may change them."""
-    folder = tmp_path_factory.mktemp("features")
+    """See `make_world`; nobody may change it."""
+    return make_world(tmp_path_factory.mktemp("features"))
+
+
+def make_world(folder):
+    """Shards, a backbone and a cache with copies, in the present format and in the one before."""
     make_shards(folder / "shards", {"train": [0, 1] * (PHOTOS // 2), "val": [0, 1, 0]})
     make_backbone(folder / "backbone")
     make_cache(folder / "cache", folder / "shards", str(folder / "backbone"), copies=COPIES)
@@ -46,12 +48,6 @@ def split(world, name="train", cached=True, place=None, **changes):
     cache = open_cache(str(place or world / "cache"), index) if cached else None
     spec = small_config(str(world / "backbone"), **changes).input_spec("full")
     return open_split(world / "shards", index, name, spec, cache)
-
-
-@pytest.fixture(params=["cache", "columns"])
-def spoilt(request, world, tmp_path):
-    """A copy of the cache to be damaged, in the present format and in the one before."""
-    return shutil.copytree(world / request.param, tmp_path / "cache")
 
 
 def key_of(world, **changes):
@@ -195,83 +191,19 @@ def test_a_cache_of_other_shards_is_named(world, tmp_path):
         )
 
 
-def test_a_photo_that_changed_under_its_key_is_named(world, spoilt):
-    values = json.loads((spoilt / "index.json").read_text())
-    values["shards"][0]["photos"][0]["sha256"] = "0" * 64
-    (spoilt / "index.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match="it holds another photo as train_0"):
-        split(world, place=spoilt)[0]
-
-
-@pytest.mark.parametrize("damage", ["truncated", "gone"])
-def test_a_shard_that_is_not_whole_is_named_before_anything_is_read(world, spoilt, damage):
-    path = spoilt / "train-00001.safetensors"
-    if damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"train-00001\.safetensors: it is missing or not \d+ bytes long; remove"):
-        split(world, place=spoilt)
-    assert len(split(world, "val", place=spoilt)) == 3  # whose files are whole
-
-
-def test_a_byte_that_changed_is_found_when_its_photo_is_read(world, spoilt):
-    path = spoilt / "train-00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-100] ^= 1
-    path.write_bytes(data)
-    found = split(world, place=spoilt)
-    said = []
-    for number in range(len(found) * found.copies):
-        try:
-            found[number]
-        except UserError as error:
-            said.append(str(error))
-    assert len(said) == 1
-    assert said[0].startswith(f"{path}, sample train_")
-    assert "its bytes have changed" in said[0]
-
-
-@pytest.mark.parametrize("at", [0, 9])
-def test_a_broken_header_is_named(world, spoilt, at):
-    path = spoilt / "train-00000.safetensors"
-    data = bytearray(path.read_bytes())
-    data[at : at + 2] = b"\xff\xff"
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=r"train-00000\.safetensors, sample train_0: its header cannot be read"):
-        split(world, place=spoilt)[0]
-
-
-def test_tensors_of_another_type_are_named(world, spoilt):
-    name = "train-00000.safetensors"
-    data = (spoilt / name).read_bytes()
-    (spoilt / name).write_bytes(data.replace(b'"BF16"', b'"F16" ').replace(b'"U8"', b'"I8"'))
-    with pytest.raises(UserError, match="its tensors are not those that the index describes"):
-        split(world, place=spoilt)[0]
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        (None, "no finished feature cache in .*: there is no index.json"),
-        ("{", "is no JSON"),
-        ("[]", "no feature cache of this program's format"),
-        ('{"format": "roadwork features 3"}', "does not describe a feature cache"),
-        ('{"format": "roadwork features 4"}', "no feature cache of this program's format"),
-    ],
-)
-def test_a_folder_without_a_usable_index_is_named(tmp_path, text, named):
-    if text is not None:
-        (tmp_path / "index.json").write_text(text)
-    with pytest.raises(UserError, match=named):
-        read_features(tmp_path)
-
-
-def test_an_index_cannot_name_a_file_elsewhere(spoilt):
-    text = (spoilt / "index.json").read_text()
-    (spoilt / "index.json").write_text(text.replace("train-00000.safetensors", "../x.safetensors"))
-    with pytest.raises(UserError, match="no plain file name"):
-        read_features(spoilt)
+def test_a_row_without_a_mask_asks_a_url_for_nothing_more_than_it_has(world, monkeypatch):
+    asked, real = [], LocalFileSystem.cat_file
+    monkeypatch.setattr(
+        LocalFileSystem,
+        "cat_file",
+        lambda self, path, start=None, end=None, **more: (
+            asked.append((start, end)) or real(self, path, start=start, end=end, **more)
+        ),
+    )
+    row = split(world, place=f"file://{world / 'columns'}")[0]
+    assert row["mask_targets"].isnan().all() or not row["mask_targets"].any()
+    assert all(start is None or start < end for start, end in asked)
+    assert len(asked) > 8
 
 
 def test_a_cache_behind_a_url_gives_the_same_rows(world):
@@ -287,27 +219,49 @@ def test_a_cache_of_the_format_before_gives_the_same_samples(world):
 
 
 @pytest.mark.parametrize("url", [False, True])
-def test_a_row_is_one_read_at_a_time_once_its_file_is_known(world, monkeypatch, url):
-    place = f"file://{world / 'cache'}" if url else world / "cache"
-    reader = split(world, place=place).reader
-    first = reader.read(0, 0)
+def test_a_sample_is_one_read_once_its_file_is_known(world, monkeypatch, url):
+    data = split(world, place=f"file://{world / 'cache'}" if url else world / "cache")
+    first = data[0]
     asked = []
     for owner, name in ((LocalFileSystem, "cat_file"), (os, "preadv"), (os, "pread")):
         real = getattr(owner, name)
         monkeypatch.setattr(owner, name, lambda *given, real=real, **more: (asked.append(1), real(*given, **more))[1])
-    again, copy = reader.read(0, 0), reader.read(0, 1)
+    again, copy = data[0], data[len(data)]
     assert len(asked) == 2
-    assert torch.equal(again.cells, first.cells)
-    assert not torch.equal(again.cells, copy.cells)
+    assert torch.equal(again["cells"], first["cells"])
+    assert not torch.equal(again["cells"], copy["cells"])
 
 
-def test_a_file_whose_masks_ask_for_more_than_it_holds_is_named(world, spoilt):
-    path = spoilt / "train-00000.safetensors"
-    tensors = load_file(path)
-    tensors["view_mask"][-1, -1] ^= True
-    save_file(tensors, path)
-    with pytest.raises(UserError, match=r"train-00000\.safetensors, .*: its masks do not fit its tokens"):
-        split(world, place=spoilt)[0]
+def test_a_record_is_read_from_tars_that_were_made_anew_since(world, tmp_path):
+    make_shards(tmp_path / "shards", {"train": [0, 1] * (PHOTOS // 2), "val": [0, 1, 0]}, text_dim=3)
+    index, spec = read_index(tmp_path / "shards"), small_config("none").input_spec("full")
+    cache = open_cache(str(world / "cache"), index)
+    data, online = (open_split(tmp_path / "shards", index, "train", spec, one) for one in (cache, None))
+    assert torch.equal(data[0]["text"], online[0]["text"])
+    assert len(data[0]["text"]) == 3
+    assert data.load(0)[0] == online.load(0)[0]
+
+
+def test_records_of_the_cache_are_those_of_the_tars(world):
+    for name in ("train", "val"):
+        cached, before = split(world, name), split(world, name, place=world / "columns")
+        for number in range(len(cached) * cached.copies):
+            assert cached.load(number)[0] == before.load(number)[0] == cached.record(number % len(cached))
+
+
+def test_a_fold_opens_no_tar_either(world, monkeypatch):
+    index, spec = read_index(world / "shards"), small_config("none").input_spec("full")
+    keys = [sample.key for name in ("train", "val") for sample in index.splits[name].samples]
+    dealt = deal(index, Folds(index.source_sha256, 3, {key: number % 3 for number, key in enumerate(keys)}), 0)
+    data, online = (open_split(world / "shards", dealt, "train", spec, one) for one in (cache_of(world, dealt), None))
+    assert len(set(data.split.homes)) == 2
+    records = [online.record(row) for row in range(len(online))]
+    monkeypatch.setattr(ShardDataset, "record", lambda *_: pytest.fail("a tar is opened"))
+    assert [data.load(row)[0] for row in range(len(data))] == records
+
+
+def cache_of(world, index):
+    return open_cache(str(world / "cache"), index)
 
 
 def test_without_a_cache_a_split_is_read_from_the_photos(world):

@@ -1,6 +1,7 @@
 """Training from the feature cache takes the road that training from the photos takes."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -32,8 +33,13 @@ def world(tmp_path_factory):
     return folder
 
 
-def train(world, run, *words):
+def train(world, run, *words, processes=1):
+    """Train in one process, or under the launcher in two."""
     command = [python(), str(ROOT / "pipeline" / "train.py"), "--config", str(world / "recipe.yaml")]
+    if processes == 2:
+        configuration = str(ROOT / "accelerate_configs" / "cpu_2.yaml")
+        command = [python(), "-m", "pipeline.launch.launcher", str(world / "recipe.yaml")]
+        command += ["--config_file", configuration]
     command += ["--run", str(run), *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -56,6 +62,38 @@ def test_losses_and_validation_are_those_of_training_from_the_photos(world, tmp_
         assert len(photos) == number
         assert cached == pytest.approx(photos, rel=0.02)
         assert cached != photos  # tokens rounded to bf16 were read
+
+
+def weights(run):
+    """The bytes of the model that a run saved."""
+    return {path.name: path.read_bytes() for path in (run / "model").glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_place_of_the_features_changes_no_bit_of_the_run(world, tmp_path, processes):
+    cache = ["--data.features", str(world / "cache"), *MIXTURE]
+    for place in ("disk", "host", "device"):
+        done = train(world, tmp_path / place, *cache, "--data.features_in", place, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert ("into memory" in done.stderr) == (place != "disk")
+        for kind in ("train", "val"):
+            assert curve(tmp_path / place, kind) == curve(tmp_path / "disk", kind)
+        assert weights(tmp_path / place) == weights(tmp_path / "disk") != {}
+
+
+def test_a_run_from_memory_whose_cache_is_damaged_ends_in_one_sentence(world, tmp_path):
+    shutil.copytree(world / "cache", tmp_path / "cache")
+    path = tmp_path / "cache" / "train-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    words = ["--data.features", str(tmp_path / "cache"), "--data.features_in", "host"]
+    done = train(world, tmp_path / "run", *words, processes=2)
+    assert done.returncode == 2
+    assert "train-00001.safetensors, sample train_" in done.stderr
+    assert "its bytes have changed; remove" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stale_cache_ends_a_run_in_one_sentence_before_it_has_a_folder(world):

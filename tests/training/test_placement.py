@@ -25,6 +25,7 @@ from pipeline.data.folds import Folds, deal
 from pipeline.data.index import read_index
 from pipeline.devices import CPU_ONLY
 from pipeline.errors import UserError
+from pipeline.training import placement
 from pipeline.training.loader import open_loader, place_split
 from pipeline.training.validation import Validation
 from tests.checkpoints.examples import process_group
@@ -157,6 +158,54 @@ def test_features_that_do_not_fit_are_refused_in_one_sentence(world, monkeypatch
     assert "\n" not in str(caught.value)
 
 
+def test_processes_that_take_memory_of_one_machine_must_all_find_room(world, monkeypatch):
+    config, index = config_of(world, "device"), read_index(world / "shards")
+    data = open_loader(config, index, 2, 0, 1, open_cache(config.data.features, index)).loader.dataset
+    size = FeatureMemory(data).bytes
+    free = psutil.virtual_memory()._replace(available=3 * size)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    taken = []
+    monkeypatch.setattr(FeatureMemory, "allocate", lambda *_: taken.append(1))
+    monkeypatch.setattr(placement, "read_all", lambda *_: None)
+    for processes in (3, 4):
+        monkeypatch.setattr(placement, "ranks_of_machine", lambda number=processes: range(number))
+        if processes == 4:
+            with pytest.raises(UserError, match=r"GB free; train with --data\.features_in disk"):
+                placement.place_features(data, "device", CPU, 0)
+        else:
+            placement.place_features(data, "device", CPU, 0)
+        assert len(taken) == 1
+
+
+def test_a_gpu_whose_free_memory_is_in_pieces_is_named_as_too_small(world, monkeypatch):
+    config, index = config_of(world, "device"), read_index(world / "shards")
+    data = open_loader(config, index, 2, 0, 1, open_cache(config.data.features, index)).loader.dataset
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 80 * 10**9))
+    monkeypatch.setattr(FeatureMemory, "allocate", fail)
+    with pytest.raises(UserError, match=r"this GPU has 80\.00 GB free; train with --data\.features_in host or disk"):
+        placement.place_features(data, "device", torch.device("cuda"), 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 80 * 10**9))
+    with pytest.raises(UserError, match=r"this GPU has 0\.00 GB free"):
+        placement.place_features(data, "device", torch.device("cuda"), 0)
+
+
+def test_processes_that_cannot_open_the_shared_memory_are_told_so(world, monkeypatch):
+    real = os.open
+
+    def refuse(path, flags, *more, **options):
+        if str(path).startswith("/proc/"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=r"cannot share memory \(/proc/\d+/fd/\d+: Permission denied\); .*_in disk"):
+        batches(config_of(world, "host"), 1)
+
+
 def test_views_that_add_nothing_and_absent_classes_take_no_memory(world):
     config, index = config_of(world, "device"), read_index(world / "shards")
     loader = open_loader(config, index, 2, 0, 1, open_cache(config.data.features, index))
@@ -166,6 +215,8 @@ def test_views_that_add_nothing_and_absent_classes_take_no_memory(world):
     extra = memory.shapes["cls"][1][1] * 2 * (1 + 2 * 4) + 2 * 4 * 4 * 2  # a view, and two masks
     about = len(memory) * (2 * 8 + 8 * 4 + 3 * 8)  # metadata and label
     headers = 600 * len(memory.data.reader.index.shards)
+    copies = [(row, copy) for row, count in enumerate(memory.copies) for copy in range(count)]
+    files -= sum(len(memory.data.reader.read(*place).record) for place in copies)
     assert files - headers < memory.bytes < files + extra + about + 64 * len(memory.shapes)
 
 

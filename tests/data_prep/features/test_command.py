@@ -19,7 +19,7 @@ import torch
 
 from data_prep.features import writer as feature_writer
 from data_prep.features.command import features
-from data_prep.features.extraction import Extractor, pack
+from data_prep.features.extraction import Extractor, decoding_workers, pack
 from data_prep.features.options import ModelChoice, Options
 from data_prep.scenes.data_set import scenes
 from data_prep.shards.command import shard
@@ -188,7 +188,7 @@ def test_a_finished_file_that_was_damaged_is_made_again(world, tmp_path, monkeyp
         with pytest.raises(UserError, match="enough"):
             make(world, tmp_path / "out")
     plan = json.loads((tmp_path / ".out.partial" / "plan.json").read_text())
-    assert list(plan) == ["format", "key", "dim", "source_sha256", "copies", "precision", "version", "shards"]
+    assert list(plan) == ["format", "key", "dim", "source_sha256", "copies", "precision", "version", "shards", "tars"]
     assert list(plan["shards"][0]) == ["name", "split", "first", "photos", "copies"]
     path = tmp_path / ".out.partial" / "train-00002.safetensors"
     data = bytearray(path.read_bytes())
@@ -312,6 +312,9 @@ def test_a_compiled_pass_always_has_the_same_number_of_views(tmp_path):
     assert seen == [24, 24]
     for ours, theirs in zip(part, whole, strict=True):
         torch.testing.assert_close(ours, theirs[:7])
+    extractor.compiled = False  # where it failed, nothing is left to gain
+    extractor.full_pass(views[:7])
+    assert seen == [24, 24, 7]
 
 
 def test_a_views_operations_are_those_of_the_published_backbone():
@@ -326,5 +329,6 @@ def test_a_gpu_leaves_all_cores_but_one_to_decoding_and_a_cpu_needs_them_itself(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert (spare_cores(torch.device("cuda")), spare_cores(torch.device("cpu"))) == (7, 1)
+    assert (decoding_workers(torch.device("cuda")), decoding_workers(torch.device("cpu"))) == (7, 0)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
     assert (spare_cores(torch.device("cuda")), spare_cores(torch.device("cpu"))) == (1, 0)
