@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,12 @@ NO_GPU = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide ev
 MIN_CUDNN = 91501
 """Number of the first cuDNN, 9.15.1, whose attention is right for lengths that are no multiple of 128
 (github.com/pytorch/pytorch/issues/169849); a view of 512 px is 1029 tokens long."""
+# What torch, CUDA's libraries and NCCL say where memory runs out, to the end of the line. Only torch's own allocator
+# has an exception of its own for it, and a loader's thread adds a traceback to its message.
+NO_MEMORY = re.compile(
+    r"CUDA out of memory.*|CUDA error: out of memory|Cuda failure .*out of memory.*"
+    r"|CU\w+_STATUS_ALLOC_FAILED|DefaultCPUAllocator: .*"
+)
 # How to install a torch that a driver for CUDA 12 can run.
 CUDA_12 = f"`{sys.executable} -m pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126`"
 CPU_ONLY = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}  # the environment of a process that takes no GPU
@@ -108,28 +115,36 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device. For a GPU the copy is only queued: from pinned memory the host goes on at once.
+
+    Towards a CPU it blocks, since the values would be read before they are there.
+    """
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
 def spare_cores(device: torch.device) -> int:
     """Workers for each process of this machine: with a GPU all cores decode; without, the passes need most of them."""
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, share - 1) if device.type == "cuda" else min(1, share - 1)
+    spare = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+    return max(1, spare) if device.type == "cuda" else min(1, max(0, spare))
 
 
 @contextmanager
 def out_of_memory(knob: str) -> Iterator[None]:
-    """Report that a GPU has too little memory as a user's mistake, which the same command would only repeat.
+    """Report that memory ran out as a user's mistake, which the same command would only repeat.
 
     Args:
         knob: The option or key that decides how much memory the work inside takes, such as `train.micro_batch_size`.
 
     Raises:
-        UserError: Memory of a GPU could not be allocated inside; the message has torch's numbers and the option.
+        UserError: Memory could not be allocated inside; the message has the library's own words and the option.
     """
     try:
         yield
     except RuntimeError as error:
-        import torch
-
-        if not isinstance(error, torch.OutOfMemoryError):
+        found = NO_MEMORY.search(str(error))
+        if found is None:
             raise
-        numbers = ". ".join(str(error).partition("Including non-PyTorch")[0].strip().rstrip(".").split(". ")[:3])
-        raise UserError(f"{numbers}; choose a smaller {knob}") from error
+        told, _, _ = found.group().partition("Including non-PyTorch")
+        reason = ". ".join(told.strip().split(". ")[:3]).rstrip(".")
+        raise UserError(f"{reason}; choose a smaller {knob}") from error

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from pipeline.checkpoints.checkpoints import Checkpoints
 from pipeline.config import Config
 from pipeline.data.batch import Batch
+from pipeline.devices import upload
 from pipeline.distributed.agreement import Agreement
 from pipeline.distributed.engine_tensors import EngineAverage, create_optimizer_state
 from pipeline.distributed.experts import expert_parallel_size, watch_routers
@@ -25,6 +26,7 @@ from pipeline.distributed.watchdog import Watchdog
 from pipeline.errors import Stopped, UserError
 from pipeline.model.config import TERMS
 from pipeline.model.losses import Targets, count_targets
+from pipeline.model.moe import set_grouped_mm
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.optim.build import build_optimizer, set_lr
@@ -61,6 +63,7 @@ class Trainer:
         self.batching, self.schedule, self.folder = batching, schedule, folder
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         model.train()
+        set_grouped_mm(model, config.train.grouped_mm)
         optimizer = build_optimizer(model, config.optim, expert_parallel_size(accelerator))
         self.engine, self.optimizer = accelerator.prepare(model, optimizer)
         watch_routers(model)
@@ -109,7 +112,9 @@ class Trainer:
             taken = self.engine.was_step_applied()
             state.step += 1
             state.wall_s = before_s + time.monotonic() - started
-            self.meter.add_step(losses, taken)
+            step_s = self.meter.add_step(losses, taken)
+            if self.checkpoints:
+                self.checkpoints.add_step(step_s)
             state.skips = 0 if taken else state.skips + 1
             if not taken and self.faults.after_skip(state, mine, outputs, self._write):
                 self._save_once()
@@ -169,7 +174,7 @@ class Trainer:
         set_lr(self.optimizer, lr)
         every = self.config.train.distil_every
         keep_all = every > 0 and step % every == 0
-        counts, outputs = counts.to(self.accelerator.device), []
+        counts, outputs = upload(counts, self.accelerator.device), []
         sums = torch.zeros(1 + len(TERMS), device=self.accelerator.device)
         self.hessian.take(step, batches, counts, keep_all)
         for batch in batches:

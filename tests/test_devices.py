@@ -18,8 +18,10 @@ from pipeline.devices import (
     gpu_count,
     has_bf16,
     may_use_gpu,
+    out_of_memory,
     pick_device,
     refuse_idle_gpu,
+    spare_cores,
     uses_gpu,
 )
 from pipeline.distributed.startup import refuse_shared_gpu
@@ -161,6 +163,53 @@ def test_two_processes_never_share_a_gpu(machine, processes, gpus, refused):
     some = "1 GPU," if gpus == 1 else f"{gpus} GPUs,"
     with pytest.raises(UserError, match=rf"{processes} processes .* with {some} .* --num_processes {gpus}, or set DS_"):
         refuse_shared_gpu()
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.55 GiB "
+            "is free. Including non-PyTorch memory, this process has 77.55 GiB memory in use. Of the allocated ...",
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.55 GiB "
+            "is free",
+        ),
+        (
+            "Caught OutOfMemoryError in pin memory thread for device 0.\nOriginal Traceback (most recent call last):\n"
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. \n",
+            "CUDA out of memory. Tried to allocate 2.00 GiB",
+        ),
+        ("CUDA error: out of memory\nCUDA kernel errors might be ...", "CUDA error: out of memory"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUBLAS_STATUS_ALLOC_FAILED"),
+        (
+            "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+            "Last error:\nCuda failure 2 'out of memory'",
+            "Cuda failure 2 'out of memory'",
+        ),
+    ],
+)  # fmt: skip
+def test_memory_that_ran_out_is_one_sentence_with_the_option_whichever_library_asked_for_it(message, sentence):
+    with pytest.raises(UserError) as refusal, out_of_memory("train.micro_batch_size"):
+        raise RuntimeError(message)
+    assert str(refusal.value) == f"{sentence}; choose a smaller train.micro_batch_size"
+
+
+def test_memory_that_the_host_does_not_have_is_named_too():
+    """By torch's own allocator: 2^60 bytes."""
+    sentence = rf"^DefaultCPUAllocator: .* {2**60} bytes.*; choose a smaller --knob$"
+    with pytest.raises(UserError, match=sentence), out_of_memory("--knob"):
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="device-side assert"), out_of_memory("--knob"):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_processes_without_a_core_of_their_own_have_no_negative_number_of_workers(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert (spare_cores(torch.device("cuda")), spare_cores(torch.device("cpu"))) == (1, 0)
 
 
 def fresh(code: str, **variables: str) -> dict:

@@ -90,18 +90,21 @@ def on_all_ranks(action: Callable[[], T]) -> T:
 
 
 def first_of_node_first(action: Callable[[bool], T]) -> T:
-    """Run an action on the first rank of each node, and only then on the others. Collective.
+    """Run an action on rank 0, then on the first rank of each other node, and only then on all others. Collective.
 
-    What the first one fetches, the others find on their node: the hub is asked once for each node, and no two ranks
-    write into one cache, whose locks are not dependable on a network file system.
+    What an earlier one fetches, the later ones find. So no two ranks write into one cache at a time, whose locks are
+    not dependable on a network file system, whether the nodes share it or each has its own.
 
     Args:
-        action: Gets whether this rank is the first of its node.
+        action: Gets whether this rank is the first of its node, which may have to fetch.
 
     Raises:
         UserError: Raised on every rank where it was on one.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    early = on_all_ranks(lambda: action(True) if first else None)
-    late = on_all_ranks(lambda: None if first else action(False))
-    return cast(T, early if first else late)
+    mine = 0 if dist.get_rank() == 0 else 1 if first else 2
+
+    def take(turn: int) -> T | None:
+        return on_all_ranks(lambda: action(first) if turn == mine else None)
+
+    return cast(T, [take(turn) for turn in range(3)][mine])

@@ -8,7 +8,7 @@ internals is guarded by `check_version`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from typing import Any
 
@@ -18,10 +18,12 @@ from accelerate import Accelerator
 from torch import nn
 
 from pipeline.errors import UserError
-from pipeline.model.moe import SparseExperts
+from pipeline.model.config import ModelConfig
+from pipeline.model.moe import SortedExperts, SparseExperts
 
 KNOWN_DEEPSPEED = "0.19.8"
 GROUPED_KERNELS = ("use_grouped_mm", "use_triton_grouped_mm")
+GROUPED_MULTIPLE = 8  # rows of 16 bytes in bf16
 EXPERT_WEIGHTS = ("w1", "w2", "w3")  # gate, down and up projection, each [E / N, out, in]
 
 
@@ -60,6 +62,30 @@ def resolve_expert_parallel(wanted: int, experts: int | None, world_size: int, s
             "mean of the processes' gradient norms, as if all had the same experts, and would clip at another norm"
         )
     return wanted
+
+
+def check_grouped_mm(grouped_mm: bool, model: ModelConfig, size: int, precision: str) -> None:
+    """Refuse grouped products for a head that has no use for them, or whose widths they cannot have.
+
+    Args:
+        grouped_mm: `train.grouped_mm`.
+        model: The model's sizes.
+        size: Processes that share the experts of a layer.
+        precision: "bf16" or "fp32"; shared experts use grouped products in bf16.
+
+    Raises:
+        UserError: What is wrong and what to do.
+    """
+    if grouped_mm and (model.head != "roadwork" or model.experts == 1):
+        raise UserError("train.grouped_mm is true, but this head has no experts; set it to false")
+    key, off = ("train.grouped_mm", "false") if grouped_mm else ("train.expert_parallel", "1")
+    fits = model.width % GROUPED_MULTIPLE == 0 and model.expert_width % GROUPED_MULTIPLE == 0
+    if (grouped_mm or (size > 1 and precision == "bf16")) and not fits:
+        raise UserError(
+            f"{key}{'' if grouped_mm else ' in bf16'} needs multiples of {GROUPED_MULTIPLE} as model.width and "
+            f"model.expert_width, which are {model.width} and {model.expert_width}; choose such widths, or set {key} "
+            f"to {off}"
+        )
 
 
 def expert_settings(size: int, precision: str) -> dict[str, Any]:
@@ -165,33 +191,42 @@ def _whole_shape(parameter: Any) -> tuple[int, ...]:
 
 @contextmanager
 def second_derivatives(model: nn.Module) -> Iterator[None]:
-    """Let second derivatives pass through AutoEP's layers.
+    """Let second derivatives pass through the layers of experts.
 
+    The loop over experts replaces the grouped product, a kernel for bf16, since second derivatives are taken in fp32.
     AutoEP's all-to-all sends its gradient by a collective that autograd does not see, so second derivatives are lost
     there, silently. Here the gradient goes through the same all-to-all with the splits swapped, whose derivative
-    autograd knows. And the loop over experts replaces the grouped product, which has no second derivative.
+    autograd knows.
     """
-    blocks = [block.experts for _, block in sharded_blocks(model)]
-    if not blocks:
-        yield
-        return
+    shared: list[Any] = [block.experts for _, block in sharded_blocks(model)]
+    whole: list[Any] = [module for module in model.modules() if isinstance(module, SortedExperts)]
+    switches = [(experts, key) for experts in shared for key in GROUPED_KERNELS]
+    switches += [(experts, "grouped_mm") for experts in whole]
+    usual = [getattr(experts, key) for experts, key in switches]
+    for experts, key in switches:
+        setattr(experts, key, False)
+    try:
+        with _differentiable_exchange() if shared else nullcontext():
+            yield
+    finally:
+        for (experts, key), value in zip(switches, usual, strict=True):
+            setattr(experts, key, value)
+
+
+@contextmanager
+def _differentiable_exchange() -> Iterator[None]:
     check_version()
     from deepspeed.module_inject.auto_ep_layer import _AllToAllV
 
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
         return None, _AllToAllV.apply(ctx.group, gradient, ctx.output_splits, ctx.input_splits), None, None
 
-    kernels = [(experts, key, getattr(experts, key)) for experts in blocks for key in GROUPED_KERNELS]
     usual = _AllToAllV.backward
     _AllToAllV.backward = staticmethod(backward)
-    for experts, key, _ in kernels:
-        setattr(experts, key, False)
     try:
         yield
     finally:
         _AllToAllV.backward = staticmethod(usual)
-        for experts, key, value in kernels:
-            setattr(experts, key, value)
 
 
 def _all_experts(block: Any, mine: torch.Tensor) -> torch.Tensor:

@@ -128,7 +128,8 @@ def run_process(main: Callable[[], Path | str | None]) -> NoReturn:
 def _set_timeout_of_groups(timeout: timedelta) -> None:
     """Let the groups over which DeepSpeed reduces wait as long as the default one; NCCL's would give up after 10 min.
 
-    DeepSpeed creates them without a timeout: one for ZeRO, and those of sharded experts.
+    DeepSpeed creates all of them here, without a timeout and without a setting for one: ZeRO's, and those of sharded
+    experts.
     """
     from deepspeed.comm.torch import TorchBackend
 

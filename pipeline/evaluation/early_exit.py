@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset
 from pipeline.data.batch import Batch, batches_of
 from pipeline.data.feature_dataset import open_split
 from pipeline.data.index import Index
+from pipeline.devices import upload
 from pipeline.errors import UserError
 from pipeline.evaluation.calibration import best_cut, check_finite
 from pipeline.evaluation.metrics import TIE, confusion_counts, has_both, mcc_of
@@ -282,5 +283,5 @@ def fit_fixed(model: RoadworkModel, loader: Loader) -> dict[str, Any]:
 def opened(model: RoadworkModel, loader: Loader, what: str) -> Iterator[tuple[Photos, np.ndarray]]:
     """The batches of a loader on the model's device, with their labels."""
     for batch in track(loader, len(loader), what, unit="batches"):
-        boxes, view_mask = batch["boxes"].to(model.device), batch["view_mask"].to(model.device)
+        boxes, view_mask = (upload(batch[name], model.device) for name in ("boxes", "view_mask"))
         yield Photos(model.source(batch), boxes, view_mask), batch["labels"].numpy()

@@ -16,6 +16,7 @@ from pipeline.model.output import RoadworkOutput
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.names import VIEW_NAMES
 
+ABSENT = -1  # in the place of a view's number
 MAP_SIDE = 96  # points per side of a heat map, more than the cells of all views resolve
 # What export sets, and what transformers notes about the folder that a model was read from.
 NOT_OF_THE_ANSWER = {
@@ -31,7 +32,7 @@ def load_model(folder: Path, device: torch.device) -> RoadworkModel:
         UserError: The folder holds no model.
     """
     check_folder(folder)
-    return RoadworkModel.from_pretrained(folder).to(device).eval()
+    return RoadworkModel.from_pretrained(folder, device=device).eval()
 
 
 def check_folder(folder: Path) -> None:
@@ -63,11 +64,8 @@ def kept_views(output: RoadworkOutput) -> list[list[str]]:
     """The names of the views that each photo's answer rests on."""
     assert output.view_indices is not None
     assert output.view_mask is not None
-    numbers, present = output.view_indices.tolist(), output.view_mask.tolist()
-    return [
-        [VIEW_NAMES[view] for view, exists in zip(views, mask, strict=True) if exists]
-        for views, mask in zip(numbers, present, strict=True)
-    ]
+    numbers = output.view_indices.masked_fill(~output.view_mask, ABSENT).tolist()
+    return [[VIEW_NAMES[view] for view in views if view != ABSENT] for views in numbers]
 
 
 @torch.inference_mode()

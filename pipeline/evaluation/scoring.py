@@ -122,7 +122,8 @@ def answers(model: RoadworkModel, loader: Iterable[tuple[Batch, list[str]]]) -> 
         encoded = model.encode(batch)
         blind = model.answer(encoded, null_metadata=True)
         informed = model.answer(encoded, batch, batch["null_metadata"])
-        log_odds = [model.log_odds(output).tolist() for output in (blind, informed)]
+        # In one tensor, since every list of a tensor makes the host wait for a GPU.
+        log_odds = torch.stack([model.log_odds(output) for output in (blind, informed)]).tolist()
         yield from zip(sources, *log_odds, kept_views(blind), strict=True)
 
 

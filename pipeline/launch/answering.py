@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from pipeline.cli import help_of, parse_own
 from pipeline.devices import CPU_ONLY, gpu_count, uses_gpu
-from pipeline.errors import EXIT_OK, EXIT_USER, UserError, typed
+from pipeline.errors import EXIT_OK, EXIT_USER, UserError, require, typed
 from pipeline.launch.launcher import LaunchOptions, end, launch_words, machine_words, supervise
 from pipeline.progress import say
 
 # How a command ends on a request to stop, and what the same command does afterwards.
 ENDS = {
-    "evaluate": ("; an evaluation starts from the beginning", "from the beginning"),
-    "predict": (" and keeping the answers so far", "after the answers that are kept"),
+    "evaluate": ("without a result", "from the beginning"),
+    "predict": ("and keeping the answers so far", "after the answers that are kept"),
 }
 
 
@@ -39,6 +39,7 @@ def main(words: Sequence[str]) -> int:
         own, rest = parse_own(LaunchOptions, arguments, prog)
         if own.cpu:
             os.environ |= CPU_ONLY
+        require(own.num_processes is None or own.num_processes >= 1, "--num_processes", own.num_processes, "1 or more")
         processes = own.num_processes or default_processes(rest)
         if processes == 1 and own.config_file is None:
             return alone(command, rest)

@@ -33,7 +33,7 @@ from pipeline.launch.machine_checks import backbone, cards, host_memory, machine
 from pipeline.launch.plan import LaunchPlan, resolve
 from pipeline.model.backbone import SCENES_TINY, VITH16PLUS, vith16plus_config
 from pipeline.training.loader import workers_of
-from pipeline.training.memory import count, need, waiting_bytes
+from pipeline.training.memory import copy_bytes, count, need, waiting_bytes
 from pipeline.training.plan import describe_sampling, describe_schedule, plan_sampling, plan_schedule
 
 __all__ = ["BAD", "GOOD", "NOTE", "check", "print_findings"]
@@ -61,7 +61,7 @@ def check(
         chosen, processes = choose_launch(config_file, num_processes, idle_gpu=True)
         precision = resolve_precision(config.train.precision, elsewhere or has_bf16())
         launch = resolve(config, chosen, num_machines, processes, precision)
-        findings += [*plan(config, launch), *memory(config, launch, gpu_gib), *network(launch.machines)]
+        findings += [*plan(config, launch), *memory(config, launch, gpu_gib), *network(launch.machines, not elsewhere)]
         if not elsewhere:
             findings += room(config, launch)
     except UserError as error:
@@ -196,9 +196,10 @@ def room(config: Config, launch: LaunchPlan) -> Iterator[Finding]:
     waiting = processes * waiting_bytes(config, backbone, workers_of(config.data), micro_batch)
     yield from shared_memory(waiting, processes)
     wanted = need(config, backbone, engine.precision, engine.sharding, micro_batch)
-    # With a GPU the host has the weights for as long as they are read from the checkpoint, in fp32.
-    own = 4 * count(config, backbone).frozen if uses_gpu() else wanted.device
-    yield host_memory(processes * (wanted.host + own) + waiting, processes)
+    # With a GPU the host has the backbone's weights for as long as they are read from the checkpoint.
+    own = wanted.backbone if uses_gpu() else wanted.device
+    saved = copy_bytes(count(config, backbone))  # the first process's alone
+    yield host_memory(processes * (wanted.host + own) + waiting + saved, processes)
 
 
 def deepspeed_estimate(trained: int, launch: LaunchPlan) -> float | None:

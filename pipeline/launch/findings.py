@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 GOOD, NOTE, BAD = "good", "note", "bad"
@@ -24,9 +25,9 @@ class Finding:
 
 
 def print_findings(findings: list[Finding]) -> None:
-    """Print the table on stderr."""
+    """Print the table on stderr; brackets in a text, such as those of torch's messages, are no markup."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
         colour = COLOURS[finding.verdict]
-        table.add_row(f"[{colour}]{finding.verdict}[/]", finding.about, finding.text)
+        table.add_row(f"[{colour}]{finding.verdict}[/]", finding.about, escape(finding.text))
     Console(stderr=True, width=None if os.isatty(2) else 160).print(table)

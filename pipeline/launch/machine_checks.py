@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,27 +126,45 @@ def host_memory(needed: float, processes: int) -> Finding:
     return Finding(NOTE if needed < total else BAD, "host", f"{text}: {remedy}")
 
 
-def network(machines: int) -> Iterator[Finding]:
+def network(machines: int, here: bool = True) -> Iterator[Finding]:
     """Check the interface at which the processes of other machines would look for those of this one.
 
     Args:
         machines: Machines of the launch.
+        here: Whether training will run on this machine.
     """
     ours, address = facts.interfaces(), facts.host_address()
     listed = ", ".join(f"{name} ({address})" for name, address in ours.items()) or "none"
     chosen = {name: os.environ[name] for name in INTERFACE_VARIABLES if os.environ.get(name)}
-    # NCCL takes beginnings of names, lists and exclusions; gloo takes one name, or a list of them.
-    missing = [name for name in chosen.get("GLOO_SOCKET_IFNAME", "").split(",") if name and name not in {*ours, "lo"}]
-    if missing:
-        text = f"GLOO_SOCKET_IFNAME names {missing[0]}, which is no interface of this machine that is up; there are "
-        yield Finding(BAD, "network", f"{text}{listed}")
-    elif machines > 1 and "GLOO_SOCKET_IFNAME" not in chosen and (address is None or address.startswith("127.")):
+    fault = BAD if here else NOTE
+    wrong = [(name, problem) for name, value in chosen.items() if (problem := mismatch(name, value, ours))]
+    for name, problem in wrong:
+        verdict = NOTE if name.startswith("NCCL") and not uses_gpu() else fault
+        yield Finding(verdict, "network", f"{name}={chosen[name]} {problem}; unset it, or choose from {listed}")
+    if machines > 1 and "GLOO_SOCKET_IFNAME" not in chosen and (address is None or address.startswith("127.")):
         text = f"this machine's name stands for {address or 'no address'}, where other machines do not reach it; set "
         text += "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the interface between the machines, on each of them: "
-        yield Finding(NOTE, "network", f"{text}{listed}")
-    elif machines > 1:
+        yield Finding(fault, "network", f"{text}{listed}")
+    elif machines > 1 and not wrong:
         words = ", ".join(f"{name}={value}" for name, value in chosen.items()) or f"this machine's name is {address}"
         yield Finding(GOOD, "network", f"{words}; interfaces: {listed}")
+
+
+def mismatch(variable: str, value: str, interfaces: Iterable[str]) -> str | None:
+    """Why a variable chooses no interface of this machine; None where it chooses one.
+
+    Gloo takes a name, or a list of them, all of which must be there. NCCL takes a list of beginnings of names; a `=`
+    before it makes them whole names, and a `^` before that excludes them.
+    """
+    up = {*interfaces, "lo"}
+    if variable == "GLOO_SOCKET_IFNAME":
+        missing = [name for name in value.split(",") if name and name not in up]
+        return f"names {missing[0]}, which is no interface of this machine that is up" if missing else None
+    words = value.removeprefix("^")
+    whole, names = words.startswith("="), [name for name in words.removeprefix("=").split(",") if name]
+    found = {name for name in up if (name in names if whole else name.startswith(tuple(names)))}
+    left = up - found - {"lo"} if value.startswith("^") else found
+    return None if left else "leaves no interface of this machine that is up"
 
 
 def backbone(name: str, here: bool = True) -> Finding:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.model.config import ModelConfig
-from pipeline.model.cpu_kernels import RMSNorm, biased_attention, trains_on_cpu
+from pipeline.model.cpu_kernels import Linear, RMSNorm, biased_attention, trains_on_cpu
 from pipeline.model.moe import build_feed_forward
 
 
@@ -22,11 +22,11 @@ class GatedAttention(nn.Module):
         """Build the layer; without `gated` it is plain attention, for comparison."""
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.gate_proj = nn.Linear(width, width, bias=False) if gated else None
-        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(width, width, bias=False)
+        self.v_proj = Linear(width, width, bias=False)
+        self.gate_proj = Linear(width, width, bias=False) if gated else None
+        self.o_proj = Linear(width, width, bias=False)
         self.q_norm = RMSNorm(width // heads)
         self.k_norm = RMSNorm(width // heads)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, DINOv3ViTConfig, PreTrainedModel
 
+from pipeline.devices import upload
 from pipeline.errors import UserError
 from pipeline.model.config import MAX_VIEWS_PER_PASS
 
@@ -36,11 +37,13 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _load_dinov3(name: str, local_files_only: bool = False) -> PreTrainedModel:
+def _load_dinov3(name: str, dtype: torch.dtype, local_files_only: bool) -> PreTrainedModel:
     way_out = "with --model.backbone (a folder, a hub id or scenes-tiny)"
     source = str(SCENES_TINY) if name == "scenes-tiny" else name
     try:
-        model = AutoModel.from_pretrained(source, attn_implementation="sdpa", local_files_only=local_files_only)
+        model = AutoModel.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", local_files_only=local_files_only
+        )
     except (OSError, ValueError) as error:
         raise UserError(
             f"cannot load the backbone {name!r}: it is neither a local folder with weights nor reachable on "
@@ -72,7 +75,8 @@ class FrozenBackbone:
             UserError: The weights are not available, or are no DINOv3 ViT; the message says what to do.
         """
         self.name = name
-        model = _load_dinov3(name, local_files_only)
+        # In the precision in which it computes: fp32 would take twice the host's memory, in each of its processes.
+        model = _load_dinov3(name, compute_dtype(torch.device(device)), local_files_only)
         self.config = model.config
         self.model = model.eval().requires_grad_(False)
         self.to(device)
@@ -114,7 +118,7 @@ class FrozenBackbone:
         return torch.cat(cls), torch.cat(patches)
 
     def _forward(self, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = (views.to(self.device).float() / 255 - self._mean) / self._std
+        pixels = (upload(views, self.device).float() / 255 - self._mean) / self._std
         # Without the caller's autocast, so that training sees the same tokens as the feature cache holds.
         with torch.autocast(self.device.type, enabled=False):
             tokens = self.model(pixel_values=pixels).last_hidden_state
@@ -150,7 +154,7 @@ def pool_regions(patches: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         [B, V, D].
     """
     _, height, width, _ = patches.shape
-    boxes = boxes.to(patches.device)
+    boxes = upload(boxes, patches.device)
     across = interval_overlap(boxes[..., 0], boxes[..., 2], width)
     down = interval_overlap(boxes[..., 1], boxes[..., 3], height)
     weights = down[..., :, None] * across[..., None, :]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from pipeline.devices import upload
 from pipeline.model.backbone import FrozenBackbone, pool_cells, pool_regions
 from pipeline.model.mixup import Mix
 from pipeline.model.pruning import MeanPruner, ViewPruner, choose_views, draw_keep, rank_views, rounds_up_to
@@ -59,15 +60,16 @@ def all_tokens(
         backbone: The frozen backbone.
         views: uint8 [B, V, 3, S, S]; the global view, which is the first, always exists.
         boxes: [B, V, 4] as x0, y0, x1, y1 in [0, 1].
-        view_mask: bool [B, V]; masked views do not reach the backbone.
+        view_mask: bool [B, V], best on the CPU; masked views do not reach the backbone.
         pool_grid: Cells per side g.
 
     Returns:
         The tokens, in the backbone's precision.
     """
-    photo, view = (place.to(views.device) for place in view_mask.nonzero(as_tuple=True))
-    cls, cells, regions = view_tokens(backbone, views[photo, view], boxes, view_mask, pool_grid)
-    return spread(view_mask.shape, (photo.to(cls.device), view.to(cls.device)), cls, cells, regions)
+    photo, view = (upload(place, backbone.device) for place in view_mask.nonzero(as_tuple=True))
+    present = upload(views, backbone.device)[photo, view]
+    cls, cells, regions = view_tokens(backbone, present, boxes, view_mask, pool_grid)
+    return spread(view_mask.shape, (photo, view), cls, cells, regions)
 
 
 def spread(
@@ -100,15 +102,18 @@ def view_tokens(
         backbone: The frozen backbone.
         views: uint8 [M, 3, S, S], the views that exist, photo after photo.
         boxes: [B, V, 4].
-        view_mask: bool [B, V], with M of them true.
+        view_mask: bool [B, V], with M of them true, the first of each photo among them. On the CPU, so that nothing
+            here makes a host wait for a GPU.
         pool_grid: Cells per side g.
 
     Returns:
         cls [M, D], cells [M, g*g, 2D] and regions [B, V, D].
     """
-    is_global = view_mask.nonzero(as_tuple=True)[1] == 0
+    counts = view_mask.sum(dim=1)
+    first = counts.cumsum(dim=0) - counts  # places of the global views; a mask as an index would make the host wait
     cls, patches = backbone(views)
-    return Tokens(cls, pool_cells(patches, pool_grid), pool_regions(patches[is_global.to(patches.device)], boxes))
+    whole = patches.index_select(0, upload(first, patches.device))
+    return Tokens(cls, pool_cells(patches, pool_grid), pool_regions(whole, boxes))
 
 
 class TokenSource(Protocol):
@@ -124,12 +129,17 @@ class TokenSource(Protocol):
 
 
 class OnlineTokens:
-    """A `TokenSource` that runs the backbone on a view when it is first taken."""
+    """A `TokenSource` that runs the backbone on a view when it is first taken.
+
+    All views go to the backbone's device at once, as bytes: in one copy from pinned memory, while the device computes.
+    Views that were picked on the host would be gathered there first, into memory that is not pinned.
+    """
 
     def __init__(self, backbone: FrozenBackbone, views: torch.Tensor, boxes: torch.Tensor, pool_grid: int):
         """Encode the global view; see `all_tokens` for the shapes."""
-        self.backbone, self.views, self.pool_grid = backbone, views, pool_grid
-        cls, patches = backbone(views[:, 0])
+        self.backbone, self.pool_grid = backbone, pool_grid
+        self.views = upload(views, backbone.device)
+        cls, patches = backbone(self.views[:, 0])
         cells, regions = pool_cells(patches, pool_grid), pool_regions(patches, boxes)
         self.tokens = spread(views.shape[:2], (slice(None), 0), cls, cells, regions)
         self.global_cls = cls
@@ -137,10 +147,13 @@ class OnlineTokens:
         self.taken[:, 0] = True
 
     def take(self, wanted: torch.Tensor) -> None:
-        """Encode the wanted views that are not encoded yet, in one pass of the backbone over all photos."""
+        """Encode the wanted views that are not encoded yet, in one pass of the backbone over all photos.
+
+        A host waits for its GPU here, once: how many views there are depends on their scores.
+        """
         photo, view = (wanted & ~self.taken).nonzero(as_tuple=True)
         if len(photo):
-            cls, patches = self.backbone(self.views[photo.to(self.views.device), view.to(self.views.device)])
+            cls, patches = self.backbone(self.views[photo, view])
             self.tokens.cls[photo, view] = cls
             self.tokens.cells[photo, view] = pool_cells(patches, self.pool_grid)
             self.taken[photo, view] = True

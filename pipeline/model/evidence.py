@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.model.backbone import interval_overlap
+from pipeline.model.cpu_kernels import Linear
 from pipeline.model.heads import stitch
 from pipeline.model.moe import at_least_float32
 from pipeline.model.output import RoadworkOutput
@@ -32,9 +33,7 @@ class CellEvidence(nn.Module):
         super().__init__()
         last = nn.Linear(WIDTH, 1)
         nn.init.constant_(last.bias, math.log(PRIOR / (1 - PRIOR)))
-        self.judge = nn.Sequential(
-            nn.LayerNorm(2 * dim), nn.Linear(2 * dim, WIDTH), nn.SiLU(), nn.Dropout(dropout), last
-        )
+        self.judge = nn.Sequential(nn.LayerNorm(2 * dim), Linear(2 * dim, WIDTH), nn.SiLU(), nn.Dropout(dropout), last)
 
     def forward(self, cells: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Judge the cells of B photos.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from pipeline.devices import upload
 from pipeline.model.config import TERMS, LossConfig
 from pipeline.model.evidence import as_logits, evidence_mask_loss
 from pipeline.model.mixup import Mix
@@ -44,7 +45,7 @@ class Targets:
 
     def to(self, device: torch.device) -> Targets:
         """The same targets on a device."""
-        return Targets(self.labels.to(device), self.weather.to(device), self.masks.to(device))
+        return Targets(upload(self.labels, device), upload(self.weather, device), upload(self.masks, device))
 
     @property
     def has_label(self) -> torch.Tensor:

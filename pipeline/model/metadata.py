@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from pipeline.devices import upload
 from pipeline.model.config import METADATA_FIELDS, ModelConfig
 from pipeline.model.mixup import Mix
 from pipeline.names import DAYTIME, EARTH_RADIUS_KM, SCENE, WEATHER
@@ -80,7 +81,9 @@ class MetadataEncoder(nn.Module):
             [B, 704].
         """
         device = next(iter(self.null_rows.values())).device
-        all_null = torch.as_tensor(null_metadata, device=device).expand(batch)
+        if not isinstance(null_metadata, torch.Tensor):
+            null_metadata = torch.full((batch,), null_metadata, device=device)
+        all_null = upload(null_metadata, device).expand(batch)
         if self.training:
             all_null = all_null | (torch.rand(batch, device=device) < self.all_dropout)
         parts = []

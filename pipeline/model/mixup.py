@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.devices import upload
 from pipeline.model.moe import at_least_float32
 
 # The views of a pair are mixed one by one, so they must show the same part of their photos, up to this share of a side.
@@ -29,7 +30,7 @@ class Mix:
 
     def to(self, device: torch.device) -> Mix:
         """The same mix on another device."""
-        return Mix(self.partner.to(device), self.share.to(device))
+        return Mix(upload(self.partner, device), upload(self.share, device))
 
     def blend(self, value: torch.Tensor) -> torch.Tensor:
         """Mix `share` of each row with the rest of its partner's: [B, ...] to the same shape, in float32 or more."""

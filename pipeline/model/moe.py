@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qwen3MoeSparseMoeBlock
 
 from pipeline.model.config import ModelConfig
+from pipeline.model.cpu_kernels import Linear, linear, trains_on_cpu
 
 INIT_STD = 0.02
+# On a CPU an expert's slice is padded to a multiple: oneDNN prepares a kernel for each number of rows, and keeps it.
+ROWS_PER_BLOCK = 64
 
 
 class SparseExperts(nn.Module):
@@ -31,8 +35,8 @@ class SparseExperts(nn.Module):
             norm_topk_prob=True,
             hidden_act="silu",
         )
-        settings._experts_implementation = "eager"
         self.block = Qwen3MoeSparseMoeBlock(settings)
+        self.block.experts = SortedExperts(settings)
         # transformers leaves these empty, and the router zero, which would tie all experts.
         for parameter in self.block.parameters():
             nn.init.normal_(parameter, std=INIT_STD)
@@ -54,14 +58,109 @@ class SparseExperts(nn.Module):
         return update, logits.unflatten(0, x.shape[:2])
 
 
+class SortedExperts(Qwen3MoeExperts):
+    """`Qwen3MoeExperts` that sorts the tokens by their experts once, and gives each expert a slice of them.
+
+    The loop over experts has one wait of the host for a GPU, for the numbers of tokens. The grouped product has none.
+    """
+
+    grouped_mm = False
+    """Multiply by the weights of all experts in one call of `torch.nn.functional.grouped_mm`. Not measured on a GPU
+    yet."""
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Send tokens to their experts.
+
+        Args:
+            x: [N, H].
+            chosen: The experts of each token, int64 [N, k].
+            weights: Their weights in the sum, [N, k].
+
+        Returns:
+            [N, H].
+        """
+        experts = chosen.flatten()
+        order = experts.argsort(stable=True)  # of the tokens' copies, one for each of their experts
+        counts = (experts[:, None] == torch.arange(self.num_experts, device=x.device)).sum(dim=0)
+        slots = torch.arange(len(experts), device=x.device)
+        if self.grouped_mm:
+            rows, compute = len(experts), partial(self._grouped, ends=counts.cumsum(dim=0, dtype=torch.int32))
+        else:
+            block = ROWS_PER_BLOCK if trains_on_cpu(x) else 1
+            padded = (counts + block - 1) // block * block
+            unused = padded - counts
+            slots += (unused.cumsum(dim=0) - unused)[experts[order]]
+            sizes = padded.tolist()
+            rows, compute = sum(sizes), partial(self._in_turn, sizes=sizes)
+        tokens = slots.new_zeros(rows).index_copy_(0, slots, order // chosen.shape[1])
+        places = torch.empty_like(order).index_copy_(0, order, slots)
+        shares = weights.new_zeros(rows).index_copy(0, places, weights.flatten())
+        places = places.view_as(chosen)
+        answers = compute(_Spread.apply(x, tokens, places)) * shares[:, None]
+        update: torch.Tensor = _Gather.apply(answers, tokens, places)
+        return update
+
+    def _in_turn(self, x: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        weights = zip(self.gate_up_proj, self.down_proj, strict=True)
+        parts = zip(x.split(sizes), weights, strict=True)
+        return torch.cat([linear(_swiglu(linear(part, up)), down) for part, (up, down) in parts if len(part)])
+
+    def _grouped(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        hidden = _swiglu(F.grouped_mm(x, self.gate_up_proj.transpose(1, 2), offs=ends))
+        return F.grouped_mm(hidden, self.down_proj.transpose(1, 2), offs=ends)
+
+
+def set_grouped_mm(model: nn.Module, grouped_mm: bool) -> None:
+    """Say how all layers of a model that have whole experts compute them, see `SortedExperts`."""
+    for module in model.modules():
+        if isinstance(module, SortedExperts):
+            module.grouped_mm = grouped_mm
+
+
+class _Spread(torch.autograd.Function):
+    """Copies tokens [N, H] to slots [R, H].
+
+    A slot has the token that `tokens` [R] names, and `places` [N, k] names the slots of each token's copies. What is in
+    a slot that no place names is never used. The gradient adds up copies in the order of their tokens: on a GPU it is
+    the same each time, which adding rows to their tokens (`index_add`) would not be.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens, places)
+        return x.index_select(0, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _Gather.apply(gradient, *ctx.saved_tensors), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """Sums of each token's copies, slots [R, H] to tokens [N, H]: the transpose of `_Spread`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, tokens: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens, places)
+        return x.index_select(0, places.flatten()).unflatten(0, places.shape).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _Spread.apply(gradient, *ctx.saved_tensors), None, None
+
+
+def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class DenseFeedForward(nn.Module):
     """One SwiGLU for all tokens: down(SiLU(gate x) * up x), initialised at the experts' scale."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.expert_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.expert_width, bias=False)
-        self.down_proj = nn.Linear(config.expert_width, config.width, bias=False)
+        self.gate_proj = Linear(config.width, config.expert_width, bias=False)
+        self.up_proj = Linear(config.width, config.expert_width, bias=False)
+        self.down_proj = Linear(config.expert_width, config.width, bias=False)
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=INIT_STD)
 

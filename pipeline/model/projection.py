@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from pipeline.model.cpu_kernels import RMSNorm
+from pipeline.model.cpu_kernels import Linear, RMSNorm
 
 BOX_FREQUENCIES = 8
 
@@ -24,10 +24,10 @@ class InputProjection(nn.Module):
 
     def __init__(self, dim: int, width: int):
         super().__init__()
-        self.cls = nn.Linear(dim, width)
-        self.cells = nn.Linear(2 * dim, width)
+        self.cls = Linear(dim, width)
+        self.cells = Linear(2 * dim, width)
         self.norm = RMSNorm(width)
-        self.box = nn.Linear(4 * 2 * BOX_FREQUENCIES, width)
+        self.box = Linear(4 * 2 * BOX_FREQUENCIES, width)
 
     def forward(self, cls: torch.Tensor, cells: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Project tokens of B photos with K views.

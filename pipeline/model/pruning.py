@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pipeline.devices import upload
+
 # Views seen after each round of the mode `dynamic`. Early rounds add one view, while many photos are decided; later
 # rounds add two, since each costs a pass of the head and few photos are left to fill the backbone's batch.
 ROUNDS = (1, 2, 3, 4, 5, 6, 7, 8, 10)
@@ -103,9 +105,9 @@ def rank_views(
     if mode == "random":
         ranking = torch.zeros_like(ranking)
     elif mode == "fixed":
-        places = torch.full_like(ranking[0], -ranking.shape[1])
-        places[list(fixed_views)] = -torch.arange(len(fixed_views), dtype=ranking.dtype, device=ranking.device)
-        ranking = places.expand_as(ranking)
+        places = torch.full(ranking.shape[1:], -float(ranking.shape[1]))
+        places[list(fixed_views)] = -torch.arange(float(len(fixed_views)))
+        ranking = upload(places, ranking.device).expand_as(ranking)
     if mode == "random" or (explore and mode != "fixed"):
         ranking = ranking - torch.empty_like(ranking).exponential_().log()
     ranking = ranking.masked_fill(~view_mask, -torch.inf)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.model.cpu_kernels import RMSNorm
+from pipeline.model.cpu_kernels import Linear, RMSNorm
 
 
 class Pyramid(nn.Module):
@@ -15,9 +15,9 @@ class Pyramid(nn.Module):
     def __init__(self, width: int, grid: int):
         super().__init__()
         self.grid = grid
-        self.to_half = nn.Linear(width, width // 2)
+        self.to_half = Linear(width, width // 2)
         self.to_quarter = nn.Linear(width, width // 4)
-        self.fuse = nn.Linear(width + width // 2 + width // 4, width)
+        self.fuse = Linear(width + width // 2 + width // 4, width)
         self.norm = RMSNorm(width)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

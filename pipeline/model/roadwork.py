@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeline.devices import upload
 from pipeline.errors import UserError
 from pipeline.model.backbone import FrozenBackbone
 from pipeline.model.baselines import BASELINES
@@ -160,7 +161,7 @@ class RoadworkModel(PreTrainedModel):
         Raises:
             UserError: The backbone's weights are not available.
         """
-        backbone = FrozenBackbone(config.backbone, local_files_only=local_files_only)
+        backbone = FrozenBackbone(config.backbone, device, local_files_only)
         width = backbone.hidden_size
         sizes = RoadworkConfig(**asdict(config), backbone_dim=width, decode_scale=decode_scale, ensemble=heads)
         model = cls(sizes, loss)
@@ -195,8 +196,15 @@ class RoadworkModel(PreTrainedModel):
         return merged.to(first.device, first.dtype).attach(first.backbone).eval()
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], **kwargs: Any) -> RoadworkModel:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None, **kwargs: Any
+    ) -> RoadworkModel:
         """Restore a saved head and the frozen backbone that its configuration names.
+
+        Args:
+            folder: Folder of the head.
+            device: Device of head and backbone; without one the head is where transformers leaves it.
+            **kwargs: Further arguments of transformers.
 
         Raises:
             UserError: The folder holds no such model, or the backbone's weights are not available.
@@ -211,6 +219,8 @@ class RoadworkModel(PreTrainedModel):
             raise UserError(
                 f"the weights in {folder} do not fit its config.json, for one {incomplete[0]}; export again"
             )
+        if device is not None:
+            model.to(device)
         restored: RoadworkModel = model.attach(FrozenBackbone(model.config.backbone, model.device))
         return restored
 
@@ -246,8 +256,8 @@ class RoadworkModel(PreTrainedModel):
             keep_all: Prune nothing, whatever the configuration says.
             mix: How photos are mixed, see `draw_mix`.
         """
-        boxes, view_mask = batch["boxes"].to(self.device), batch["view_mask"].to(self.device)
-        source = self.source(batch)
+        boxes, view_mask = (upload(batch[name], self.device) for name in ("boxes", "view_mask"))
+        source = self.source({**batch, "boxes": boxes})
         if mix is None:
             return self._choose(source, boxes, view_mask, keep_all)
         mix = mix.to(self.device)
@@ -256,8 +266,8 @@ class RoadworkModel(PreTrainedModel):
     def source(self, batch: Mapping[str, torch.Tensor]) -> TokenSource:
         """Where a batch's tokens come from: its views, or else the cached tokens; see `forward`."""
         if "views" in batch:
-            return self.encoder.online(batch["views"], batch["boxes"].to(self.device))
-        return CachedTokens(Tokens(*(batch[name].to(self.device) for name in ("cls", "cells", "regions"))))
+            return self.encoder.online(batch["views"], batch["boxes"])
+        return CachedTokens(Tokens(*(upload(batch[name], self.device) for name in ("cls", "cells", "regions"))))
 
     def _choose(self, source: TokenSource, boxes: torch.Tensor, view_mask: torch.Tensor, keep_all: bool) -> Encoded:
         """Let the encoder choose views, with the head's help in the two modes that need it."""
@@ -293,7 +303,7 @@ class RoadworkModel(PreTrainedModel):
             null_metadata: Treat metadata as NULL, see `forward`.
         """
         given = metadata or {}
-        fields = {name: given[name].to(self.device) if name in given else None for name in METADATA_FIELDS}
+        fields = {name: upload(given[name], self.device) if name in given else None for name in METADATA_FIELDS}
         output: RoadworkOutput = self.head(encoded, fields, null_metadata)
         return output
 
@@ -336,14 +346,14 @@ class RoadworkModel(PreTrainedModel):
         output, targets = self.answer(encoded, batch, null_metadata), self._targets(batch)
         counts = count_targets(targets) if target_counts is None else target_counts
         output.loss_terms = loss_terms(output, targets, loss, self.config.experts_per_token, encoded.mix)
-        output.loss = combine(output.loss_terms, counts.to(self.device), loss)
+        output.loss = combine(output.loss_terms, upload(counts, self.device), loss)
         return output
 
     def _targets(self, batch: Mapping[str, torch.Tensor]) -> Targets:
         labels, side = batch["labels"], self.config.mask_side
         unknown = {
-            "weather": torch.full((len(labels), len(WEATHER)), torch.nan),
-            "mask_targets": torch.full((len(labels), len(MASK_CLASSES), side, side), torch.nan),
+            "weather": torch.full((len(labels), len(WEATHER)), torch.nan, device=self.device),
+            "mask_targets": torch.full((len(labels), len(MASK_CLASSES), side, side), torch.nan, device=self.device),
         }
         return Targets.from_batch({**unknown, **batch}).to(self.device)
 

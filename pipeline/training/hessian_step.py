@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.config import Config
 from pipeline.data.batch import Batch
+from pipeline.devices import upload
 from pipeline.distributed.engine_tensors import base_optimizer
 from pipeline.distributed.experts import expert_parallel_size, second_derivatives, split_experts, whole_shapes
 from pipeline.distributed.skipping import spoil_gradient
@@ -97,6 +98,7 @@ class HessianStep:
         """The loss for labels that are drawn from the model's own predictions, see `sampled_loss`."""
         output = self.engine(batch, **_wanted(counts, keep_all))
         draws = uniform(batch["row"].tolist(), draws_needed(output), self.config.train.seed, step)
+        draws = upload(draws, output.logits.device)
         targets = Targets.from_batch(batch).to(output.logits.device)
         return sampled_loss(output, targets, counts, self.config.loss, draws)
 

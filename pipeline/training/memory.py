@@ -94,6 +94,11 @@ def state_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> t
     return device, host
 
 
+def copy_bytes(parameters: Parameters) -> int:
+    """Bytes of a checkpoint's copy in host memory, from which it is written: weights, two moments and the average."""
+    return (MOMENTS_AND_MASTER + AVERAGE) * parameters.trained
+
+
 def buffer_bytes(parameters: Parameters, precision: str, sharding: Sharding) -> float:
     """Bytes of reduction buckets and, under stage 3, of the parameters that are gathered at the same time."""
     low = 2 if precision == "bf16" else 4
@@ -149,11 +154,14 @@ def saved_by_the_head(config: Config, backbone: DINOv3ViTConfig) -> tuple[float,
 
     With `sophia_h` an estimate's second backward pass is counted instead, which keeps several times as many.
 
-    Measured with one and two photos of noise, all views kept, as in every `train.distil_every`-th step.
+    Measured with one and two photos of noise, all views kept, as in every `train.distil_every`-th step. The weights are
+    the same every time, since experts pad their rows, and weights decide who gets how many.
     """
-    head = build_head(config, backbone).train()
     twice = config.optim.name == "sophia_h"
-    one, two = (_saved(head, noise(config, backbone, photos), twice) for photos in (1, 2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = build_head(config, backbone).train()
+        one, two = (_saved(head, noise(config, backbone, photos), twice) for photos in (1, 2))
     return 2 * one - two, two - one
 
 
@@ -200,7 +208,7 @@ def backbone_activations(config: Config, backbone: DINOv3ViTConfig, precision: s
 
     The largest chunk has min(192, 11 micro-batches) views of T = (S / 16)^2 + 1 + registers tokens. A layer holds the
     residual stream, its norm and the output of width D, and in the gated MLP three tensors of width I. The pixels are
-    fp32, held twice while they are normalised.
+    fp32, held twice while they are normalised. The views of the micro-batch lie beside them as bytes.
     """
     low = 2 if precision == "bf16" else 4
     side = config.model.view_side
@@ -210,7 +218,8 @@ def backbone_activations(config: Config, backbone: DINOv3ViTConfig, precision: s
     tokens = (side // patch) ** 2 + 1 + backbone.num_register_tokens
     layer = low * tokens * (3 * backbone.hidden_size + 3 * backbone.intermediate_size)
     pixels = 3 * side**2 * 4
-    return views * (max(layer, pixels) + pixels)
+    uploaded = 3 * side**2 * config.model.num_views * micro_batch
+    return views * (max(layer, pixels) + pixels) + uploaded
 
 
 def waiting_bytes(config: Config, backbone: DINOv3ViTConfig, workers: int, micro_batch: int) -> int:
@@ -224,10 +233,10 @@ def waiting_bytes(config: Config, backbone: DINOv3ViTConfig, workers: int, micro
         workers: Processes that read for this one.
         micro_batch: Photos of one batch.
     """
+    if config.data.features_in != "disk":  # whose batches come from memory, without workers
+        return 0
     model, sample = config.model, StandIn(1, config.input_spec, config.model.text_dim)[0]
     size = sum(tensor.nbytes for tensor in sample.values())
-    if config.data.features_in != "disk":
-        return 0
     if config.data.features:
         tokens = model.num_views * (2 + 2 * model.pool_grid**2)
         size += tokens * backbone.hidden_size * STORED_DTYPE.itemsize - sample["views"].nbytes

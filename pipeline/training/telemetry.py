@@ -14,14 +14,13 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config import profile_window
 from pipeline.distributed.agreement import Agreement
 from pipeline.model.config import TERMS
 from pipeline.model.output import RoadworkOutput
 from pipeline.progress import say
-from pipeline.training.throughput import matmul_rate
+from pipeline.training.throughput import flop_counter, matmul_rate
 
 STRAGGLER_RATIO = 1.5  # of a rank's own time to the median of all
 STRAGGLER_LINES = 3  # log lines in a row on which one rank must be that slow: anybody has a slow moment
@@ -55,7 +54,7 @@ class Meter:
 
     def _restart(self) -> None:
         self.steps = self.taken = self.flops = 0
-        self.data_s = self.forward_s = self.paused_s = 0.0
+        self.data_s = self.forward_s = self.paused_s = self.counted_s = 0.0
         self.events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self.losses = torch.zeros(1 + len(TERMS), device=self.device)
         self.load: torch.Tensor | None = None
@@ -101,19 +100,25 @@ class Meter:
         if not self.on_gpu:
             yield
             return
-        counter = None if keep_all in self.flops_of else FlopCounterMode(display=False)
+        counter = None if keep_all in self.flops_of else flop_counter()
         with counter or nullcontext():
             yield
         if counter is not None:
             self.flops_of[keep_all] = int(counter.get_total_flops())
         self.flops += self.flops_of[keep_all]
 
-    def add_step(self, losses: torch.Tensor, taken: bool) -> None:
-        """Count a step and, if it was taken, this rank's part of the loss and its terms, [1 + terms]."""
+    def add_step(self, losses: torch.Tensor, taken: bool) -> float:
+        """Count a step and, if it was taken, this rank's part of the loss and its terms, [1 + terms].
+
+        Returns:
+            Seconds since the step before, without pauses.
+        """
         self.steps += 1
         if taken:
             self.taken += 1
             self.losses += losses
+        before_s, self.counted_s = self.counted_s, self.wall_s
+        return self.counted_s - before_s
 
     def add_load(self, output: RoadworkOutput, per_token: int) -> None:
         """Count how many tokens each expert of each layer gets in this micro-batch."""

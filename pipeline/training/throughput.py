@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from math import prod
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, PreTrainedConfig
+
+from pipeline.model.cpu_kernels import HAS_ONEDNN
 
 MATMUL_SIDE = 8192  # large enough that an H100 reaches its plateau
 MATMULS = 24
@@ -25,9 +30,27 @@ def flops_per_view(config: PreTrainedConfig, side: int) -> int:
     with torch.device("meta"):
         model = AutoModel.from_config(config, attn_implementation="sdpa").eval()
         view = torch.empty(1, 3, side, side)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with flop_counter() as counter, torch.no_grad():
         model(pixel_values=view)
     return int(counter.get_total_flops())
+
+
+def flop_counter() -> FlopCounterMode:
+    """Torch's counter of FLOPs, which by itself does not know the products of experts and of layers on a CPU."""
+    known: dict[Any, Callable[..., int]] = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
+    if HAS_ONEDNN:
+        known[torch.ops.mkldnn._linear_pointwise] = _linear_flops
+    return FlopCounterMode(display=False, custom_mapping=known)
+
+
+def _grouped_mm_flops(left: list[int], right: list[int], *args: Any, **kwargs: Any) -> int:
+    """Groups are parts of the rows or of the inner dimension, which are whole in the shapes, or else whole matrices."""
+    groups = left[0] if len(left) == len(right) == 3 else 1
+    return 2 * groups * left[-2] * left[-1] * right[-1]
+
+
+def _linear_flops(x: list[int], weight: list[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(x) * weight[0]
 
 
 def matmul_rate(device: torch.device) -> float:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from pipeline import train as room
-from pipeline.config import ROOT, Config, OptimConfig, TrainConfig
+from pipeline.config import RECIPES, ROOT, Config, OptimConfig, TrainConfig, read_config
 from pipeline.distributed.settings import (
     DEFAULT_DEEPSPEED,
     Sharding,
@@ -213,6 +213,14 @@ def test_experts_are_shared_as_the_recipe_says_and_one_process_keeps_them_with_a
         2: "4 per layer, 2 on each of 2 processes",
         4: "4 per layer, 2 on each of 2 processes, in 2 such groups",
     }[processes]  # fmt: skip
+
+
+def test_the_full_run_shares_its_experts_and_no_other_recipe_does():
+    """Shared experts gain nothing while a head fits on one GPU; that run is where they are shown to work."""
+    shared = {path.stem: read_config(path).train.expert_parallel for path in RECIPES.glob("*.yaml")}
+    assert shared.pop("pretrain_30ep") == 2
+    assert "cached_30ep" in shared
+    assert set(shared.values()) == {1}
 
 
 def test_sharded_experts_in_fp32_are_computed_by_the_loop_over_them(begin):

@@ -4,12 +4,17 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from benchmarks.parity_cells import Cell, make_trainer
 from benchmarks.processes import run_apart
-from pipeline.distributed.agreement import first_of_node_first
+from pipeline.config import TrainConfig
+from pipeline.distributed.agreement import collective_timeout, first_of_node_first
+from pipeline.distributed.experts import expert_parallel_size
 from pipeline.errors import UserError
 from tests.warm import python
 
@@ -73,6 +78,26 @@ def test_every_group_waits_longer_than_the_watchdog():
     assert [line for line in done.stdout.splitlines() if line.startswith("timeout")] == ["timeout 1:32:00"] * 3
 
 
+def groups_of_an_engine(folder):
+    """Ranks and timeouts of this process's groups, once experts are shared and ZeRO spreads the rest."""
+    cell = Cell(2, 2, 2, 1)
+    trainer = make_trainer(cell, folder / f"rank-{os.environ['RANK']}.json")
+    assert expert_parallel_size(trainer.accelerator) == 2
+    return [
+        (dist.get_process_group_ranks(group), group._get_backend(torch.device("cpu")).options._timeout)
+        for group in dist.distributed_c10d._world.pg_map
+    ]
+
+
+@pytest.mark.dist
+def test_deepspeed_makes_its_groups_for_zero_and_for_experts_with_that_timeout(tmp_path):
+    found = run_apart(groups_of_an_engine, 2, tmp_path)
+    assert {timeout for _, timeout in found} == {collective_timeout(TrainConfig().hang_minutes)}
+    ranks = [ranks for ranks, _ in found]
+    assert ranks.count([0, 1]) >= 3  # the default group, ZeRO's, and the one over which tokens go to experts
+    assert [0] in ranks  # the one over which the gradients of this rank's experts are reduced
+
+
 KERNELS = """
 import json, os, sys, torch
 from pipeline import train
@@ -103,35 +128,40 @@ def test_training_chooses_its_kernels_before_cuda_starts(words, kernels):
 
 
 def load_in_turns(folder, faulty):
-    """The order in which three ranks of two nodes load: ranks 0 and 2 are the first ones of theirs."""
+    """The order in which four ranks of two nodes load: ranks 0 and 2 are the first ones of theirs."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    os.environ["LOCAL_RANK"] = str((0, 1, 0)[rank])
+    os.environ["LOCAL_RANK"] = str(rank % 2)
 
     def load(first):
         if rank in faulty:
             raise UserError(f"rank {rank} has no weights")
-        if first:
-            (folder / f"node-of-{rank}").touch()
-        return rank, first, len(list(folder.iterdir()))
+        there = sorted(int(file.name) for file in folder.iterdir())
+        time.sleep(0.5 if first else 0)  # as a download takes, so that those who do not wait are there before it ends
+        (folder / str(rank)).touch()
+        return first, there
 
     try:
         found = first_of_node_first(load)
     except UserError as error:
         found = str(error)
-    everything = [None] * 3
+    everything = [None] * 4
     dist.all_gather_object(everything, found)
     return everything
 
 
 @pytest.mark.dist
-def test_the_first_rank_of_each_node_loads_before_the_others(tmp_path):
-    first, second, third = run_apart(load_in_turns, 3, tmp_path, ())
-    assert second == (1, False, 2)
-    assert (first[:2], third[:2]) == ((0, True), (2, True))
+def test_rank_zero_loads_alone_and_then_the_first_rank_of_each_node_and_then_the_others(tmp_path):
+    """Nodes may share the folder into which weights are fetched, or have one each."""
+    zero, one, two, three = run_apart(load_in_turns, 4, tmp_path, ())
+    assert zero == (True, [])
+    assert two == (True, [0])
+    for first, there in (one, three):
+        assert not first
+        assert {0, 2} <= set(there)
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [0, 1, 2])
 def test_weights_that_one_rank_cannot_load_are_every_ranks_mistake(tmp_path, rank):
-    assert run_apart(load_in_turns, 3, tmp_path, (rank,)) == [f"rank {rank} has no weights"] * 3
+    assert run_apart(load_in_turns, 4, tmp_path, (rank,)) == [f"rank {rank} has no weights"] * 4

@@ -23,6 +23,7 @@ from tests.gpu_simulation.torch_cuda import patched_torch_cuda
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
+COMPOUND = torch._C.DispatchKey.CompositeImplicitAutograd
 ROOT = Path(__file__).parents[2]
 ROOMS = (f"{ROOT}/pipeline/", f"{ROOT}/data_prep/")
 # A copy of so many bytes or fewer from pageable memory does not make the host wait (CUDA C++ Programming Guide,
@@ -60,10 +61,11 @@ class CudaTensor(torch.Tensor):
     def __new__(cls, host: torch.Tensor) -> CudaTensor:
         """Put a CPU tensor on the simulated device, without a copy."""
         assert not isinstance(host, CudaTensor)
-        made = torch.Tensor._make_wrapper_subclass(
-            cls, host.size(), strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype,
-            layout=host.layout, device="cpu",
-        )  # fmt: skip
+        with torch.inference_mode(False):  # a view of a parameter is no inference tensor, nor is its wrapper
+            made = torch.Tensor._make_wrapper_subclass(
+                cls, host.size(), strides=host.stride(), storage_offset=host.storage_offset(), dtype=host.dtype,
+                layout=host.layout, device="cpu",
+            )  # fmt: skip
         made.host = host
         return made
 
@@ -80,16 +82,21 @@ class CudaTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"CudaTensor({tuple(self.shape)}, {self.dtype})"
 
+    def record_stream(self, stream: object) -> None:
+        """Do nothing: no memory is used anew."""
+
     def numpy(self, *args: object, **kwargs: object) -> Any:
         """Refuse, as on CUDA."""
         raise TypeError("can't convert cuda:0 device type tensor to numpy; use Tensor.cpu()")
 
 
 class SimulatedGpu:
-    """The waits of the host, and the host memory that is pinned."""
+    """What was copied to the device, the waits of the host, and the host memory that is pinned."""
 
     def __init__(self) -> None:
         self.waits: list[Wait] = []
+        self.uploads: list[int] = []
+        """Bytes of each copy from the host to the device."""
         # By address; kept, so that no other memory gets the same address.
         self._pinned: dict[int, torch.UntypedStorage] = {}
 
@@ -124,8 +131,10 @@ class SimulatedGpu:
         return not isinstance(tensor, CudaTensor) and tensor.untyped_storage().data_ptr() in self._pinned
 
     def copy_between(self, host: torch.Tensor, upload: bool, non_blocking: bool) -> None:
-        """Write down the wait of a copy between host and device, if there is one."""
-        small = upload and host.numel() * host.element_size() <= STAGED_BYTES
+        """Write down a copy between host and device, and its wait, if there is one."""
+        if upload:
+            self.uploads.append(host.nbytes)
+        small = upload and host.nbytes <= STAGED_BYTES
         if not non_blocking:
             self.wait("upload" if upload else "download")
         elif not (small or self.is_pinned(host)):
@@ -177,6 +186,10 @@ class _Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # Outside of inference mode autograd has taken compound operations apart.
+        if torch.is_inference_mode_enabled() and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOUND):
+            with self:
+                return func._op_dk(COMPOUND, *args, **kwargs)
         given = list(tensors_of(args, kwargs))
         cuda = [tensor for tensor in given if isinstance(tensor, CudaTensor)]
         if func is aten.copy_.default:
@@ -254,7 +267,6 @@ class _Functions(TorchFunctionMode):
             torch.Tensor.tolist: self._tolist,
             torch.Tensor.pin_memory: lambda tensor, device=None: self.gpu.pin(tensor.clone()),
             torch.Tensor.is_pinned: lambda tensor, device=None: self.gpu.is_pinned(tensor),
-            torch.Tensor.record_stream: lambda tensor, stream: None,
             torch.Tensor.data.__set__: self._set_data,  # type: ignore[attr-defined]
             torch.as_tensor: self._tensor, torch.tensor: self._tensor,
         }  # fmt: skip
@@ -264,6 +276,8 @@ class _Functions(TorchFunctionMode):
         cuda = any(isinstance(tensor, CudaTensor) for tensor in tensors_of(args, kwargs))
         self.dispatch.fresh.append(cuda)
         try:
+            if kwargs.get("device") in ("meta", torch.device("meta")):  # as transformers builds a model to load
+                return func(*args, **kwargs)
             if func in self.special:
                 return self.special[func](*args, **kwargs)
             if "device" in kwargs or "pin_memory" in kwargs:
@@ -276,6 +290,8 @@ class _Functions(TorchFunctionMode):
         """A function that makes a tensor on the device that it is given."""
         device, pinned = kwargs.pop("device", None), kwargs.pop("pin_memory", False)
         cuda = cuda if device is None else on_cuda(device)
+        if device is not None:
+            kwargs["device"] = "cpu"
         if kwargs.get("generator") is not None and getattr(kwargs["generator"], "on_cuda", False) != cuda:
             raise RuntimeError("the generator is on another device than the tensor")
         self.dispatch.fresh[-1] = cuda

@@ -5,9 +5,16 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.model.backbone import FrozenBackbone
 from tests.gpu_simulation.device import CUDA, STAGED_BYTES, CudaTensor, simulated_gpu
 
 VALUES = torch.tensor([[1.0, -2.0], [3.0, 4.0]])
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """A backbone in fp32 that was loaded outside of the simulation."""
+    return FrozenBackbone("scenes-tiny").model
 
 
 def on_gpu():
@@ -79,6 +86,17 @@ def test_each_kind_of_wait_is_written_down_once(gpu, kind, work):
     assert [wait.kind for wait in waits] == [kind]
 
 
+def test_inference_mode_changes_nothing(gpu):
+    x = on_gpu()
+    with torch.inference_mode(), gpu.watch() as waits:
+        found = (x > 0).nonzero(as_tuple=True)
+        assert nn.functional.one_hot(found[0], 3).device == CUDA
+        assert x.view(4).device == x.to(torch.bfloat16).device == CUDA
+        with pytest.raises(RuntimeError, match="same device"):
+            nn.functional.linear(x, VALUES)
+    assert [wait.kind for wait in waits] == ["nonzero"]
+
+
 def test_a_wait_names_the_line_of_the_project(gpu):
     from pipeline.model.encoder import first_places
 
@@ -100,6 +118,15 @@ def test_modules_move_and_change_their_precision_in_place(gpu):
     assert isinstance(weight, nn.Parameter)
     assert (weight.device, weight.dtype) == (CUDA, torch.bfloat16)
     assert module.to("cpu").weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_loaded_weights_and_buffers_are_those_of_a_cpu(exact, gpu, device):
+    """A model to load is built on the device `meta`, and then gets what no file holds, such as buffers."""
+    found = FrozenBackbone("scenes-tiny", device).model
+    assert all(torch.equal(there.cpu(), exact.get_parameter(name).to(there.dtype))
+               for name, there in found.named_parameters())  # fmt: skip
+    assert all(torch.equal(there.cpu(), exact.get_buffer(name)) for name, there in found.named_buffers())
 
 
 def test_arrays_are_only_made_of_tensors_on_the_cpu(gpu):

@@ -1,3 +1,5 @@
+"""A training step of the model on a GPU: devices, precisions, finite values, gradients, and waits of the host."""
+
 import pytest
 import torch
 
@@ -5,9 +7,8 @@ from pipeline.model.config import HEADS, PRUNING
 from pipeline.model.losses import Targets, count_targets
 from tests.gpu_simulation.device import CUDA
 from tests.gpu_simulation.examples import (
-    EXPERTS,
     LAYERS,
-    by_file,
+    assert_waits,
     cached,
     model_in_training,
     photos,
@@ -15,15 +16,13 @@ from tests.gpu_simulation.examples import (
     tensors_in,
 )
 
-# The loop over experts: which of them have tokens, and for each that has: which it is, three times, its tokens, and
-# whether it is the one that stands for none.
-EXPERT_WAITS = {"pipeline/model/moe.py": LAYERS * (1 + 5 * EXPERTS)}
 # Which of the kept views are still to be encoded depends on the scores.
 TAKE_WAITS = {"pipeline/model/encoder.py": 1}
+BASELINES = [head for head in HEADS if head != "roadwork"]
 
 
-def config_of(pruning="scored", head="roadwork"):
-    return small_config(pruning=pruning, head=head, fixed_views=[5, 4, 6, 10, 11, 8, 7])
+def config_of(pruning="scored", head="roadwork", **changes):
+    return small_config(pruning=pruning, head=head, fixed_views=[5, 4, 6, 10, 11, 8, 7], **changes)
 
 
 def take_step(model, batch, keep_all=False):
@@ -60,10 +59,11 @@ def test_a_step_in_each_pruning_mode_from_photos_and_from_the_cache(gpu, pruning
             check(model, take_step(model, source, keep_all))
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_a_step_of_each_head(gpu, head):
-    config = config_of(head=head)
-    model = model_in_training(config)
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize(("head", "evidence"), [("roadwork", True), *((head, False) for head in HEADS)])
+def test_a_step_of_each_head_and_of_several(gpu, head, evidence, heads):
+    config = config_of(head=head, evidence=evidence)
+    model = model_in_training(config, heads=heads)
     batch = photos(config)
     for source in (batch, cached(batch, model)):
         model.zero_grad()
@@ -71,8 +71,8 @@ def test_a_step_of_each_head(gpu, head):
 
 
 @pytest.mark.parametrize("changes", [
-    {"evidence": False}, {"experts": 1, "experts_per_token": 1}, {"fusion": "mean"}, {"pyramid": False},
-    {"attention_gate": False}, {"metadata": ()},
+    {"experts": 1, "experts_per_token": 1}, {"fusion": "mean"}, {"pyramid": False}, {"attention_gate": False},
+    {"metadata": ()},
 ])  # fmt: skip
 def test_a_step_with_each_part_of_the_head_changed(gpu, changes):
     config = small_config(**changes)
@@ -81,14 +81,6 @@ def test_a_step_with_each_part_of_the_head_changed(gpu, changes):
     output = take_step(model, cached(photos(config), model))
     assert output.loss.isfinite()
     assert all(model.get_parameter(name).grad is not None for name in check_some)
-
-
-@pytest.mark.parametrize("heads", [2, 3])
-def test_a_step_of_several_heads(gpu, heads):
-    config = small_config()
-    model = model_in_training(config, heads=heads)
-    batch = photos(config)
-    check(model, take_step(model, cached(batch, model)))
 
 
 @pytest.mark.parametrize("pruning", ["scored", "dynamic", "oracle"])
@@ -102,19 +94,21 @@ def test_a_step_of_mixed_photos(gpu, pruning):
         check(model, take_step(model, source))
 
 
-@pytest.mark.parametrize("pruning", [mode for mode in PRUNING if mode != "oracle"])
+@pytest.mark.parametrize("pruning", PRUNING)
 @pytest.mark.parametrize("keep_all", [False, True])
-def test_waits_of_a_step(gpu, pruning, keep_all):
+@pytest.mark.parametrize("mixup_alpha", [0.0, 0.4])
+def test_waits_of_a_step(gpu, pruning, keep_all, mixup_alpha):
     config = config_of(pruning)
-    model = model_in_training(config)
+    model = model_in_training(config, mixup_alpha=mixup_alpha)
     batch = photos(config)
-    for source, expected in ((batch, EXPERT_WAITS | TAKE_WAITS), (cached(batch, model), EXPERT_WAITS)):
+    passes = 2 if pruning == "oracle" and not keep_all else 1
+    for source, expected in ((batch, TAKE_WAITS), (cached(batch, model), {})):
         with gpu.watch() as waits:
             take_step(model, source, keep_all)
-        assert by_file(waits) == expected, waits
+        assert_waits(waits, {file: passes * count for file, count in expected.items()}, passes * LAYERS)
 
 
-@pytest.mark.parametrize("head", [head for head in HEADS if head != "roadwork"])
+@pytest.mark.parametrize("head", BASELINES)
 def test_waits_of_a_step_of_a_baseline(gpu, head):
     config = config_of(head=head)
     model = model_in_training(config)
@@ -122,4 +116,27 @@ def test_waits_of_a_step_of_a_baseline(gpu, head):
     for source, expected in ((batch, TAKE_WAITS), (cached(batch, model), {})):
         with gpu.watch() as waits:
             take_step(model, source)
-        assert by_file(waits) == expected, waits
+        assert_waits(waits, expected, layers=0)
+
+
+@pytest.mark.parametrize("pruning", ["scored", "oracle"])
+def test_a_step_uploads_its_views_once_and_as_bytes(gpu, pruning):
+    config = config_of(pruning)
+    model = model_in_training(config)
+    batch = photos(config)
+    size = batch["views"].nbytes
+    assert batch["views"].dtype == torch.uint8
+    gpu.uploads.clear()
+    take_step(model, batch)
+    assert [nbytes for nbytes in gpu.uploads if nbytes >= size / 12] == [size]
+
+
+def test_what_a_batch_lacks_is_made_on_the_gpu(gpu):
+    config = config_of()
+    model = model_in_training(config)
+    batch = cached(photos(config), model)
+    unknown = {name: value for name, value in batch.items() if name not in ("weather", "mask_targets")}
+    with gpu.watch() as waits:
+        output = model(unknown, with_loss=True, null_metadata=True)
+    assert_waits(waits, {})
+    assert output.loss_terms["segmentation"].sum() == 0

@@ -25,6 +25,10 @@ class Stream:
     def synchronize(self) -> None:
         """Do nothing."""
 
+    def is_capturing(self) -> bool:
+        """Whether a graph is recorded: never."""
+        return False
+
     def record_event(self, event: object = None) -> Event:
         """An event that has passed."""
         return Event()
@@ -84,10 +88,12 @@ def patched_torch_cuda() -> Iterator[None]:
     accelerator = {
         "is_available": lambda: True, "current_accelerator": lambda check_available=False: torch.device("cuda"),
         "set_device_index": lambda device: None, "current_device_index": lambda: 0,
+        "current_stream": lambda device=None: current,
     }  # fmt: skip
     with (
         patch.multiple(torch.cuda, **answers),
         patch.multiple(torch.accelerator, **accelerator),
         patch.object(torch, "Generator", Generator),
+        patch("pipeline.devices.may_use_gpu", lambda: True),  # whatever hides GPUs from the tests
     ):
         yield

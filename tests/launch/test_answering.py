@@ -63,6 +63,13 @@ def test_the_number_of_processes_and_auto_may_be_said(monkeypatch, started):
     assert [launch[launch.index("--num_processes") + 1] for launch in started] == ["4", "2"]
 
 
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_no_process_is_too_few(started, capsys, number):
+    assert answering.main([*PREDICT, f"--num_processes={number}"]) == 2
+    assert capsys.readouterr().err == f"error: --num_processes is {number}, but must be 1 or more\n"
+    assert not started
+
+
 def test_processes_on_a_cpu_share_its_cores(monkeypatch, started):
     machine(monkeypatch, 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))

@@ -6,12 +6,19 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.__main__ import COMMANDS, module_of
+from pipeline.config import parse_config
+from pipeline.devices import has_bf16, pick_device
+from pipeline.distributed.settings import resolve_precision
 from pipeline.errors import Stopped
-from pipeline.launch import demo
+from pipeline.launch import answering, demo, launcher
 from pipeline.launch.demo import SIGNALS, Steps, steps_of
+from pipeline.launch.plan import resolve
 
 
 @pytest.fixture(autouse=True)
@@ -100,3 +107,76 @@ def test_the_steps_stay_in_the_run_folder(tmp_path):
             for flag, value in itertools.pairwise(words):
                 if flag in ("--out", "--run", "--shards", "--output", "--source", "--model", "--data.features"):
                     assert value.startswith(str(tmp_path))
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Makes this a machine with some GPUs, which may be hidden."""
+
+    def become(gpus, hidden=False):
+        (tmp_path / "nvidiactl").touch()
+        monkeypatch.setattr("pipeline.devices.DEVICE_FILES", (str(tmp_path / "nvidiactl"),) if gpus else ())
+        monkeypatch.setattr("pipeline.devices.OTHER_FILES", ())
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        if not hidden:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        seen = 0 if hidden else gpus
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: seen > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: seen > 0)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+
+    return become
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The command line of each launch, or the command that this process runs alone, instead of running them."""
+    found = []
+    for module in (launcher, answering):
+        monkeypatch.setattr(module, "supervise", lambda words, *rest, **options: found.append(words) or 0)
+    monkeypatch.setattr(answering, "alone", lambda command, words: found.append([command, *words]) or 0)
+    return found
+
+
+def run_step(words):
+    """Start a step of the demo as `python -m pipeline` does; without what computes nothing on a GPU."""
+    module, rest = module_of(words)
+    if module == "pipeline.launch.launcher":
+        assert (launcher.prep(rest[1:]) if rest[0] == "prep" else launcher.main(rest)) == 0
+    elif module == "pipeline.launch.answering":
+        assert answering.main(rest) == 0
+    else:
+        assert module in (COMMANDS["prep"][0], COMMANDS["export"][0])
+
+
+@pytest.mark.parametrize(("gpus", "hidden", "file", "processes", "precision", "device"), [
+    (0, False, "cpu_2.yaml", 2, "fp32", "cpu"), (4, True, "cpu_2.yaml", 2, "fp32", "cpu"),
+    (1, False, "gpu.yaml", 1, "bf16", "cuda"), (4, False, "gpu.yaml", 4, "bf16", "cuda"),
+])  # fmt: skip
+def test_the_steps_choose_what_suits_the_machine(
+    machine, started, tmp_path, gpus, hidden, file, processes, precision, device
+):
+    machine(gpus, hidden)
+    launched, alone = {}, {}
+    for title, words in steps_of(tmp_path / "run", quick=True):
+        assert "--device" not in words
+        started.clear()
+        run_step(words)
+        assert len(started) <= 1
+        for command in started:
+            (launched if command[0] == sys.executable else alone)[title] = command
+    answers = {"baseline's score", "evaluation", "prediction"}
+    several = device == "cuda" and processes > 1
+    assert launched.keys() == {"features", "baseline", "model"} | (answers if several else set())
+    assert alone.keys() == (set() if several else answers)
+    assert pick_device("auto").type == device  # of features and answers, which are told none
+    for title, command in launched.items():
+        accelerate = Path(command[command.index("--config_file") + 1])
+        number = int(command[command.index("--num_processes") + 1]) if device == "cuda" else None
+        assert (accelerate.name, number) == (file, processes if device == "cuda" else None)
+        if title in ("baseline", "model"):
+            config, _ = parse_config(command[command.index("--config") :], "train")
+            plan = resolve(config, accelerate, None, number, resolve_precision(config.train.precision, has_bf16()))
+            assert (plan.world_size, plan.engine.precision, config.train.epochs) == (processes, precision, 1)

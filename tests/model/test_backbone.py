@@ -128,6 +128,23 @@ def test_half_precision_keeps_the_frequencies_of_the_positions(backbone, dinov3_
     assert torch.cosine_similarity(cls.float(), expected).min() > 0.999
 
 
+def test_half_precision_is_loaded_as_such_and_is_the_rounded_weights(backbone, dinov3_folder, monkeypatch):
+    """The fp32 weights of the mission's backbone take 3.4 GB, and every process of a machine loads them."""
+    monkeypatch.setattr(room, "compute_dtype", lambda device: torch.bfloat16)
+    usual, loaded = room.AutoModel.from_pretrained, []
+
+    def load(*words, **options):
+        model = usual(*words, **options)
+        loaded.extend(parameter.clone() for parameter in model.parameters())
+        return model
+
+    monkeypatch.setattr(room.AutoModel, "from_pretrained", load)
+    FrozenBackbone(dinov3_folder)
+    assert {parameter.dtype for parameter in loaded} == {torch.bfloat16}
+    exact = [parameter.to(torch.bfloat16) for parameter in backbone.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(loaded, exact, strict=True))
+
+
 def test_size_and_parameters_are_those_of_the_model(backbone, dinov3_folder):
     plain = DINOv3ViTModel.from_pretrained(dinov3_folder)
     assert backbone.hidden_size == 64

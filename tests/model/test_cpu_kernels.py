@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from pipeline.model.cpu_kernels import RMSNorm, biased_attention
+from pipeline.model.cpu_kernels import HAS_ONEDNN, Linear, RMSNorm, biased_attention, linear
 
 
 def heads(*shape, dtype=torch.float64):
@@ -25,6 +25,47 @@ def derivatives(value, leaves):
     first = torch.autograd.grad((value.square() * probe).sum(), leaves, create_graph=True)
     known = [part.nan_to_num().sin().sum() for part in first]
     return first, torch.autograd.grad(torch.stack(known).sum(), leaves)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_is_that_of_pytorch(bias):
+    layer = Linear(6, 4, bias=bias).double()
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    leaves = (x, *layer.parameters())
+    expected = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    for ours, theirs in zip(derivatives(layer(x), leaves), derivatives(expected, leaves), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert gradcheck(linear, leaves)
+    assert gradgradcheck(linear, leaves)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="a PyTorch without oneDNN")
+def test_products_of_a_linear_layer_in_fp32_are_those_of_onednn_and_within_rounding():
+    layer = Linear(96, 64)
+    x = torch.randn(5, 40, 96, requires_grad=True)
+    leaves = (x, *layer.parameters())
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    with torch.profiler.profile() as profile:
+        ours = derivatives(layer(x), leaves)
+    names = {event.key for event in profile.key_averages()}
+    assert "mkldnn::_linear_pointwise" in names
+    assert not names & {"aten::mm", "aten::addmm"}
+    for some, others in zip(ours, derivatives(F.linear(*exact), exact), strict=True):
+        for one, other in zip(some, others, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
+def test_a_linear_layer_spares_the_gradient_that_nobody_asks_for():
+    layer = Linear(6, 4)
+    x = torch.randn(3, 6)
+    layer(x).sum().backward()
+    assert x.grad is None
+    layer.weight.requires_grad_(False)
+    layer.weight.grad = None
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    torch.testing.assert_close(layer.bias.grad, torch.full((4,), 6.0))
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 16), (3, 4, 2, 8)])

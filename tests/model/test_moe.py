@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from torch.autograd import gradcheck, gradgradcheck
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from pipeline.model.config import ModelConfig
-from pipeline.model.moe import SparseExperts, balance_loss, build_feed_forward, z_loss
+from pipeline.model.moe import ROWS_PER_BLOCK, SparseExperts, balance_loss, build_feed_forward, z_loss
 from tests.model.reference import sparse_experts
 
 
@@ -26,6 +29,97 @@ def test_experts_equal_their_transcription(top_k, training):
         # The router's softmax is fp32 whatever the input.
         torch.testing.assert_close(update[image], expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(logits[image], expected_logits)
+
+
+def block_of_transformers(module, top_k):
+    """transformers' own block with the same weights, whose experts take turns."""
+    (experts, double_width, width), dtype = module.block.experts.gate_up_proj.shape, module.block.gate.weight.dtype
+    settings = Qwen3MoeConfig(
+        hidden_size=width, moe_intermediate_size=double_width // 2, num_experts=experts, num_experts_per_tok=top_k,
+        norm_topk_prob=True,
+    )  # fmt: skip
+    settings._experts_implementation = "eager"
+    block = Qwen3MoeSparseMoeBlock(settings).to(dtype)
+    block.load_state_dict(module.block.state_dict())
+    return block
+
+
+def gradients(block, x, update):
+    probe = torch.linspace(-1, 1, update.numel(), dtype=update.dtype).view_as(update)
+    found = torch.autograd.grad((update * probe).sum(), [x, *block.parameters()])
+    return dict(zip(["x", *dict(block.named_parameters())], found, strict=True))
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [6, ROWS_PER_BLOCK, 150])
+def test_sorted_experts_are_the_block_of_transformers(top_k, tokens):
+    module = experts_of(top_k).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    reference = block_of_transformers(module, top_k)
+    x = torch.randn(1, tokens, 16, dtype=torch.float64, requires_grad=True)
+    update, expected = module(x)[0], reference(x)
+    torch.testing.assert_close(update, expected)
+    ours, theirs = gradients(module.block, x, update), gradients(reference, x, expected)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], msg=name)
+
+
+@pytest.mark.parametrize("grouped_mm", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_in_each_precision_are_near_those_in_float64(dtype, grouped_mm):
+    module = experts_of().to(dtype)
+    exact = block_of_transformers(module, 2).double()
+    x = torch.randn(2, 70, 16).to(dtype).requires_grad_()
+    module.block.experts.grouped_mm = grouped_mm
+    same = x.detach().double().requires_grad_()
+    update, expected = module(x)[0], exact(same)
+    ours, theirs = gradients(module.block, x, update), gradients(exact, same, expected)
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    for name, value in {"update": update.detach(), **ours}.items():
+        right = {"update": expected.detach(), **theirs}[name]
+        assert (value.double() - right).norm() < tolerance * right.norm(), name
+
+
+def test_grouped_products_wait_for_nothing_and_give_idle_experts_zeros():
+    """Only the loop asks for numbers of tokens."""
+    module = experts_of(top_k=1)
+    x, asked = torch.randn(1, 1, 16), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "tolist", lambda tensor: asked.append(tensor) or [64, 0, 0, 0])
+        module.block.experts.grouped_mm = True
+        update, logits = module(x)
+        assert not asked
+        module.block.experts.grouped_mm = False
+        module(x)
+        assert len(asked) == 1
+    update.sum().backward()
+    for parameter in module.block.experts.parameters():
+        assert parameter.grad.flatten(1).any(dim=1).nonzero().tolist() == [[int(logits.argmax())]]
+
+
+def test_experts_can_be_differentiated_twice():
+    module = experts_of(top_k=2).double()
+    experts = module.block.experts
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x = torch.randn(5, 16, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(5, 2, dtype=torch.float64, requires_grad=True)
+    chosen = torch.tensor([[0, 2], [2, 1], [0, 1], [1, 0], [2, 0]])  # none for the last one
+
+    def update(x, weights):
+        return experts(x, chosen, weights)
+
+    assert gradcheck(update, (x, weights))
+    assert gradgradcheck(update, (x, weights))
+    products = []
+    for form in (experts, block_of_transformers(module, 2).experts):
+        loss = form(x, chosen, weights).sin().sum()
+        leaves = [x, weights, *form.parameters()]
+        first = torch.autograd.grad(loss, leaves, create_graph=True)
+        products.append(torch.autograd.grad(sum(part.square().sum() for part in first), leaves))
+    for ours, theirs in zip(*products, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_every_weight_is_initialised():

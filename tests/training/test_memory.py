@@ -14,7 +14,16 @@ from pipeline.distributed.settings import Sharding
 from pipeline.model.config import ModelConfig
 from pipeline.optim.config import OptimConfig
 from pipeline.training import memory
-from pipeline.training.memory import Parameters, buffer_bytes, build_head, count, need, saved_by_the_head, state_bytes
+from pipeline.training.memory import (
+    Parameters,
+    buffer_bytes,
+    build_head,
+    count,
+    need,
+    saved_by_the_head,
+    state_bytes,
+    waiting_bytes,
+)
 from tests.small_run import small_config
 
 MILLION = 10**6
@@ -116,6 +125,15 @@ def test_what_the_head_keeps_grows_by_the_photo():
     assert per_photo > 0
     three = _saved(build_head(HEAD, scenes_tiny_config()).train(), noise(HEAD, scenes_tiny_config(), 3), False)
     assert three == pytest.approx(fixed + 3 * per_photo, rel=0.05)
+
+
+def test_features_in_memory_leave_no_batches_waiting_for_a_process():
+    held = Config(model=HEAD.model)
+    held.data.features = "cache"
+    backbone = scenes_tiny_config()
+    assert waiting_bytes(held, backbone, 2, 4) == 2 * waiting_bytes(held, backbone, 1, 4) > 0
+    held.data.features_in = "host"
+    assert waiting_bytes(held, backbone, 2, 4) == 0
 
 
 def test_a_cache_spares_the_backbones_activations_and_a_larger_micro_batch_costs():

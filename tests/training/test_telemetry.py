@@ -9,8 +9,12 @@ import torch.distributed as dist
 from pipeline.config import TrainConfig
 from pipeline.distributed.agreement import Agreement
 from pipeline.errors import UserError
-from pipeline.model.config import TERMS
+from pipeline.model.config import TERMS, ModelConfig
+from pipeline.model.cpu_kernels import HAS_ONEDNN
+from pipeline.model.moe import ROWS_PER_BLOCK, SparseExperts
+from pipeline.training import telemetry
 from pipeline.training.telemetry import Meter, Profiler, expert_load
+from pipeline.training.throughput import flop_counter
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,16 @@ def test_waiting_for_data_is_a_share_of_the_step_and_validations_are_no_part_of_
     assert 0 < values["rss_gib"] < 64
 
 
+def test_each_steps_seconds_begin_where_those_of_the_step_before_ended_and_leave_pauses_out(meter, monkeypatch):
+    clock = SimpleNamespace(monotonic=lambda: next(moments))
+    moments = iter([meter.started + seconds for seconds in (2.0, 2.0, 12.0, 15.0)])
+    monkeypatch.setattr(telemetry, "time", clock)
+    assert meter.add_step(losses(1.0), True) == pytest.approx(2.0)
+    with meter.paused():
+        pass
+    assert meter.add_step(losses(1.0), True) == pytest.approx(3.0)
+
+
 def test_expert_load_counts_the_tokens_that_exist():
     logits = torch.tensor([[[3.0, 2, 1], [3, 1, 2], [0, 0, 9]], [[1, 3, 2], [9, 0, 0], [9, 0, 0]]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
@@ -97,6 +111,29 @@ def test_a_profile_holds_the_steps_of_its_window(tmp_path):
     trace = json.loads((tmp_path / "profile" / "rank-1.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
     assert {f"step {step}" for step in range(1, 6)} & names == {"step 2", "step 3"}
+
+
+@pytest.mark.parametrize("tokens", [64, 7])
+def test_products_of_experts_are_counted_in_each_form(tokens):
+    """With every token at every expert the numbers of rows are known; forward, backward, and two of each."""
+    width, hidden, experts = 16, 8, 2
+    config = ModelConfig(
+        width=width, heads=4, fusion_heads=4, experts=experts, experts_per_token=experts, expert_width=hidden
+    )
+    module, found = SparseExperts(config), {}
+    for form, dtype, grouped_mm in (
+        ("loop", torch.bfloat16, False), ("grouped", torch.bfloat16, True), ("oneDNN", torch.float32, False),
+    ):  # fmt: skip
+        module.to(dtype).block.experts.grouped_mm = grouped_mm
+        with flop_counter() as counter:
+            module(torch.randn(1, tokens, width, dtype=dtype, requires_grad=True))[0].sum().backward()
+        found[form] = counter.get_total_flops()
+    router, rows = 3 * 2 * tokens * width * experts, tokens * experts
+    expected = 3 * 2 * rows * 3 * width * hidden
+    assert found["loop"] == found["grouped"] == router + expected
+    if HAS_ONEDNN:
+        padded = -(-tokens // ROWS_PER_BLOCK) * ROWS_PER_BLOCK
+        assert found["oneDNN"] == router + expected * padded // tokens
 
 
 @pytest.mark.parametrize("window", ["3", "3:2", "0:2", "a:b", "2:"])

@@ -100,6 +100,7 @@ def test_two_processes_train_validate_and_leave_a_run_folder(uninterrupted):
     assert [line["step"] for line in saves] == list(range(STEPS + 1))
     assert summary["checkpoints"]["saves"] == len(saves)
     assert all(line[key] >= 0 for line in [*saves, summary["checkpoints"]] for key in ("save_s", "write_s"))
+    assert summary["checkpoints"]["step_s_in_writes"] > 0  # there is a save before each step
     assert [path.name for path in sorted((uninterrupted / "checkpoints").glob("step-*"))] == [
         f"step-{step:08d}" for step in sorted({best, STEPS - 1, STEPS})
     ]
