@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.form import Goal, Report, Row, compare, interleave, machine, publish, versions
 from benchmarks.processes import run_apart
 from benchmarks.trainer_arms import BATCH, RECIPE, time_arm
+from benchmarks.trainer_revision import Revision
 from data_prep.features.command import features as make_cache
 from data_prep.features.options import ModelChoice
 from data_prep.scenes.data_set import KIND, scenes
@@ -33,6 +34,8 @@ NOTES = {
     "read and can be stopped at any step; neither validates nor saves",
     "plain": "one process each; theirs has no DeepSpeed, no trainer and no weight average: what forward, backward and "
     "AdamW take, and so the most that any trainer could gain",
+    "revision": "one process each; theirs is the head of that revision in today's sizes, with its own feature cache "
+    "and reader",
 }
 
 
@@ -54,34 +57,44 @@ QUICK = Plan(images=32, steps=4, rounds=2, starts=1)
 ROUNDS_OF_A_START = 2
 
 
-def trainer(quick: bool = False, out: Path | None = None, seed: int = 0) -> Path:
+def trainer(quick: bool = False, out: Path | None = None, seed: int = 0, against: Path | None = None) -> Path:
     """Measure the training loop against a bare loop, Hugging Face's `Trainer`, and plain PyTorch.
 
     Args:
+        against: Folder with another revision of this project (`git archive REVISION | tar x -C FOLDER`); its head under
+            `Trainer` is measured too.
         quick: Fewer photos, steps and rounds, in 90 seconds on two cores.
         out: Folder for trainer.json; benchmarks/results if not given, or runs/benchmarks with --quick.
         seed: Seed of the scenes and of the order of measuring.
     """
     plan = QUICK if quick else FULL
     with tempfile.TemporaryDirectory(prefix="roadwork-trainer-") as place:
-        rows = measure(plan, Path(place), seed)
+        rows = measure(plan, Path(place), seed, against)
     return publish(Report("trainer", machine(), versions(PACKAGES), seed, rows), out, quick)
 
 
-def measure(plan: Plan, folder: Path, seed: int) -> tuple[Row, ...]:
+def measure(plan: Plan, folder: Path, seed: int, against: Path | None = None) -> tuple[Row, ...]:
     """All rows of the benchmark."""
     prepare(plan, folder, seed)
     on = f"head of {RECIPE}, cached {KIND}, CPU"
     taken = run_apart(time_arm, 1, folder, "overhead", plan.steps, plan.rounds)
     ours, bare = ([1000 * second for second in seconds] for seconds in zip(*taken, strict=True))
     arms = {name: partial(rates, folder, name, plan.steps) for name in ("ours", "hugging_face", "plain")}
+    if against is not None:
+        (folder / "revision").mkdir()
+        other = Revision(against, folder / "revision", plan.images, seed)
+        arms["revision"] = partial(other.rates, plan.steps, ROUNDS_OF_A_START)
     found = {name: np.concatenate(starts).tolist() for name, starts in interleave(arms, plan.starts, seed).items()}
     what, unit, rate = f"training, {on}", "images/s", found["ours"]
-    return (
+    rows = [
         compare(f"a training step, {on}", "a bare loop", ours, bare, "ms", OVERHEAD_GOAL, NOTES["overhead"]),
         compare(what, "transformers.Trainer", rate, found["hugging_face"], unit, TRAINER_GOAL, NOTES["trainer"]),
         compare(what, "a plain PyTorch loop", rate, found["plain"], unit, None, NOTES["plain"]),
-    )
+    ]
+    if against is not None:
+        name = f"transformers.Trainer, head of {against.name}"
+        rows.append(compare(what, name, rate, found["revision"], unit, TRAINER_GOAL, NOTES["revision"]))
+    return tuple(rows)
 
 
 def prepare(plan: Plan, folder: Path, seed: int) -> None:

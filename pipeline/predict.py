@@ -73,7 +73,7 @@ def predict(
 
             def begin() -> tuple[int, int]:
                 held.enter_context(kept.locked())
-                return kept.begin(_plan(model, classifier, batch_size, input, list), input, list)
+                return kept.begin(_plan(model, classifier, batch_size, input, list), input, list, dist.get_world_size())
 
             photos, answered = on_rank_zero(begin)
             rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -1,5 +1,6 @@
-"""The commands of docs/{data,scenes,features,cluster}.md, run as they stand there, on a few small scenes."""
+"""The commands of docs/{data,scenes,features,prediction,cluster}.md, run as they stand there, on a few small scenes."""
 
+import json
 import os
 import re
 import shutil
@@ -12,9 +13,11 @@ import pytest
 from data_prep.scenes.data_set import scenes
 from data_prep.shards.command import shard
 from tests.data_prep.examples import content
+from tests.small_run import make_backbone, make_model, make_run, make_shards, noisy_photo, telling_labels
 from tests.warm import python
 
 ROOT = Path(__file__).parents[1]
+SPLITS = ("val", "test")
 
 pytestmark = pytest.mark.slow
 
@@ -70,6 +73,20 @@ def test_the_commands_about_the_feature_cache(tmp_path):
         short = " --shards runs/demo/shards --epochs 1" if " train " in command else ""
         run(command + short, tmp_path)
     assert (tmp_path / "runs" / "demo-cached" / "predictions.csv").is_file()
+
+
+def test_the_commands_about_evaluation_and_prediction(tmp_path):
+    model = make_model(make_backbone(tmp_path / "backbone"))
+    make_shards(tmp_path / "shards", {"train": [0, 1], **{name: telling_labels(model, name, 30, 0) for name in SPLITS}})
+    make_run(tmp_path / "runs" / "city", model, tmp_path / "shards")
+    (tmp_path / "new_photos").mkdir()
+    (tmp_path / "new_photos" / "a.jpg").write_bytes(noisy_photo(0))
+    (tmp_path / "photos.txt").write_text("new_photos/a.jpg\n")
+    (commands,) = blocks("prediction.md")
+    for command in commands:
+        run(command, tmp_path)
+    (row,) = [json.loads(line) for line in (tmp_path / "more.jsonl").read_text().splitlines()]
+    assert f"{row['path']},{row['probability']},{row['label']}," in (tmp_path / "answers.csv").read_text()
 
 
 def test_the_commands_about_a_cluster(tmp_path):

@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,6 +153,54 @@ def test_wrong_input_is_one_sentence_and_leaves_nothing(model_folder, photos, tm
         with pytest.raises(UserError, match=message):
             predict(model, out / name, input=inputs, workers=0)
     assert not out.exists()
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(model_folder, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.evaluation.prediction.score", lambda *_: pytest.fail("worked"))
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").touch()
+    for output, message in (("folder.csv", "and this is a folder"), ("file/x.csv", "not a directory; fix that")):
+        with pytest.raises(UserError, match=message):
+            predict(model_folder, tmp_path / output, input=[str(photos)], workers=0)
+
+
+def test_the_same_command_after_the_end_answers_anew(model_folder, photos, tmp_path):
+    for photo in ("a.jpg", "c[1].jpeg"):
+        os.replace(photos / photo, photos / "a.jpg")
+        summary = predict(model_folder, tmp_path / "x.csv", input=[str(photos / "a.jpg")], workers=0)
+        assert json.loads(summary.read_text())["resumed"] == 0
+        answer = read_csv(tmp_path / "x.csv")[0]["probability"]
+        predict(model_folder, tmp_path / "alone.csv", input=[str(photos / "a.jpg")], workers=0)
+        assert read_csv(tmp_path / "alone.csv")[0]["probability"] == answer
+    assert not list(tmp_path.glob(".*"))
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from pipeline.predict import predict
+model, photos, output = map(Path, sys.argv[1:])
+predict(model, output, input=[str(photos)], batch_size=50, workers=0)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_ten_thousand_photos_take_the_memory_of_a_thousand(model_folder, tmp_path):
+    peaks = []
+    for number in (1_000, 10_000):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        first = folder / "0.png"
+        Image.new("RGB", (32, 32), (90, 160, 20)).save(first)
+        for row in range(1, number):
+            os.link(first, folder / f"{row}.png")
+        words = [str(model_folder), str(folder), str(tmp_path / f"{number}.csv")]
+        done = subprocess.run([sys.executable, "-c", MEASURED, *words], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(read_csv(tmp_path / f"{number}.csv")) == number
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 24, peaks  # MiB
 
 
 def test_an_interrupted_prediction_leaves_the_old_file(model_folder, photos, tmp_path, monkeypatch):

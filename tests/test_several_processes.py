@@ -97,15 +97,15 @@ def test_a_request_to_stop_ends_in_one_line_and_keeps_the_answers(place):
 
 
 @pytest.mark.dist
-def test_two_processes_of_which_one_is_killed_keep_their_answers_and_two_more_finish_with_the_bytes_of_one(place):
+def test_two_processes_of_which_one_is_killed_keep_their_answers_and_three_finish_with_the_bytes_of_one(place):
     output = place / "two.csv"
     status, err = two_faulty(place, "kill 1 1", output)
     assert status == 1
     assert "failed: rank 1 on " in err
     assert "was killed by SIGKILL" in err
     assert err.splitlines()[-1].endswith("goes on after them, and with --max-restarts N it does so by itself")
-    summary = resumed(place, output, "--num_processes", "2")
-    assert summary["processes"] == 2
+    summary = resumed(place, output, "--num_processes", "3")
+    assert summary["processes"] == 3
     assert summary["resumed"] >= BATCH
     assert output.read_bytes() == (place / "whole.csv").read_bytes()
 

@@ -70,6 +70,11 @@ class Background(Generic[Result]):
         assert self._job is None
         self._job = self._thread.submit(job)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job is running."""
+        return self._job is not None and not self._job.done()
+
     def wait(self) -> Result | None:
         """Wait for the job, and return its result or raise its exception; None where none was started."""
         job, self._job = self._job, None

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,24 @@ from pipeline.progress import say
 
 # On these errors a checkpoint is given up and training continues; EFBIG is the limit of `ulimit -f`.
 NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG})
+
+
+@dataclass
+class Steps:
+    """How long some steps took."""
+
+    number: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count a step."""
+        self.number += 1
+        self.seconds += seconds
+
+    @property
+    def mean_s(self) -> float | None:
+        """Mean seconds of a step; None where there was none."""
+        return round(self.seconds / self.number, 5) if self.number else None
 
 
 class Checkpoints:
@@ -68,6 +86,9 @@ class Checkpoints:
         self._copy, self._writer = HostCopy(), Background[int | None]("checkpoint-write")
         self._writing = False  # whether a save was not waited for yet; the same on every rank
         self._times: list[tuple[float, float]] = []
+        self._slowed = False  # whether a write went on when the present step began
+        self._steps = {True: Steps(), False: Steps()}  # of this process: those that began in a write, and the others
+        self._steps_in_write = Steps()  # since the last save
         self.uploader: Uploader | None = None
         if rank == 0 and settings.sync:
             self.uploader = Uploader(Remote(settings.sync), folder, self.retention)
@@ -100,7 +121,14 @@ class Checkpoints:
         if self.rank == 0:
             self._copy.finish()
             stopped_s, values = time.monotonic() - started, {**state, "config": self.run, "sampler": VERSION}
+            self._slowed, self._steps_in_write = True, Steps()
             self._writer.start(lambda: self._write(step, values, stopped_s))
+
+    def add_step(self, seconds: float) -> None:
+        """Count a step, apart where it began while a checkpoint was written."""
+        for steps in (self._steps[self._slowed], *([self._steps_in_write] if self._slowed else [])):
+            steps.add(seconds)
+        self._slowed = self._writer.busy
 
     def wait(self) -> None:
         """Wait until the last save is on the disk, or is given up and `unsaved` is set. Collective.
@@ -154,12 +182,15 @@ class Checkpoints:
 
         Returns:
             `saves`, how many were written, and the mean seconds of each: `save_s`, in which training stood still, and
-            `write_s`, until the checkpoint was on the disk, while training continued.
+            `write_s`, until the checkpoint was on the disk, while training continued. Then the mean seconds of a step:
+            `step_s_in_writes` of those that began in a write, and `step_s_otherwise`; absent where there was none.
         """
         if not self._times:
             return {"saves": 0}
         stopped, written = (round(sum(seconds) / len(seconds), 3) for seconds in zip(*self._times, strict=True))
-        return {"saves": len(self._times), "save_s": stopped, "write_s": written}
+        steps = {"step_s_in_writes": self._steps[True].mean_s, "step_s_otherwise": self._steps[False].mean_s}
+        slowed = {name: mean_s for name, mean_s in steps.items() if mean_s is not None}
+        return {"saves": len(self._times), "save_s": stopped, "write_s": written, **slowed}
 
     def close(self) -> None:
         """Wait for the last save, report what is not saved, and wait for the upload for `checkpoint.sync_wait_s`.
@@ -193,11 +224,13 @@ class Checkpoints:
         with self.uploader.holding() if self.uploader else nullcontext(frozenset[str]()) as busy:
             names = self._names()
             for name in set(names) - self.retention.kept(names) - busy:
-                shutil.rmtree(self.folder / name, ignore_errors=True)  # failing to remove an old one ends no run
+                files.remove_checkpoint(self.folder / name)
         with suppress(OSError):  # on a full disk the folders' names must do
             write_json(self.folder / files.POINTERS, self.retention.pointers(self._names()))
             save_s, write_s = (round(seconds, 3) for seconds in self._times[-1])
-            self.log({"kind": "save", "step": step, "save_s": save_s, "write_s": write_s})
+            mean_s = self._steps_in_write.mean_s
+            slowed = {} if mean_s is None else {"step_s": mean_s}
+            self.log({"kind": "save", "step": step, "save_s": save_s, "write_s": write_s, **slowed})
         if self.uploader:
             self.uploader.notify()
         return None

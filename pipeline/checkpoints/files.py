@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,16 @@ def write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensors], st
     return final
 
 
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint under a hidden name, so that a kill leaves no part of it under its own; nothing is raised."""
+    hidden = path.with_name(f".{path.name}.{UNFINISHED}")
+    with suppress(OSError):
+        os.rename(path, hidden)
+        shutil.rmtree(hidden)
+
+
 def recover(folder: Path) -> None:
-    """Undo what a failed or killed `write_checkpoint` left: bring back what it moved aside, remove what is unfinished.
+    """Undo what failed or killed writes and removals left: bring back what was moved aside, remove what is unfinished.
 
     Args:
         folder: Folder of all checkpoints, in which nothing is being written; it need not exist.
@@ -118,6 +127,8 @@ def recover(folder: Path) -> None:
             os.rename(old, final)
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.glob(f".{POINTERS}.[0-9]*.tmp"):  # of `write_json`
+        leftover.unlink()
 
 
 def to_json(values: dict[str, Any]) -> bytes:

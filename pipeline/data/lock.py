@@ -55,9 +55,13 @@ def locked(folder: Path, what: str, way_out: str, shared: bool = False) -> Itera
         finally:
             forget.over = True
             if not shared:
-                _remove(path)
+                path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+    if not shared:
+        # Only now: over NFS a file that is open stays in its folder under another name.
+        with contextlib.suppress(OSError):  # something is in it, or it was renamed or removed
+            folder.rmdir()
 
 
 class _ClosedInChildren:
@@ -98,9 +102,3 @@ def _is_at(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # the folder may have been renamed or removed
-        path.unlink()
-        path.parent.rmdir()

@@ -1,7 +1,7 @@
 """Batches of a list, dealt to several processes.
 
 The list is cut into batches first. So a batch holds the same samples however many processes share the work, and each
-answer has the same bits as if one process had computed them all with as many threads.
+answer on a CPU has the same bits as if one process had computed them all with as many threads.
 """
 
 from __future__ import annotations

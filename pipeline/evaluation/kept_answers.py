@@ -8,10 +8,8 @@ which process made it, or in which attempt.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
@@ -21,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import UserError
+from pipeline.data.lock import LOCK_NAME, locked
+from pipeline.errors import UserError, explain
 from pipeline.evaluation.dealing import Deal, count
 from pipeline.evaluation.photo_list import PhotoList, open_to_read, path_of, write_list
 from pipeline.progress import say
@@ -57,30 +56,26 @@ class KeptAnswers:
         Raises:
             UserError: Another process works in it, or the disk refuses a write.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.folder, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is writing {self.output} at this moment; wait for it, or choose another --output"
-                ) from error
-            yield
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(explain(error)) from error
+        try:
+            with locked(self.folder, f"writing {self.output}", "choose another --output"):
+                yield
         except sqlite3.OperationalError as error:
             raise UserError(
                 f"{self.database}: {error}; fix that and give the same command again, which keeps all answers"
             ) from error
-        finally:
-            os.close(lock)
 
-    def begin(self, plan: Plan, inputs: list[str], listed: Path | None) -> tuple[int, int]:
+    def begin(self, plan: Plan, inputs: list[str], listed: Path | None, processes: int) -> tuple[int, int]:
         """List the photos, or go on with the list and the answers that are there.
 
         Args:
             plan: What the answers depend on, by the option that decides it; with another plan the work starts anew.
             inputs: See `check_inputs`.
             listed: See `check_inputs`.
+            processes: How many will answer.
 
         Returns:
             The number of photos, and how many of them have an answer.
@@ -95,11 +90,14 @@ class KeptAnswers:
                 database.executescript(TABLES)
                 photos = write_list(database, inputs, listed)
                 database.execute("INSERT INTO plan VALUES (?)", [json.dumps(plan)])  # last: it vouches for the list
-            return photos, 0
-        self._take_parts()
-        photos = len(self.photos)
-        answered = photos - len(self.missing(photos, 0, 1))
-        say(f"resuming: {answered} of {photos} photos, as listed at the first start, have an answer")
+            answered = 0
+        else:
+            self._take_parts()
+            photos = len(self.photos)
+            answered = photos - len(self.missing(photos, 0, 1))
+            say(f"resuming: {answered} of {photos} photos, as listed at the first start, have an answer")
+        for rank in range(processes):  # here, since over NFS this machine may see for a while only the names it made
+            self._part(rank).touch()
         return photos, answered
 
     def missing(self, photos: int, rank: int, world_size: int) -> Deal:
@@ -112,7 +110,7 @@ class KeptAnswers:
 
     def keep(self, rank: int, batches: Iterable[tuple[int, list[Row]]]) -> None:
         """Append batches, given with their numbers, to the part of this process as they are made."""
-        with (self.folder / f"part-{rank:05d}.jsonl").open("a") as part:
+        with self._part(rank).open("a") as part:
             synced = time.monotonic()
             for number, rows in batches:
                 part.write(json.dumps([number, rows], allow_nan=False) + "\n")
@@ -134,8 +132,13 @@ class KeptAnswers:
         connection.close()
 
     def remove(self) -> None:
-        """Remove the folder, which the output has made useless."""
-        shutil.rmtree(self.folder)
+        """Remove the folder, which the output has made useless; while it is locked, it goes with the lock."""
+        self._clear()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+    def _part(self, rank: int) -> Path:
+        return self.folder / f"part-{rank:05d}.jsonl"
 
     def _plan(self) -> Plan | None:
         """The plan of the answers that are there; None where there is none, or the file is damaged."""
@@ -149,7 +152,8 @@ class KeptAnswers:
 
     def _clear(self) -> None:
         for file in self.folder.iterdir():
-            file.unlink()
+            if file.name != LOCK_NAME:
+                file.unlink()
 
     def _take_parts(self) -> None:
         """Move what is in the parts into the database; what a kill cut off is computed again."""
@@ -162,7 +166,8 @@ class KeptAnswers:
 
     @contextmanager
     def _write(self) -> Iterator[sqlite3.Connection]:
-        connection = sqlite3.connect(self.database)
+        # Without SQLite's own locks, which some shared disks lack: see `locked`.
+        connection = sqlite3.connect(f"{self.database.absolute().as_uri()}?nolock=1", uri=True)
         try:
             with connection:  # commits, unless there was an error
                 yield connection

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.photo_files import is_photo_name
 from pipeline.errors import UserError, require
 from pipeline.progress import track
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # `path` has zero bytes for slashes: then a folder's photos are sorted as the folder is, whatever its name is made of.
 TABLES = """
     CREATE TABLE found (place INTEGER NOT NULL, path BLOB NOT NULL);
@@ -82,12 +82,15 @@ def photos_of(name: str) -> Iterator[str]:
 
 
 def images_under(folder: str) -> Iterator[str]:
-    """The images of a folder and of the folders in it, but not of those that are symbolic links."""
+    """The images of a folder and of the folders in it, but not of those that are symbolic links.
+
+    Those that cannot be read are among them, such as a HEIC or a link to nothing: each gets an answer that says so.
+    """
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
                 yield from images_under(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and entry.is_file():
+            elif is_photo_name(entry.name) and not entry.is_dir():
                 yield entry.path
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from pipeline.data.batch import batches_of, collate
 from pipeline.data.dataset import prepare
 from pipeline.data.photo import BadPhoto
+from pipeline.data.photo_files import read_file
 from pipeline.errors import require
 from pipeline.evaluation.inference import kept_views
 from pipeline.model.config import InputSpec
@@ -52,7 +53,7 @@ class PhotoFiles(Dataset[Prepared]):
     def __getitem__(self, row: int) -> Prepared:
         """See `pipeline.data.dataset.prepare`."""
         try:
-            return prepare(self.files[row].read_bytes(), self.spec), ""
+            return prepare(read_file(self.files[row]), self.spec), ""
         except BadPhoto as error:
             return None, str(error)
         except OSError as error:
@@ -110,12 +111,13 @@ def jsonl_writer(stream: TextIO) -> Callable[[Path, Row], object]:
 
 
 def check_output(output: Path) -> None:
-    """Refuse an output in an unknown format.
+    """Refuse an output that could not be written after all the work.
 
     Raises:
-        UserError: Its suffix names no format.
+        UserError: Its suffix names no format, or it is a folder.
     """
     require(output.suffix in WRITERS, "--output", str(output), f"a file that ends in {' or '.join(WRITERS)}")
+    require(not output.is_dir(), "--output", str(output), "a file, and this is a folder")
 
 
 WRITERS: dict[str, Callable[[TextIO], Callable[[Path, Row], object]]] = {".csv": csv_writer, ".jsonl": jsonl_writer}

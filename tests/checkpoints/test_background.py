@@ -95,6 +95,24 @@ def test_a_save_is_reported_once_it_is_a_checkpoint(start, folder):
     assert start().checkpoints.summary() == {"saves": 0}
 
 
+def test_steps_in_a_write_are_timed_apart(start, slow_disk):
+    run = start()
+    run.checkpoints.add_step(1.0)
+    with slow_disk() as (released, _):
+        run.save(1, wait=False)
+        for seconds in (2.0, 4.0):  # the first began with the write, the second in its middle
+            run.checkpoints.add_step(seconds)
+        released.set()
+        run.checkpoints.wait()
+    assert run.logged[0]["step_s"] == 3.0
+    for seconds in (6.0, 3.0, 2.0):  # the write ended within the first
+        run.checkpoints.add_step(seconds)
+    summary = run.checkpoints.summary()
+    assert (summary["step_s_in_writes"], summary["step_s_otherwise"]) == (4.0, 2.0)
+    run.save(2)
+    assert "step_s" not in run.logged[1]  # no step began and ended within that one
+
+
 @pytest.mark.parametrize("what", ["save", "restore", "close"])
 def test_what_follows_a_save_waits_until_it_is_written(start, folder, slow_disk, what):
     run = start()

@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,6 +88,19 @@ def test_a_lock_whose_file_is_removed_meanwhile_is_taken_anew(tmp_path, monkeypa
         assert (tmp_path / LOCK_NAME).exists()
         with pytest.raises(UserError, match="another process"), locked(tmp_path, "x", "y"):
             pass
+
+
+def test_a_folder_that_its_owner_removes_meanwhile_is_made_anew(tmp_path, monkeypatch):
+    flock, removed = fcntl.flock, []
+
+    def late(descriptor, operation):
+        if not removed:
+            removed.append(shutil.rmtree(tmp_path / "work"))
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path / "work", "x", "y"):
+        assert (tmp_path / "work" / LOCK_NAME).exists()
 
 
 def test_a_disk_without_locks_is_said_and_worked_on(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import shutil
 from pathlib import Path
 
@@ -24,7 +26,7 @@ def photos(tmp_path) -> Path:
 def begin(folder: Path, photos: Path, plan: dict = PLAN) -> tuple[KeptAnswers, tuple[int, int]]:
     kept = KeptAnswers(folder / "x.csv", 3)
     with kept.locked():
-        return kept, kept.begin(plan, [str(photos)], None)
+        return kept, kept.begin(plan, [str(photos)], None, 1)
 
 
 def answer(kept: KeptAnswers, rank: int, world_size: int, batches: int, word: str) -> None:
@@ -107,7 +109,7 @@ def test_a_list_that_was_not_finished_is_made_again(photos, tmp_path):
 
     kept = KeptAnswers(tmp_path / "x.csv", 3)
     with kept.locked(), pytest.raises(KeyboardInterrupt):
-        kept.begin(PLAN, interrupted(), None)
+        kept.begin(PLAN, interrupted(), None, 1)
     assert kept.database.exists()
     (photos / "00.jpg").touch()
     assert begin(tmp_path, photos)[1] == (11, 0)
@@ -117,6 +119,35 @@ def test_a_list_that_was_not_finished_is_made_again(photos, tmp_path):
 
 def test_two_at_a_time_are_refused(photos, tmp_path):
     kept, _ = begin(tmp_path, photos)
-    with kept.locked(), pytest.raises(UserError, match=r"another process is writing .*x\.csv at this moment"):
+    with kept.locked(), pytest.raises(UserError, match=r"another process .* is writing .*x\.csv at this moment"):
         begin(tmp_path, photos)
     begin(tmp_path, photos)
+
+
+def test_a_disk_without_locks_is_no_obstacle_and_is_told_of(photos, tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    kept, _ = begin(tmp_path, photos)
+    assert f"see to it that nothing else is writing {kept.output}" in capsys.readouterr().err
+    answer(kept, 0, 1, 9, "a")
+    assert len(words(kept)) == 10
+
+
+def test_the_folder_goes_with_its_last_answers(photos, tmp_path):
+    kept = KeptAnswers(tmp_path / "x.csv", 3)
+    with kept.locked():
+        kept.begin(PLAN, [str(photos)], None, 1)
+        kept.remove()
+    assert not kept.folder.exists()
+    assert begin(tmp_path, photos)[1] == (10, 0)
+
+
+def test_the_first_process_makes_the_files_of_all(photos, tmp_path):
+    """Over NFS it may not see names that others have just made."""
+    kept = KeptAnswers(tmp_path / "x.csv", 3)
+    for processes in (3, 2):
+        with kept.locked():
+            kept.begin(PLAN, [str(photos)], None, processes)
+        assert len(list(kept.folder.glob("part-*.jsonl"))) == processes

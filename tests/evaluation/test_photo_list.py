@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,35 @@ def test_inputs_that_lead_to_nothing_are_refused(photos, monkeypatch, inputs, li
     (photos / "lines").write_text("\n\n")
     with pytest.raises(UserError, match=sentence):
         check_inputs(inputs, None if lines is None else Path(lines))
+
+
+MEASURED = """
+import resource, sys
+from pathlib import Path
+from pipeline.evaluation.kept_answers import KeptAnswers
+kept = KeptAnswers(Path(sys.argv[1], "x.csv"), 16)
+with kept.locked():
+    photos, _ = kept.begin({}, [], Path(sys.argv[1], "lines"), 1)
+share = kept.missing(photos, 0, 1)
+print(photos, kept.photos[share[len(share) - 1]].stem, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_paths_are_listed_and_dealt_in_the_memory_of_a_thousand(tmp_path):
+    """Their names alone are 60 MB, and as a list in Python more than 100."""
+    peaks = []
+    for photos in (1_000, 1_000_000):
+        folder = tmp_path / str(photos)
+        folder.mkdir()
+        with (folder / "lines").open("w") as lines:
+            for number in range(photos):
+                lines.write(f"/photos/of/a/city/with/a/rather/long/name/{number:08d}.jpg\n")
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, str(folder)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found, last, peak_kib = map(int, done.stdout.split())
+        assert (found, last) == (photos, photos - 1)
+        peaks.append(peak_kib / 1024)
+    assert peaks[1] - peaks[0] < 24, peaks
