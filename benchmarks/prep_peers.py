@@ -37,7 +37,7 @@ Route = Literal["imagefolder", "paths", "bytes"]
 
 def check_header(data: bytes) -> tuple[int, int]:
     """Format and size from the header."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         assert image.format == "JPEG"
         return image.size
 

@@ -26,7 +26,7 @@ Batch = tuple[Sequence[str], torch.Tensor]
 
 def decode_once(data: bytes, side: int) -> torch.Tensor:
     """Decode the photo, and resize every view from its own box of it."""
-    with Image.open(io.BytesIO(data)) as image:
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         return cut(image.convert("RGB"), side)
 
 

@@ -133,7 +133,7 @@ def report_picture(run: Path) -> Image.Image:
             _mistake(place, mistake)
         stream = io.BytesIO()
         figure.savefig(stream, format="png")
-    return Image.open(stream).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
+    return Image.open(stream, formats=("PNG",)).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
 
 
 def _drawings(run: Path, rows: pd.DataFrame) -> list[Callable[[Axes], None]]:
@@ -207,7 +207,7 @@ def _confusion(axes: Axes, counts: dict[str, int]) -> None:
 def _mistake(axes: Axes, mistake: dict[str, Any]) -> None:
     """One thumbnail of the worst mistakes, with the tiles that the model kept in blue."""
     data = base64.b64decode(mistake["picture"].partition(",")[2])
-    axes.imshow(np.asarray(Image.open(io.BytesIO(data))))
+    axes.imshow(np.asarray(Image.open(io.BytesIO(data), formats=("JPEG",))))
     axes.axis("off")
     axes.text(0, -0.05, f"{mistake['label']} at {mistake['probability']:.2f}", transform=axes.transAxes, va="top")
     tiles = axes.inset_axes((0.79, -0.24, 0.21, 0.2))

@@ -8,8 +8,8 @@ from functools import cache, cached_property
 
 import numpy as np
 
-from data_prep.photos.inspection import Appearance, appearance_of
-from data_prep.work.parallel import Workers
+from data_prep.photos.inspection import LIBRARIES, Appearance, appearance_of
+from data_prep.work.parallel import FEW_PHOTOS, Workers
 from pipeline.data.index import SPLITS, Index, Sample
 from pipeline.data.integrity import Damage, read_record
 from pipeline.data.photo import BadPhoto
@@ -109,8 +109,8 @@ def read_photos(shards: str, index: Index, workers: int) -> Photos:
     if not entries:
         raise UserError(f"{shards} has no samples to audit")
     looks = []
-    with Workers(workers, preload=(__name__,)) as pool:
-        for entry, look in track(pool.map(look_at, entries), len(entries), "auditing"):
+    with Workers(workers, preload=(__name__, *LIBRARIES)) as pool:
+        for entry, look in track(pool.map(look_at, entries, FEW_PHOTOS), len(entries), "auditing"):
             if isinstance(look, str):
                 raise UserError(
                     f"the sample {entry.sample.key} in {entry.place}/{entry.tar} cannot be audited: {look}; "

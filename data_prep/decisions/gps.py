@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,9 @@ from sklearn.metrics import silhouette_score
 from sklearn.metrics.pairwise import haversine_distances
 from threadpoolctl import threadpool_limits
 
-from data_prep.sources.metadata import parse_gps, select_fields
-from data_prep.sources.tables import read_rows
+from data_prep.sources.gps_notes import GpsNotes
+from data_prep.sources.metadata import GPS_FIELDS, parse_gps, select_fields
+from data_prep.sources.tables import read_rows, shorten
 from pipeline.errors import UserError
 from pipeline.names import EARTH_RADIUS_KM
 from pipeline.progress import say
@@ -150,19 +150,23 @@ def read_target(path: Path) -> np.ndarray:
         UserError: The file cannot be read, or has no usable row.
     """
     points: list[tuple[float, float]] = []
-    problems: Counter[str] = Counter()
-    for row in read_rows(path):
-        place, problem = parse_gps(select_fields(row))
-        if place is None:
-            problems[problem or "empty"] += 1
-        else:
+    notes, columns = GpsNotes(), dict[str, None]()
+    for number, row in enumerate(read_rows(path), start=1):
+        fields = select_fields(row)
+        columns |= dict.fromkeys(row)
+        place, problem = parse_gps(fields)
+        told = [value for name, value in fields.items() if name in GPS_FIELDS]
+        notes.add(f"row {number}", told, place, problem if place or problem else "empty")
+        if place is not None:
             points.append(place)
-    reasons = "; ".join(f"{count} {problem}" for problem, count in sorted(problems.items()))
     if not points:
+        columns_told = f"; its columns are {shorten(columns)}" if columns else ""
         raise UserError(
-            f"{path} names no place ({reasons or 'it has no rows'}); --target_gps needs a column gps, or latitude "
-            "and longitude, in degrees"
+            f"{path} names no place ({notes.reasons() or 'it has no rows'}{columns_told}); --target_gps needs a column "
+            "gps, or latitude and longitude, in degrees"
         )
-    if problems:
-        say(f"{path}: {len(points)} places; rows left out: {reasons}")
+    if notes.problems:
+        say(f"{path}: {len(points)} places; rows left out: {notes.reasons()}")
+    for sentence in notes.doubts(str(path)):
+        say(sentence)
     return np.array(points)

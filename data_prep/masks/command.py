@@ -27,7 +27,8 @@ from data_prep.sources.content import Input, Location
 from data_prep.sources.opening import open_source
 from data_prep.work.parallel import Workers
 from data_prep.work.workplace import REJECTS_NAME, check_apart
-from pipeline.data.photo import BadPhoto, decode
+from pipeline.data.photo import BadPhoto, decode, decode_mask
+from pipeline.data.photo_files import read_file
 from pipeline.errors import UserError, require
 from pipeline.files import write_bytes, write_json, write_summary
 from pipeline.names import MASK_CLASSES
@@ -57,9 +58,10 @@ class Done:
     """How many pixels each class has, in the order of MASK_CLASSES."""
 
     @classmethod
-    def of(cls, mask: Image.Image) -> Done:
-        """Count the pixels of a mask."""
-        return cls(tuple(mask.histogram()[1 : len(MASK_CLASSES) + 1]))
+    def of(cls, mask: np.ndarray) -> Done:
+        """Count the pixels of a mask, uint8 [H, W]."""
+        counts = np.bincount(mask.ravel(), minlength=len(MASK_CLASSES) + 1)
+        return cls(tuple(counts[1 : len(MASK_CLASSES) + 1].tolist()))
 
 
 @dataclass
@@ -213,12 +215,11 @@ def look(item: Input, out: Path, side_px: int) -> Prepared | Done | Reject:
 
 
 def find_mask(out: Path, sha256: str) -> Done | None:
-    """The mask that a photo has already; None where it has none."""
-    path = mask_path(out, sha256)
-    if not path.is_file():
+    """The mask that a photo has already; None where it has none, or a damaged one."""
+    try:
+        return Done.of(decode_mask(read_file(mask_path(out, sha256))))
+    except (FileNotFoundError, BadPhoto):
         return None
-    with Image.open(path) as mask:
-        return Done.of(mask)
 
 
 def segment(results: Iterable[Prepared | Done | Reject], segmenter: Segment, out: Path, batch_size: int) -> Tally:
@@ -248,12 +249,11 @@ def _write_batch(batch: dict[str, Prepared], segmenter: Segment, out: Path, tall
     photos = list(batch.values())
     painted = segmenter(np.stack([photo.pixels for photo in photos]), [photo.size for photo in photos])
     for photo, values in zip(photos, painted, strict=True):
-        mask = Image.fromarray(values)
         with io.BytesIO() as stream:
-            mask.save(stream, "PNG")
+            Image.fromarray(values).save(stream, "PNG")
             write_bytes(mask_path(out, photo.sha256), stream.getvalue())
         tally.written += 1
-        tally.add(Done.of(mask))
+        tally.add(Done.of(values))
     batch.clear()
 
 

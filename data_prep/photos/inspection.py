@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
+import math
 import re
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,19 +16,18 @@ import numpy as np
 from PIL import Image
 
 from data_prep.sources.content import Content, Location
-from data_prep.sources.metadata import check_gps
-from pipeline.data.photo import PILLOW_ERRORS, BadPhoto, decode, open_header, upright_size
+from data_prep.sources.coordinates import check_gps
+from pipeline.data.exif import LATITUDE, LATITUDE_REF, LONGITUDE, LONGITUDE_REF, Value, gps_of
+from pipeline.data.photo import BadPhoto, Header, decode, decode_mask, open_header
+from pipeline.data.photo_files import MAX_FILE_BYTES
 from pipeline.files import write_text
 from pipeline.names import MASK_CLASSES
 
-MAX_FILE_BYTES = 256 << 20  # before it is read into memory; 100 megapixels are less, even as PNG
 HASHED_SIDE = 32
 THUMBNAIL_SIDE = 16
 HASH_SIDE = 8
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # by Pillow's names; MPO is JPEG and more
-# Tags of EXIF and of its GPS block.
-GPS_BLOCK = 0x8825
-LATITUDE_REF, LATITUDE, LONGITUDE_REF, LONGITUDE = 1, 2, 3, 4
+LIBRARIES = ("scipy.fft", "PIL.JpegImagePlugin", "PIL.PngImagePlugin", "PIL.WebPImagePlugin")  # imported at first use
+EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
@@ -137,16 +134,14 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
     if isinstance(data, Reject):
         return data
     try:
-        mask_data = mask if mask is None or isinstance(mask, bytes) else mask.read()
+        mask_data = _read_mask(mask)
         header = open_header(data)
-        width, height = upright_size(header)
-        if header.format not in EXTENSIONS:
-            raise BadPhoto("neither JPEG, PNG nor WebP")
+        width, height = header.size
         digest = hashlib.sha256(data).hexdigest()
         look = appearance_of(data) if scrutiny.decode else None
         from_folder = mask_data is None and scrutiny.masks is not None
         if from_folder and (path := mask_path(scrutiny.masks or "", digest)).exists():
-            mask_data = path.read_bytes()
+            mask_data = _read_mask(Location(str(path)))
         if mask_data is not None:
             check_mask(mask_data, (width, height))
     except OSError as error:
@@ -156,7 +151,7 @@ def inspect(name: str, photo: Location, mask: Content | None, scrutiny: Scrutiny
     return Facts(
         sha256=digest,
         size_bytes=len(data),
-        extension=EXTENSIONS[header.format],
+        extension=EXTENSIONS[header.parts.format],
         width=width,
         height=height,
         gps=exif_gps(header),
@@ -174,14 +169,27 @@ def read_photo(name: str, photo: Location | bytes) -> bytes | Reject:
         name: Name of the photo, for a reject.
         photo: Where the bytes are, or the bytes themselves.
     """
-    if isinstance(photo, bytes):
-        return photo
     try:
-        if photo.size is None and os.path.getsize(photo.path) > MAX_FILE_BYTES:
-            return Reject(name, f"the file is larger than {MAX_FILE_BYTES >> 20} MB", "read")
-        return photo.read()
+        data = photo if isinstance(photo, bytes) else photo.read()
+        if len(data) > MAX_FILE_BYTES:
+            raise BadPhoto(f"the file is larger than {MAX_FILE_BYTES >> 20} MB")
     except OSError as error:
         return Reject(name, f"cannot be read: {error.strerror or error}", "read")
+    except BadPhoto as error:
+        return Reject(name, str(error), "read")
+    return data
+
+
+def _read_mask(mask: Content | None) -> bytes | None:
+    """The mask's bytes; raises OSError where its file cannot be read, and BadPhoto where it cannot be drawn."""
+    if mask is None or isinstance(mask, bytes):
+        return mask
+    try:
+        return mask.read()
+    except BadPhoto as error:
+        if isinstance(mask, Location):
+            raise OSError(str(error)) from error
+        raise
 
 
 def check_mask(data: bytes, size: tuple[int, int] | None = None) -> None:
@@ -194,35 +202,24 @@ def check_mask(data: bytes, size: tuple[int, int] | None = None) -> None:
     Raises:
         BadPhoto: The mask is something else. Pixels are decoded only if the header shows nothing wrong.
     """
-    try:
-        with warnings.catch_warnings():
-            # Pillow's, for what `open_header` accepts as a photo.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-    except PILLOW_ERRORS as error:
-        raise BadPhoto("the mask is not an image") from error
-    if image.format != "PNG" or image.mode != "L":
-        raise BadPhoto("the mask is not an 8-bit grey PNG")
-    if size is not None and image.size != size:
-        sizes = f"{image.width}x{image.height}, the photo is {size[0]}x{size[1]}"
-        raise BadPhoto(f"the mask is of another size: {sizes}")
-    try:
-        values = np.asarray(image)
-    except PILLOW_ERRORS as error:
-        raise BadPhoto(f"the mask cannot be decoded: {error}") from error
-    if values.max() > len(MASK_CLASSES):
+
+    def check(image: Image.Image) -> None:
+        if image.mode != "L":
+            raise BadPhoto("the mask is not an 8-bit grey PNG")
+        if size is not None and image.size != size:
+            sizes = f"{image.width}x{image.height}, the photo is {size[0]}x{size[1]}"
+            raise BadPhoto(f"the mask is of another size: {sizes}")
+
+    if decode_mask(data, check).max() > len(MASK_CLASSES):
         raise BadPhoto(f"the mask holds values above {len(MASK_CLASSES)}, the number of classes")
 
 
-def exif_gps(image: Image.Image) -> tuple[float, float] | None:
+def exif_gps(header: Header) -> tuple[float, float] | None:
     """Latitude and longitude in degrees from a photo's EXIF; None when absent or broken."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's warnings about broken EXIF, which is expected here
-            block = image.getexif().get_ifd(GPS_BLOCK)
-        latitude = _degrees(block[LATITUDE], block[LATITUDE_REF], positive="N", negative="S")
-        longitude = _degrees(block[LONGITUDE], block[LONGITUDE_REF], positive="E", negative="W")
-    except (*PILLOW_ERRORS, KeyError, TypeError, ZeroDivisionError):
+    block = gps_of(header.parts.exif)
+    latitude = _degrees(block.get(LATITUDE), block.get(LATITUDE_REF), positive=b"N", negative=b"S")
+    longitude = _degrees(block.get(LONGITUDE), block.get(LONGITUDE_REF), positive=b"E", negative=b"W")
+    if latitude is None or longitude is None:
         return None
     return check_gps(round(latitude, 7), round(longitude, 7))[0]  # 1 cm
 
@@ -250,7 +247,12 @@ def perceptual_hash(grey: np.ndarray) -> int:
     return int.from_bytes(np.packbits(low > np.median(low[1:])).tobytes(), "big")
 
 
-def _degrees(parts: Any, hemisphere: Any, *, positive: str, negative: str) -> float:
-    degrees, minutes, seconds = (float(part) for part in parts)
-    sign = {positive: 1, negative: -1}[str(hemisphere).strip("\0 ").upper()]
-    return sign * (degrees + minutes / 60 + seconds / 3600)
+def _degrees(parts: Value | None, hemisphere: Value | None, *, positive: bytes, negative: bytes) -> float | None:
+    """Degrees with their sign; None where anything but the seconds is missing or no number."""
+    if not isinstance(parts, tuple) or len(parts) != 3 or not isinstance(hemisphere, bytes):
+        return None
+    degrees, minutes, seconds = parts
+    sign = {positive: 1, negative: -1}.get(hemisphere.strip(b"\0 ").upper())
+    seconds = 0 if math.isnan(seconds) else seconds  # 0/0 is what cameras write that give minutes with a fraction
+    value = degrees + minutes / 60 + seconds / 3600
+    return sign * value if sign is not None and math.isfinite(value) else None

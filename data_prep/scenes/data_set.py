@@ -107,7 +107,7 @@ def scenes(
     shutil.rmtree(partial_out, ignore_errors=True)  # what an interrupted run left
     partial_out.mkdir(parents=True)
     write = write_folder if format == "folder" else partial(write_parquet, seed=seed, images=images)
-    with Workers(workers) as pool:
+    with Workers(workers, preload=(__name__,)) as pool:
         drawn = (scene for _, scene in pool.map(partial(encode_scene, config, label_noise=label_noise), range(images)))
         positives = sum(write(partial_out, track(drawn, images, "drawing scenes")))
     wall_s = time.monotonic() - start

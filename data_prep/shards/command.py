@@ -39,11 +39,11 @@ def shard(
     It may be interrupted at any moment: the same command resumes, and tars that are finished are not written again.
 
     Args:
-        source: Folder of photos, with or without a metadata table; folder of a hub data set's Parquet files or of
-            `save_to_disk`; or the id of a data set on the hub, which is read as a stream.
+        source: Folder of photos, with or without a metadata table; of WebDataset tars, such as shards; of a hub data
+            set's Parquet files; or of `save_to_disk`. Or the id of a data set on the hub, which is read as a stream.
         out: Folder to make, or an fsspec URL (s3://bucket/folder). A folder appears when all is done; if it has the
             same content already, it is kept.
-        metadata: CSV, JSONL or Parquet table with a column file_name, or COCO annotations (.json); if not given,
+        metadata: CSV, TSV, JSONL or Parquet table with a column file_name, or COCO annotations (.json); if not given,
             metadata.* in the source.
         revision: Branch, tag or commit of a data set on the hub.
         splits: geographic puts whole cities into one split, random puts groups of near-duplicates anywhere, keep

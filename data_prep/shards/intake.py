@@ -16,14 +16,14 @@ from data_prep.photos.inspection import Facts, Reject, Scrutiny, count_kinds, in
 from data_prep.shards.journal import Journal, key_of, status_of
 from data_prep.sources.content import Content, Location, Source
 from data_prep.sources.folders import stamp_files
-from data_prep.sources.metadata import BadLabel, Parsed, parse
-from data_prep.work.parallel import Workers
+from data_prep.sources.gps_notes import GpsNotes
+from data_prep.sources.metadata import GPS_FIELDS, BadLabel, Parsed, parse
+from data_prep.work.parallel import FEW_PHOTOS, Workers
 from data_prep.work.workplace import JOURNAL_NAME
 from pipeline.errors import UserError
 from pipeline.progress import say, track
 
 SPOOL_NAME = "spool"
-GPS_FIELDS = frozenset({"gps", "latitude", "longitude"})
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Intake:
     photos: list[Photo] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
     unknown_words: dict[str, Counter[str]] = field(default_factory=dict)
-    gps_problems: Counter[str] = field(default_factory=Counter)
+    gps: GpsNotes = field(default_factory=GpsNotes)
     sha256: str = ""
     """Fingerprint of the inputs: names, metadata and bytes, in order."""
 
@@ -78,6 +78,8 @@ class Candidate:
     """The status of the photo's file."""
     key: str | None = None
     """The photo's key in the journal."""
+    sha256: str = ""
+    """What the photo's bytes hash to, where the source tells; otherwise empty."""
 
 
 class Spool:
@@ -119,7 +121,7 @@ def take_in(
     intake, digest = Intake(), hashlib.sha256()
     journal = Journal(folder / JOURNAL_NAME, {**asdict(scrutiny), "masks": masks_stamp(scrutiny.masks)})
     with closing(journal), closing(Spool(folder / SPOOL_NAME)) as spool:
-        results = workers.map(partial(_look, scrutiny), _candidates(source, spool, journal))
+        results = workers.map(partial(_look, scrutiny), _candidates(source, spool, journal), FEW_PHOTOS)
         for number, (item, result) in enumerate(track(results, source.total, "checking")):
             digest.update(_identity(item, result))
             # A file that could not be read may be readable the next time, and look the same.
@@ -157,14 +159,17 @@ def _candidates(source: Source, spool: Spool, journal: Journal) -> Iterator[Cand
         photo, status = spool.keep(item.photo), status_of(item.photo)
         assert isinstance(photo, Location)  # other contents are masks only
         key = key_of(item.name, item.photo, status, item.mask)
-        yield Candidate(item.name, item.fields, journal.get(key), photo, parsed, mask, status, key)
+        yield Candidate(item.name, item.fields, journal.get(key), photo, parsed, mask, status, key, item.sha256)
 
 
 def _look(scrutiny: Scrutiny, item: Candidate) -> Facts | Reject:
     if item.known is not None:
         return item.known
     assert item.location is not None
-    return inspect(item.name, item.location, item.mask, scrutiny)
+    found = inspect(item.name, item.location, item.mask, scrutiny)
+    if isinstance(found, Facts) and item.sha256 and found.sha256 != item.sha256:
+        return Reject(item.name, "the photo is damaged: it has other bytes than its record says", "decode")
+    return found
 
 
 def _accept(intake: Intake, number: int, item: Candidate, facts: Facts, scrutiny: Scrutiny) -> None:
@@ -173,13 +178,14 @@ def _accept(intake: Intake, number: int, item: Candidate, facts: Facts, scrutiny
     assert item.location is not None
     if facts.mask_from_folder and scrutiny.masks is not None:
         mask = Location(str(mask_path(scrutiny.masks, facts.sha256)))
-    if not GPS_FIELDS & item.fields.keys():
+    told = [item.fields[name] for name in sorted(GPS_FIELDS & item.fields.keys())]
+    if told:
+        intake.gps.add(item.name, told, parsed.metadata.gps, parsed.gps_problem, facts.gps)
+    else:
         # Where a table has a GPS column, an empty cell means unknown; without one the photo's EXIF is used.
         parsed = replace(parsed, metadata=replace(parsed.metadata, gps=facts.gps))
     for name, word in parsed.unknown:
         intake.unknown_words.setdefault(name, Counter())[word] += 1
-    if parsed.gps_problem is not None:
-        intake.gps_problems[parsed.gps_problem] += 1
     intake.photos.append(Photo(number, item.name, item.location, mask, item.status, facts, parsed))
 
 
@@ -209,6 +215,10 @@ def _check_usable(intake: Intake) -> None:
 
 def _tell_oddities(intake: Intake, source: Source, scrutiny: Scrutiny) -> None:
     """Mention what may be intended, and may be a mistake."""
+    if intake.gps.problems:
+        say(f"GPS that is read as NULL: {intake.gps.reasons()}")
+    for sentence in intake.gps.doubts("the photos"):
+        say(sentence)
     if all(photo.parsed.label is None for photo in intake.photos):
         why = source.explain_unlabelled()
         if why:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from data_prep.decisions.gps import read_target
 from data_prep.decisions.maps import draw_map
-from data_prep.photos.inspection import Scrutiny, write_rejects
+from data_prep.photos.inspection import LIBRARIES, Scrutiny, write_rejects
 from data_prep.shards.intake import Intake, masks_stamp, take_in
 from data_prep.shards.merge import finish, tars_of
 from data_prep.shards.options import Arguments, Options
@@ -27,7 +28,7 @@ from data_prep.sources.opening import open_source
 from data_prep.work.parallel import Workers
 from data_prep.work.receipts import Receipts
 from data_prep.work.workplace import JOURNAL_NAME, MAP_NAME, REJECTS_NAME, SUMMARY_NAME, Workplace, check_apart
-from pipeline.data.index import Index, read_index
+from pipeline.data.index import INDEX_NAME, Index, read_index
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
 from pipeline.files import sha256_of, write_json, write_summary
@@ -35,6 +36,7 @@ from pipeline.progress import say, track
 
 # Arguments that older indexes lack, with the values that those shards were made with.
 BEFORE = {"balance": 1.0}
+FEW_BYTES = 64_000_000  # one process writes them before others would have started
 
 
 def make_shards(source: str | Path, out: str | Path, arguments: Arguments, options: Options) -> Path | str:
@@ -69,7 +71,7 @@ def make_shards(source: str | Path, out: str | Path, arguments: Arguments, optio
         return take_in(photos, workplace.path, pool, scrutiny, options.max_rejects)
 
     share = options.share
-    preload = (write_tar.__module__,)
+    preload = ("data_prep.shards.intake", "data_prep.shards.writer", *LIBRARIES)
     with workplace.locked(shared=share is not None), Workers(options.workers, preload) as pool:
         if finished is not None:
             return _compare(workplace, finished, look(pool), stamp)
@@ -98,11 +100,14 @@ def make_shards(source: str | Path, out: str | Path, arguments: Arguments, optio
 
 
 def kind_of(source: str | Path) -> str:
-    """What the photos are: what the summary of the command that made them says, or else just photographs."""
-    try:
-        return str(json.loads((Path(source) / SUMMARY_NAME).read_text())["kind"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return "photographs"
+    """What the photos are: what the summary of the command that made them says, or an index, or just photographs."""
+    for name, keys in ((SUMMARY_NAME, ("kind",)), (INDEX_NAME, ("arguments", "source_kind"))):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            value = json.loads((Path(source) / name).read_text())
+            for key in keys:
+                value = value[key]
+            return str(value)
+    return "photographs"
 
 
 def _identify(options: Options, workplace: Workplace) -> str:
@@ -195,5 +200,6 @@ def _write_tars(workplace: Workplace, plan: Plan, share: tuple[int, int], pool: 
     if len(missing) < len(jobs):
         say(f"resuming: {len(jobs) - len(missing)} of {len(jobs)} tars are written already")
     images = sum(job.tar.samples for job in jobs)
-    for _ in track(pool.map(write_tar, jobs), images, "writing", amount=lambda done: done[0].tar.samples):
+    alone_up_to = len(jobs) if sum(sizes) <= FEW_BYTES else 0
+    for _ in track(pool.map(write_tar, jobs, alone_up_to), images, "writing", amount=lambda done: done[0].tar.samples):
         pass

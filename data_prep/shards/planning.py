@@ -214,6 +214,6 @@ def _summary(intake: Intake, decisions: Decisions) -> dict[str, Any]:
         "groups": int(decisions.groups.max()) + 1,
         "straddling_groups": decisions.assignment.straddling_groups,
         "masks": sum(photo.mask is not None for photo in intake.photos),
-        "gps_dropped": dict(intake.gps_problems),
+        "gps_dropped": dict(intake.gps.problems),
         "target_far_share": decisions.far_share,
     }

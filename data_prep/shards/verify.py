@@ -54,7 +54,7 @@ def verify(shards: str, out: Path | None = None, workers: int = 0) -> Path:
         for sample in split.samples:
             samples[sample.shard].append(sample)
         checks += [Check(shards, name, *pair) for pair in zip(split.shards, map(tuple, samples), strict=True)]
-    with Workers(workers) as pool:
+    with Workers(workers, preload=(__name__,)) as pool:
         results = track(pool.map(check_shard, checks), len(checks), "verifying", unit="tars")
         problems = [problem for _, found in results for problem in found]
     summary = {

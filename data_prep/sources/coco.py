@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
 from collections import Counter, defaultdict
@@ -11,14 +10,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.sources.content import Input
+from data_prep.sources.content import Input, Location
+from data_prep.sources.coordinates import is_null
 from data_prep.sources.folders import MISSING, PhotoFolder, stamp_files
 from data_prep.sources.metadata import BadLabel, parse_label, select_fields
 from data_prep.sources.outlines import BadOutline, CocoMask, area, encode_outline
-from data_prep.sources.tables import flatten
-from pipeline.data.photo import MAX_PIXELS
+from data_prep.sources.tables import encoding_of, flatten
+from pipeline.data.photo import MAX_PIXELS, BadPhoto, open_header
 from pipeline.errors import UserError
 from pipeline.names import MASK_CLASSES
+from pipeline.parsing.typed_json import Malformed, load_json
 from pipeline.progress import say
 
 CONE, BARRIER, SIGN, WORKER, VEHICLE, EQUIPMENT = MASK_CLASSES
@@ -59,8 +60,8 @@ class CocoSource:
             raise UserError(f"{file} lists no images")
         self.ids = Counter(str(image["id"]) for image in self.images)
         self.absent = [number for number in self.annotations if number not in self.ids]
-        claimed = {self.folder.find(image["file_name"]) for image in self.images}
-        self.unclaimed = [name for name in self.folder.photos if name not in claimed]
+        self.fields = [_fields_of(number, image, file) for number, image in enumerate(self.images)]
+        self.unclaimed = self.folder.claim([image["file_name"] for image in self.images], (), file.name)
         self.total: int | None = len(self.images) + len(self.absent) + len(self.unclaimed)
         self.values, self.unknown = self._number_categories(categories)
 
@@ -75,9 +76,8 @@ class CocoSource:
 
     def __iter__(self) -> Iterator[Input]:
         seen: set[str] = set()
-        for image in self.images:
+        for image, fields in zip(self.images, self.fields, strict=True):
             file = self.folder.find(image["file_name"])
-            fields = select_fields(flatten(image))
             if file is None:
                 yield Input(str(image["file_name"]), None, fields, problem=MISSING)
             elif file in seen:
@@ -97,10 +97,12 @@ class CocoSource:
             return Input(file, None, fields, problem=f"several images have the same id: {number}")
         location, annotations = self.folder.locate(file), self.annotations.get(number, [])
         try:
-            width, height = _size(image)
+            width, height = _size(image) or _size_of_photo(location, image, drawn=bool(annotations))
             objects = self._outline(annotations, width, height)
         except BadOutline as error:
             return Input(file, None, fields, problem=f"malformed annotations: {error}")
+        except (BadPhoto, OSError):
+            return Input(file, location, fields)  # whoever reads it next says why it is no photo
         categories = (str(annotation["category_id"]) for annotation in annotations)
         unknown = [self.unknown[category] for category in categories if category in self.unknown]
         fields = {"label": _implied_label(objects, unknown), **fields}
@@ -154,12 +156,11 @@ class CocoSource:
 
 def _read(file: Path) -> Any:
     try:
-        with file.open(encoding="utf-8-sig") as stream:
-            return json.load(stream, object_hook=_slim)
+        return load_json(file.read_text(encoding_of(file)), lenient=True, keep=_slim)
     except OSError as error:
         raise UserError(f"the annotations {file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"the annotations {file} are not JSON: {error}") from error
+    except (Malformed, UnicodeDecodeError) as error:
+        raise UserError(f"the annotations {file} are not JSON that can be read: {error}") from error
 
 
 def _slim(entry: dict[str, Any]) -> dict[str, Any]:
@@ -189,19 +190,62 @@ def _entries(content: Any, name: str, file: Path, *keys: str) -> list[dict[str, 
         )
     for number, entry in enumerate(entries):
         for key in keys:
-            if not isinstance(entry, dict) or not isinstance(entry.get(key), int | str):
+            value = _whole(entry.get(key)) if isinstance(entry, dict) else None
+            if not isinstance(value, int | str) or isinstance(value, bool):
                 raise UserError(f"entry {number} of the {name} in {file} has no usable {key}")
+            entry[key] = value
     return entries
 
 
-def _size(image: dict[str, Any]) -> tuple[int, int]:
-    """Width and height in pixels, checked before anything of that size is made."""
-    width, height = image.get("width"), image.get("height")
+def _fields_of(number: int, image: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The metadata of an image."""
+    try:
+        return select_fields(flatten(image))
+    except Malformed as error:
+        raise UserError(f"entry {number} of the images in {file} is malformed: {error}") from error
+
+
+def _whole(value: Any) -> Any:
+    """Whole numbers as such, which tables with gaps turn into floats: 1.0 is 1. Everything else stays as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _size(image: dict[str, Any]) -> tuple[int, int] | None:
+    """Width and height in pixels, checked before anything of that size is made; None where one is missing."""
+    width, height = (_pixels(image.get(name)) for name in ("width", "height"))
+    if is_null(width) or is_null(height):
+        return None
     if not (isinstance(width, int) and isinstance(height, int) and min(width, height) > 0):
         raise BadOutline("width and height are not whole numbers above 0")
     if width * height > MAX_PIXELS:
         raise BadOutline(f"{width}x{height}, more than {MAX_PIXELS // 10**6} million pixels")
     return width, height
+
+
+def _pixels(value: Any) -> Any:
+    """A number of pixels that is written as text or as a whole float."""
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,9}", value) else _whole(value)
+
+
+def _size_of_photo(location: Location, image: dict[str, Any], drawn: bool) -> tuple[int, int]:
+    """Width and height of the photo itself.
+
+    Args:
+        location: Where the photo is.
+        image: Its entry, where one of the two is missing, or both.
+        drawn: Whether there are objects, which might lie upright or as the photo is stored.
+
+    Raises:
+        BadPhoto, OSError: It cannot be read.
+        BadOutline: EXIF leaves open which way the objects lie, or the entry has another size.
+    """
+    header = open_header(location.read())
+    for name, side in zip(("width", "height"), header.size, strict=True):
+        if not is_null(image.get(name)) and _pixels(image[name]) != side:
+            raise BadOutline(f"the {name} is {str(image[name])[:20]}, that of the photo is {side}")
+    if drawn and header.orientation != 1:
+        raise BadOutline("EXIF turns the photo, and without width and height nothing says whether the outlines turn")
+    return header.size
 
 
 def _implied_label(objects: list[tuple[int, str | None]], unknown: list[str]) -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from data_prep.sources.outlines import CocoMask
+from pipeline.data.photo_files import read_file
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,8 @@ class Location:
     size: int | None = None
 
     def read(self) -> bytes:
-        """Read the bytes. Raises OSError."""
-        with open(self.path, "rb") as stream:
-            stream.seek(self.offset)
-            return stream.read(-1 if self.size is None else self.size)
+        """Read the bytes; raises as `pipeline.data.photo_files.read_file` does."""
+        return read_file(self.path, self.offset, self.size)
 
 
 Content = Location | CocoMask | bytes
@@ -57,6 +56,8 @@ class Input:
     """Raw metadata by the names of `metadata.COLUMNS`."""
     mask: Content | None = None
     problem: str = ""
+    sha256: str = ""
+    """What the photo's bytes hash to, where the source tells; otherwise empty."""
 
 
 class Source(Protocol):

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-import unicodedata
 from collections import deque
 from collections.abc import Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from data_prep.sources.content import Input, Location
-from data_prep.sources.metadata import explain_unlabelled, is_null, select_fields
-from data_prep.sources.tables import Row, TornRow, scan_rows
+from data_prep.sources.coordinates import is_null
+from data_prep.sources.metadata import explain_unlabelled, select_fields, spellings
+from data_prep.sources.names import FileNames
+from data_prep.sources.tables import Row, TornRow, scan_rows, shorten
+from pipeline.data.photo_files import READ_SUFFIXES, is_photo_name
 from pipeline.errors import UserError
 
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
-FILE_COLUMNS = ("file_name", "filename", "file")
+# The first that a table has.
+FILE_COLUMNS = (
+    "file_name", "filename", "file", "file_path", "filepath", "image_path", "image_name", "image_file", "img_path",
+    "path", "image", "img", "photo",
+)  # fmt: skip
 MISSING, MASK_MISSING = "the photo is missing", "the mask is missing"
 
 
@@ -26,28 +31,32 @@ class PhotoFolder:
     def __init__(self, path: Path):
         self.path = path
         self.files = list_files(path)
-        self.photos = [name for name in self.files if PurePosixPath(name).suffix.lower() in PHOTO_SUFFIXES]
-        # Tables and file systems spell accented letters in either of Unicode's two ways; the exact name is tried first.
-        normal = {unicodedata.normalize("NFC", name): name for name in self.files}
-        self._by_name = normal | {name: name for name in self.files}
-        self._roots = dict.fromkeys((os.path.abspath(path), os.path.realpath(path)))
+        self.photos = [name for name in self.files if is_photo_name(name)]
+        self.names = FileNames(path, self.files)
 
     def find(self, name: Any) -> str | None:
-        """The file that a cell names, or None; never a file outside the folder."""
-        if is_null(name):
-            return None
-        text = str(name)
-        # Blanks around a name are taken for a mistake in the table, unless a file really has that name.
-        found = (self._by_name.get(path) for spelled in (text, text.strip()) for path in self._paths(spelled))
-        return next((file for file in found if file is not None), None)
+        """The file that a cell names, or None; see `names.FileNames`."""
+        return self.names.find(name)
 
-    def _paths(self, spelled: str) -> Iterator[str]:
-        """Ways to write the name of a file as a path below the folder."""
-        # PurePosixPath drops "./" and doubled slashes; ".." stays and matches no listed file.
-        path = PurePosixPath(spelled)
-        relative = next((path.relative_to(root) for root in self._roots if path.is_relative_to(root)), path)
-        yield str(relative)
-        yield unicodedata.normalize("NFC", str(relative))
+    def claim(self, names: Iterable[Any], masks: Iterable[Any], table: str) -> list[str]:
+        """Find the files of all rows, and tell the user what is missing.
+
+        Args:
+            names: Cells that name photos.
+            masks: Cells that name masks.
+            table: Name of the table, for the user.
+
+        Returns:
+            The photos that no row names.
+        """
+        claimed: set[str | None] = {self.find(name) for name in masks}
+        for name in names:
+            file = self.find(name)
+            claimed.add(file)
+            if file is None:
+                self.names.miss(name)
+        claimed |= self.names.settle(self.photos, claimed, table)
+        return [name for name in self.photos if name not in claimed]
 
     def locate(self, file: str) -> Location:
         """Where the bytes of a listed file are."""
@@ -62,8 +71,8 @@ class FolderSource:
         self.total: int | None = len(self.folder.photos)
         if not self.total:
             raise UserError(
-                f"no photos in {path}: it has no file that ends in {', '.join(sorted(PHOTO_SUFFIXES))}, "
-                "no metadata file and no Parquet files"
+                f"no photos in {path}: it has no file that ends in {', '.join(READ_SUFFIXES)}, "
+                "no metadata file, no Parquet files and no tars"
             )
 
     def stamp(self) -> str:
@@ -87,14 +96,12 @@ class TableSource:
 
     def __init__(self, path: Path, table: Path):
         self.folder, self.table = PhotoFolder(path), table
-        rows, claimed = 0, set()
-        for name, fields, _ in self._rows():
-            rows += 1
-            claimed |= {self.folder.find(name), self.folder.find(fields.get("mask"))}
+        rows = [(name, fields.get("mask")) for name, fields, _ in self._rows()]
         if not rows:
             raise UserError(f"the metadata file {table} has no rows")
-        self.unclaimed = [name for name in self.folder.photos if name not in claimed]
-        self.total: int | None = rows + len(self.unclaimed)
+        names, masks = zip(*rows, strict=True)
+        self.unclaimed = self.folder.claim(names, masks, table.name)
+        self.total: int | None = len(rows) + len(self.unclaimed)
 
     def stamp(self) -> str:
         """Digest of the names, sizes and times of all files, the table's among them."""
@@ -127,13 +134,14 @@ class TableSource:
 
     def _rows(self) -> Iterator[tuple[Any, dict[str, Any], str]]:
         """For each row the photo's name, the fields, and why the row cannot be used; the reason is empty if it can."""
-        for row in scan_rows(self.table):
+        for number, row in enumerate(scan_rows(self.table), start=1):
             cells = _cells_of(row)
-            column = next((name for name in cells if name.strip().lower() in FILE_COLUMNS), None)
+            by_name = {spelled: name for name in cells for spelled in spellings(name)}
+            column = next((by_name[name] for name in FILE_COLUMNS if name in by_name), None)
             if column is None:
+                where = str(self.table) if number == 1 else f"row {number} of {self.table}"
                 raise UserError(
-                    f"{self.table} has no column {FILE_COLUMNS[0]!r} that names the photos; "
-                    f"its columns are {', '.join(cells)}"
+                    f"{where} has no column {FILE_COLUMNS[0]!r} that names the photos; its columns are {shorten(cells)}"
                 )
             name, problem = cells[column], ""
             if isinstance(row, TornRow):

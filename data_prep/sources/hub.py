@@ -14,13 +14,17 @@ import pyarrow
 import pyarrow.parquet
 
 from data_prep.sources.content import Input, Location
+from data_prep.sources.coordinates import is_null
 from data_prep.sources.folders import MASK_MISSING, MISSING, list_files, stamp_files
-from data_prep.sources.metadata import explain_unlabelled, is_null, select_fields
-from data_prep.sources.tables import flatten, iterate_parquet
+from data_prep.sources.metadata import explain_unlabelled, select_fields, split_in
+from data_prep.sources.tables import first_line, flatten, iterate_parquet, shorten
+from pipeline.data.photo_files import MAX_FILE_BYTES
 from pipeline.errors import UserError
+from pipeline.parsing.typed_json import Malformed
 
-PHOTO, MASK = "image", "mask"
-SPLIT_IN_NAME = re.compile(r"(train|validation|val|test)\b")
+# The first that a table has; else the only column of images.
+PHOTO_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "photo", "picture", "image_bytes", "image_data")
+MASK_COLUMNS = ("mask", "mask.png")
 ROWS_AT_ONCE = 16  # they hold photos
 TIMEOUT_S = 30.0
 
@@ -44,6 +48,19 @@ class Table:
 
         return {name: kind.names for name, kind in self.features.items() if isinstance(kind, datasets.ClassLabel)}
 
+    def photo_column(self) -> str | None:
+        """The column that holds the photos, or None."""
+        import datasets
+
+        by_name = {name.strip().lower(): name for name in self.features}
+        images = [
+            name
+            for name, kind in self.features.items()
+            if isinstance(kind, datasets.Image) and name not in MASK_COLUMNS
+        ]
+        named = [by_name[name] for name in PHOTO_COLUMNS if name in by_name]
+        return next(iter(named), images[0] if len(images) == 1 else None)
+
 
 class HubSource:
     """Tables with a photo in each row, read as a stream."""
@@ -59,9 +76,11 @@ class HubSource:
         """
         self._name, self._tables, self._stamp, self._fetch = name, tables, stamp, fetch
         for table in tables:
-            if PHOTO not in table.features:
-                columns = ", ".join(table.features)
-                raise UserError(f"{table.address} in {name} has no column {PHOTO!r}; its columns are {columns}")
+            if table.photo_column() is None:
+                raise UserError(
+                    f"{table.address} in {name} has no column of photos, such as {shorten(PHOTO_COLUMNS[:3])}; "
+                    f"its columns are {shorten(table.features)}"
+                )
         counts = [table.total for table in tables if table.total is not None]
         self.total: int | None = sum(counts) if len(counts) == len(tables) else None
         if self.total == 0:
@@ -77,15 +96,24 @@ class HubSource:
 
     def __iter__(self) -> Iterator[Input]:
         for table in self._tables:
-            class_names = table.class_names()
+            class_names, photo_column = table.class_names(), table.photo_column()
+            assert photo_column is not None
             for number, row in enumerate(table.read()):
-                photo, mask = row.pop(PHOTO), row.pop(MASK, None)
+                photo = row.pop(photo_column)
+                masks = [row.pop(name, None) for name in MASK_COLUMNS]
+                mask = next((cell for cell in masks if cell is not None), None)
                 for column, names in class_names.items():
                     row[column] = _class_name(row[column], names)
-                fields = select_fields(flatten(row))
+                # Tables that were made from WebDataset tars keep what a .json member held in a column of that name.
+                beside, name = row.pop("json", None), f"{table.address}#{number}"
+                try:
+                    fields = select_fields(flatten({**(beside if isinstance(beside, dict) else {}), **row}))
+                except Malformed as error:
+                    yield Input(name, None, problem=f"its columns cannot be read: {error}")
+                    continue
                 if table.split is not None:
                     fields["split"] = table.split
-                yield self._input(f"{table.address}#{number}", photo, mask, fields)
+                yield self._input(name, photo, mask, fields)
 
     def _input(self, name: str, photo_cell: Any, mask_cell: Any, fields: dict[str, Any]) -> Input:
         photo, mask = self._content(photo_cell), self._content(mask_cell)
@@ -114,10 +142,11 @@ def open_parquet(folder: Path, files: list[Path]) -> HubSource:
             with pyarrow.parquet.ParquetFile(file) as parquet:
                 features = datasets.Features.from_arrow_schema(parquet.schema_arrow)
                 total = parquet.metadata.num_rows
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file} is not a complete Parquet file: {error}") from error
-        match = SPLIT_IN_NAME.match(file.name)
-        split, address = match and match.group(1), file.relative_to(folder).as_posix()
+        # The last three are for damaged notes of `datasets` inside it.
+        except (pyarrow.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is not a complete Parquet file: {first_line(error)}") from error
+        address = file.relative_to(folder).as_posix()
+        split = split_in(address)
         tables.append(Table(address, split, features, total, partial(_read_parquet, file)))
     return HubSource(str(folder), tables, stamp_files(folder, files), partial(_fetch_below, folder))
 
@@ -129,7 +158,7 @@ def open_saved(folder: Path) -> HubSource:
     try:
         saved = datasets.load_from_disk(folder)
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} is not a complete folder of save_to_disk: {_first_line(error)}") from error
+        raise UserError(f"{folder} is not a complete folder of save_to_disk: {first_line(error)}") from error
     splits = saved if isinstance(saved, dict) else {saved.split: saved}
     tables = []
     for split, rows in splits.items():
@@ -180,8 +209,8 @@ def _read_parquet(file: Path) -> Iterator[dict[str, Any]]:
     # Not by `datasets`, which takes several times the memory.
     try:
         yield from iterate_parquet(file, ROWS_AT_ONCE)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise UserError(f"{file} is damaged: {first_line(error)}") from error
 
 
 def _read_hub(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -193,14 +222,10 @@ def _read_hub(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, A
 
 def _unreachable(name: str, error: Exception) -> UserError:
     return UserError(
-        f"{name} is no folder here, and as a data set on the hub it cannot be read: {_first_line(error)}; "
+        f"{name} is no folder here, and as a data set on the hub it cannot be read: {first_line(error)}; "
         "for a gated or private one, ask for access and log in with `hf auth login`; without a network, run "
         f"`hf download {name} --repo-type dataset --local-dir FOLDER` where there is one and give --source FOLDER"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _class_name(value: Any, names: list[str]) -> str | None:
@@ -230,6 +255,6 @@ def _fetch_from_hub(name: str, path: str) -> bytes | None:
         return None
     try:
         with fsspec.open(path, "rb") as stream:
-            return stream.read()
+            return stream.read(MAX_FILE_BYTES + 1)  # one more is rejected as too many
     except FileNotFoundError:
         return None

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ast
-import math
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
+from functools import lru_cache
+from pathlib import PurePosixPath
 from typing import Any
 
+from data_prep.sources.coordinates import BadGps, check_gps, is_null, read_columns
+from data_prep.sources.tables import shorten
 from pipeline.data.index import SPLITS
 from pipeline.data.record import Metadata
 from pipeline.names import DAYTIME, SCENE, WEATHER
@@ -16,9 +21,26 @@ from pipeline.names import DAYTIME, SCENE, WEATHER
 # Our field, and the columns that may hold it: the plain name, then those of the NATIX table.
 COLUMNS = {
     "label": ("label",),
-    "gps": ("gps",),
-    "latitude": ("latitude", "lat", "gps.latitude", "gps.lat"),
-    "longitude": ("longitude", "lon", "lng", "gps.longitude", "gps.lon"),
+    "gps": (
+        "gps", "gps_coordinates", "gps_coords", "gps_position", "gpsposition", "coordinates", "coords", "geolocation",
+        "latlon", "lat_lon", "latlong", "lat_long", "latlng", "lat_lng", "wkt", "point", "geometry",
+    ),
+    # Longitude first, as GeoJSON has it.
+    "lonlat": (
+        "lonlat", "lon_lat", "longlat", "long_lat", "lnglat", "lng_lat",
+        "gps.coordinates", "geometry.coordinates", "location.coordinates",
+    ),
+    "latitude": (
+        "latitude", "lat", "gps.latitude", "gps.lat", "gps.y", "gps_latitude", "gps_lat", "gpslatitude",
+        "location.latitude", "location.lat", "coordinates.latitude", "coordinates.lat",
+    ),
+    "longitude": (
+        "longitude", "lon", "lng", "long", "gps.longitude", "gps.lon", "gps.lng", "gps.long", "gps.x", "gps_longitude",
+        "gps_lon", "gps_lng", "gpslongitude", "location.longitude", "location.lon", "location.lng",
+        "coordinates.longitude", "coordinates.lon", "coordinates.lng",
+    ),
+    "latitude_ref": ("latitude_ref", "lat_ref", "gps_latitude_ref", "gpslatituderef"),
+    "longitude_ref": ("longitude_ref", "lon_ref", "lng_ref", "gps_longitude_ref", "gpslongituderef"),
     "weather": ("weather", "scene_level_tags.weather"),
     "daytime": ("daytime", "scene_level_tags.daytime"),
     "scene": ("scene", "scene_environment", "scene_level_tags.scene_environment"),
@@ -31,9 +53,10 @@ COLUMNS = {
     "mask": ("mask",),
     # Names of unknown categories of objects. COCO sources fill this in; no column has it.
     "category": (),
-}
+}  # fmt: skip
+GPS_FIELDS = frozenset({"gps", "lonlat", "latitude", "longitude"})
 VOCABULARIES = {"weather": WEATHER, "daytime": DAYTIME, "scene": SCENE}
-NULL_WORDS = frozenset({"", "nan", "none", "null", "na", "n/a", "[]", "()"})
+LONGEST_LIST = 10_000  # characters of a list in one cell; Python's parser would take all memory for longer ones
 LABEL_WORDS = {
     **dict.fromkeys(("0", "0.0", "false", "no", "none", "no roadwork"), 0),
     **dict.fromkeys(("1", "1.0", "true", "yes", "roadwork"), 1),
@@ -44,6 +67,7 @@ SPLIT_WORDS = {
     **dict.fromkeys(("valid", "validation", "dev"), "val"),
     **dict.fromkeys(("testing",), "test"),
 }
+SPLIT_IN_NAME = re.compile(r"(?:partial-)?(train|validation|valid|val|dev|test)(?![a-z])", re.IGNORECASE)
 
 
 class BadLabel(ValueError):
@@ -70,10 +94,28 @@ class Parsed:
 
 
 def select_fields(row: dict[str, Any]) -> dict[str, Any]:
-    """Rename a row's columns to our fields, whatever their case, and leave out those that are not ours."""
-    by_name = {name.strip().lower(): value for name, value in row.items()}
+    """Rename a row's columns to our fields, and leave out those that are not ours.
+
+    Case does not count, nor do blanks for underscores or a unit in brackets: `GPS Latitude (deg)` is `gps_latitude`.
+    """
+    by_name = {spelled: value for name, value in row.items() for spelled in reversed(spellings(name))}
+    by_name |= {spellings(name)[0]: value for name, value in row.items()}
     found = {field: [n for n in names if n in by_name] for field, names in COLUMNS.items()}
-    return {field: by_name[names[0]] for field, names in found.items() if names}
+    return {field: _plain(by_name[names[0]]) for field, names in found.items() if names}
+
+
+@lru_cache(maxsize=1024)
+def spellings(column: str) -> tuple[str, str]:
+    """A column's name in lower case, and the same without a unit and with underscores."""
+    lower = column.strip().lower()
+    return lower, re.sub(r"[\s_-]+", "_", re.sub(r"\s*[(\[][^()\[\]]*[)\]]$", "", lower))
+
+
+def split_in(address: str) -> str | None:
+    """The split that a file's name begins with, or that one of its folders is named after: `main/train/0.parquet`."""
+    path = PurePosixPath(address)
+    found = [SPLIT_IN_NAME.match(path.name), *(SPLIT_IN_NAME.fullmatch(part) for part in reversed(path.parent.parts))]
+    return next((match[1].lower() for match in found if match), None)
 
 
 def explain_unlabelled(table: str, columns: Iterable[str]) -> str:
@@ -85,7 +127,7 @@ def explain_unlabelled(table: str, columns: Iterable[str]) -> str:
     """
     if "label" in select_fields(dict.fromkeys(columns)):
         return f"the column 'label' of {table} is empty"
-    return f"{table} has no column 'label'; its columns are {', '.join(columns)}"
+    return f"{table} has no column 'label'; its columns are {shorten(columns)}"
 
 
 def parse(fields: dict[str, Any]) -> Parsed:
@@ -111,13 +153,6 @@ def parse(fields: dict[str, Any]) -> Parsed:
     return Parsed(metadata, label, _video(fields), split, left_out, gps_problem, alteration)
 
 
-def is_null(value: Any) -> bool:
-    """Whether a value is None, NaN, or one of the words that tables use for them."""
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, str) and value.strip().lower() in NULL_WORDS)
-
-
 def parse_label(value: Any) -> int | None:
     """0, 1 or None for unknown. The word "None" is the class without roadwork, not NULL.
 
@@ -134,30 +169,20 @@ def parse_label(value: Any) -> int | None:
 
 def parse_gps(fields: dict[str, Any]) -> tuple[tuple[float, float] | None, str | None]:
     """Latitude and longitude in degrees, or None, with the reason where coordinates were given."""
-    value = fields.get("gps")
-    if value is None and ("latitude" in fields or "longitude" in fields):
-        value = [fields.get("latitude"), fields.get("longitude")]
-    parts = _as_list(value)
-    if all(is_null(part) for part in parts):
-        return None, None
     try:
-        latitude, longitude = (float(part) for part in parts)
-    except (TypeError, ValueError):
-        return None, "unreadable"
-    return check_gps(latitude, longitude)
+        pair = read_columns(fields)
+    except BadGps as error:
+        return None, str(error)
+    return (None, None) if pair is None else check_gps(*pair)
 
 
-def check_gps(latitude: float, longitude: float) -> tuple[tuple[float, float] | None, str | None]:
-    """The coordinates as a pair, or None with the reason why they are no place on a street."""
-    if not (math.isfinite(latitude) and math.isfinite(longitude)):
-        return None, "not finite"
-    if 90 < abs(latitude) <= 180 and abs(longitude) <= 90:
-        return None, "out of range, perhaps latitude and longitude are swapped"
-    if abs(latitude) > 90 or abs(longitude) > 180:
-        return None, "out of range"
-    if latitude == 0 and longitude == 0:
-        return None, "zero"  # what cameras without a fix write
-    return (latitude, longitude), None
+def _plain(value: Any) -> Any:
+    """Bytes as text, decimals as floats, and text without the halves of characters that no file may hold."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, Decimal):
+        return float(value)
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def _video(fields: dict[str, Any]) -> str | None:
@@ -197,10 +222,12 @@ def _as_list(value: Any) -> list[Any]:
     if not isinstance(value, str):
         return [value]
     text = value.strip()
-    if text[:1] + text[-1:] in ("[]", "()"):
+    if text[:1] + text[-1:] in ("[]", "()") and len(text) <= LONGEST_LIST:
         try:
-            spelled = ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of backslashes in the text
+                spelled = ast.literal_eval(text)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             text = text[1:-1]  # such as [nan, nan] or [Sunny]
         else:
             return list(spelled) if isinstance(spelled, list | tuple) else [spelled]

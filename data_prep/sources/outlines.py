@@ -5,19 +5,19 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pycocotools.mask
-from PIL import Image, ImageOps
+from PIL import Image
 
-from pipeline.data.photo import ORIENTATION_TAG, BadPhoto, orientation_of, probe
+from pipeline.data.photo import BadPhoto, open_header, turn
+from pipeline.data.photo_files import read_file
 
 FARTHEST_PX = 1e9  # a coordinate beyond it is damage
 # Margin around the photo that holds the edges which clipping adds, so that they are not drawn.
 CLIP_MARGIN_PX = 1.0
-QUARTER_TURN = 5  # EXIF orientations from here on swap width and height
+LONGEST_RUN_BITS = 40  # of a number in the run lengths; photos have fewer pixels
 ZLIB_LEVEL = 1  # areas of one value: higher levels save little and take longer
 
 
@@ -49,11 +49,8 @@ class CocoMask:
             BadPhoto: It is no photo, has another size than the annotations, or its EXIF leaves open which way the
                 outlines lie.
         """
-        photo = Path(self.photo).read_bytes()
-        upright = probe(photo)
-        with Image.open(io.BytesIO(photo)) as image:
-            orientation = orientation_of(image)
-        stored = upright if orientation < QUARTER_TURN else upright[::-1]
+        header = open_header(read_file(self.photo))
+        upright, stored, orientation = header.size, header.stored_size, header.orientation
         annotated = (self.width, self.height)
         if annotated not in (stored, upright):
             sizes = f"{self.width}x{self.height}, the photo is {upright[0]}x{upright[1]}"
@@ -62,8 +59,7 @@ class CocoMask:
             raise BadPhoto(f"EXIF turns the photo, and nothing says whether the outlines turn too: {orientation}")
         mask = Image.fromarray(self._draw())
         if annotated != upright:
-            mask.getexif()[ORIENTATION_TAG] = orientation
-            mask = ImageOps.exif_transpose(mask)
+            mask = turn(mask, orientation)
         with io.BytesIO() as stream:
             mask.save(stream, "PNG", compress_level=ZLIB_LEVEL)
             return stream.getvalue()
@@ -126,6 +122,8 @@ def decode_runs(counts: str) -> list[int]:
             raise BadOutline(f"character {character!r} in the run lengths")
         value |= (bits & 31) << shift
         shift += 5
+        if shift > LONGEST_RUN_BITS:
+            raise BadOutline("a number in the run lengths without end")
         if bits & 32:
             continue
         if bits & 16:
@@ -144,6 +142,8 @@ def area(counts: str, width: int, height: int) -> int:
 
 def _encode_runs(segmentation: dict[str, Any], width: int, height: int) -> str:
     size, counts = segmentation.get("size"), segmentation.get("counts")
+    if isinstance(counts, list) and all(isinstance(run, float) and run.is_integer() for run in counts):
+        counts = [int(run) for run in counts]
     if size != [height, width]:
         raise BadOutline(f"run lengths for size {size!r}, not [{height}, {width}]")
     if isinstance(counts, str):

@@ -182,7 +182,7 @@ def compressed(image: np.ndarray, quality: int) -> np.ndarray:
     """Encode uint8 [H, W, 3] as JPEG at this quality and decode it again."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "JPEG", quality=quality)
-    return np.array(Image.open(stream))
+    return np.array(Image.open(stream, formats=("JPEG",)))
 
 
 def noisy(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import io
-import struct
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from pipeline.data.exif import orientation_of
+from pipeline.data.photo_parts import BadPhoto, Parts, take_apart
 
 try:
     import simplejpeg
 except ImportError:  # no wheel for this platform: Pillow decodes JPEG too, at about half the speed
     simplejpeg = None
 
+__all__ = ["BadPhoto", "Header", "Scratch", "decode", "decode_mask", "open_header", "open_picture", "probe", "turn"]
+
 MIN_SIDE_PX = 32
 MAX_PIXELS = 100_000_000
+MAX_WEBP_PIXELS = 80_000_000  # its decoder holds each pixel four times, which is 1.3 GB; other formats stay under that
 MAX_SCRATCH_BYTES = 100_000_000  # 33 million pixels; larger photos are rare, and not worth holding memory for
-ORIENTATION_TAG = 274
-# Exceptions of Pillow on broken input; they depend on the format and on the position of the damage.
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
-
-
-class BadPhoto(ValueError):
-    """The bytes are no photo that can be used; the message says why, in a few words."""
+STRIP_PIXELS = 1 << 20  # converted at a time, which takes a hundredth of the memory of a large photo
+QUARTER_TURN = 5  # EXIF orientations from here on swap width and height
+# EXIF 2.32, section 4.6.4: orientation to what turns the stored picture upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Scratch(threading.local):
@@ -47,19 +60,43 @@ class Scratch(threading.local):
         return self._memory
 
 
+@dataclass(frozen=True)
+class Header:
+    """What is known of a photo without its pixels."""
+
+    parts: Parts
+    image: Image.Image
+    """Pillow's image of the picture, not decoded yet."""
+    orientation: int
+    """EXIF orientation, 1 to 8; 1, upright, where it is not given or cannot be read."""
+
+    @property
+    def stored_size(self) -> tuple[int, int]:
+        """Width and height in pixels, before EXIF orientation."""
+        return self.parts.width, self.parts.height
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels of the upright photo."""
+        width, height = self.stored_size
+        return (width, height) if self.orientation < QUARTER_TURN else (height, width)
+
+
 def probe(data: bytes) -> tuple[int, int]:
     """Width and height in pixels after EXIF orientation, read from the header alone.
 
     Raises:
-        BadPhoto: The bytes are no image, or its size is refused: a side under 32 px, or over 100 million pixels.
+        BadPhoto: The bytes are no image, or its size is refused: a side under 32 px, or over 100 million pixels
+            (WebP: 80).
     """
-    return upright_size(open_header(data))
+    return open_header(data).size
 
 
 def decode(data: bytes, at_least_px: int | None = None, scratch: Scratch | None = None) -> np.ndarray:
     """Decode a photo to uint8 [H, W, 3], RGB, upright.
 
-    Greyscale, palette, CMYK, alpha (dropped) and 16-bit images become 8-bit RGB. The size is checked before decoding.
+    Greyscale, palette, CMYK, alpha (dropped) and 16-bit images become 8-bit RGB; of an animation, the first frame is
+    taken. The size is checked before decoding. Metadata change nothing but the orientation.
 
     Args:
         data: The photo's file.
@@ -70,71 +107,127 @@ def decode(data: bytes, at_least_px: int | None = None, scratch: Scratch | None 
     Raises:
         BadPhoto: The bytes are no image, or it is truncated, too small or too large.
     """
-    image = open_header(data)
-    orientation = orientation_of(image)
-    if image.format == "JPEG" and image.mode in ("RGB", "L") and orientation == 1 and simplejpeg is not None:
-        try:
-            small = {} if at_least_px is None else {"min_height": at_least_px, "min_width": at_least_px}
-            buffer = scratch.take(3 * image.width * image.height) if scratch else None
-            return simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=buffer, **small)
-        except ValueError:
-            pass  # strict refuses harmless warnings too; Pillow distinguishes them from a truncated file
+    header = open_header(data)
+    with _reading():
+        pixels = _decode_quickly(header, at_least_px, scratch)
+        return _decode_with_pillow(header, at_least_px) if pixels is None else pixels
+
+
+def decode_mask(data: bytes, check: Callable[[Image.Image], None] = lambda image: None) -> np.ndarray:
+    """The grey levels of a mask, a PNG, as uint8 [H, W].
+
+    Args:
+        data: The mask's file.
+        check: Looks at the header before pixels are decoded, and raises `BadPhoto` where it shows something wrong.
+
+    Raises:
+        BadPhoto: The bytes are no PNG, or it is damaged.
+    """
     try:
-        if at_least_px is not None:
-            image.draft(None, (at_least_px, at_least_px))
-        image.load()
-        upright = ImageOps.exif_transpose(image) if orientation != 1 else image
-        return _to_rgb(upright)
-    except PILLOW_ERRORS as error:
-        raise BadPhoto(f"cannot be decoded: {error}") from error
+        image = open_picture(take_apart(data), ("PNG",))
+    except BadPhoto as error:
+        raise _of_mask(error) from error
+    check(image)
+    try:
+        with _reading():
+            return np.asarray(image.convert("L"))
+    except BadPhoto as error:
+        raise _of_mask(error) from error
 
 
-def open_header(data: bytes) -> Image.Image:
-    """Read an image's header, without pixels.
+def _of_mask(error: BadPhoto) -> BadPhoto:
+    if str(error).startswith("not "):
+        return BadPhoto(f"the mask is {error}")
+    return BadPhoto(f"the mask cannot be decoded: {str(error).removeprefix('cannot be decoded: ')}")
+
+
+def open_header(data: bytes) -> Header:
+    """Read a photo's header, without pixels.
 
     Raises:
         BadPhoto: The image is refused, see `probe`.
     """
-    if not data:
-        raise BadPhoto("the file is empty")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns from 89 million pixels on; the check below refuses from 100 million on.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-    except Image.DecompressionBombError as error:
-        raise BadPhoto(f"more than {MAX_PIXELS // 10**6} million pixels") from error
-    except PILLOW_ERRORS as error:
-        raise BadPhoto("not an image") from error
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise BadPhoto(f"{width}x{height}, more than {MAX_PIXELS // 10**6} million pixels")
-    if min(width, height) < MIN_SIDE_PX:
-        raise BadPhoto(f"{width}x{height}, a side is under {MIN_SIDE_PX} px")
+    parts = take_apart(data)
+    if min(parts.width, parts.height) < MIN_SIDE_PX:
+        raise BadPhoto(f"{parts.width}x{parts.height}, a side is under {MIN_SIDE_PX} px")
+    return Header(parts, open_picture(parts), orientation_of(parts.exif, parts.xmp))
+
+
+def open_picture(parts: Parts, formats: tuple[str, ...] = ("JPEG", "PNG", "WEBP")) -> Image.Image:
+    """Open a picture with Pillow, without its metadata and without decoding it.
+
+    Args:
+        parts: The picture.
+        formats: Formats that are allowed.
+
+    Raises:
+        BadPhoto: It has another format, more than 100 million pixels (WebP: 80), or a damaged header.
+    """
+    if parts.format not in formats:
+        raise BadPhoto(f"not {' or '.join(formats)}, but {parts.format}")
+    most = MAX_WEBP_PIXELS if parts.format == "WEBP" else MAX_PIXELS
+    if parts.width * parts.height > most:
+        raise BadPhoto(f"{parts.width}x{parts.height}, more than {most // 10**6} million pixels")
+    with _reading():
+        image = Image.open(io.BytesIO(parts.picture), formats=(parts.format,))
+    if image.size != (parts.width, parts.height):
+        raise BadPhoto("cannot be decoded: its header gives two sizes")
     return image
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height in pixels after EXIF orientation."""
-    return image.size if orientation_of(image) < 5 else (image.height, image.width)
+def turn(image: Image.Image, orientation: int) -> Image.Image:
+    """A stored picture as it is upright, by its EXIF orientation from 1 to 8."""
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
-def orientation_of(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; broken EXIF counts as upright."""
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turn whatever a decoder raises into a `BadPhoto`, and keep its warnings quiet."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # Pillow's "Corrupt EXIF data"
-            value = image.getexif().get(ORIENTATION_TAG, 1)
-    except PILLOW_ERRORS:
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+            warnings.simplefilter("ignore")
+            yield
+    except (BadPhoto, MemoryError):  # memory is not the photo's fault: sizes are checked
+        raise
+    except Exception as error:  # what broken input raises depends on the format, the version and the damage
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadPhoto(f"cannot be decoded: {reason}") from error
+
+
+def _decode_quickly(header: Header, at_least_px: int | None, scratch: Scratch | None) -> np.ndarray | None:
+    """Decode an upright JPEG with simplejpeg; None where Pillow has to do it."""
+    image = header.image
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or header.orientation != 1 or simplejpeg is None:
+        return None
+    small = {} if at_least_px is None else {"min_height": at_least_px, "min_width": at_least_px}
+    data = header.parts.picture
+    try:
+        if simplejpeg.decode_jpeg_header(data)[:2] != (image.height, image.width):
+            return None  # before anything of the other size is made
+        buffer = scratch.take(3 * image.width * image.height) if scratch else None
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, buffer=buffer, **small)
+    except ValueError:
+        return None  # strict refuses harmless warnings too; Pillow distinguishes them from a truncated file
+    return pixels
+
+
+def _decode_with_pillow(header: Header, at_least_px: int | None) -> np.ndarray:
+    image = header.image
+    if at_least_px is not None:
+        image.draft(None, (at_least_px, at_least_px))
+    image.load()
+    return _to_rgb(turn(image, header.orientation))
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    if image.mode.startswith("I") or image.mode == "F":
-        # 16-bit grey. Pillow's convert would clip at 255 instead of scaling.
-        grey = np.clip(np.asarray(image, dtype=np.float64) / 257, 0, 255).round().astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if image.mode == "P":
-        image = image.convert("RGBA")  # a palette may have transparency, of which convert("RGB") warns
-    return np.array(image.convert("RGB"))
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    rows = max(1, STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if strip.mode.startswith("I"):
+            # 16-bit grey. Pillow's convert would clip at 255 instead of scaling.
+            grey = (np.asarray(strip, dtype=np.uint32) + 128) // 257
+            pixels[top : top + rows] = grey[..., None]
+        else:
+            pixels[top : top + rows] = np.asarray(strip.convert("RGB"))
+    return pixels

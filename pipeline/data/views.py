@@ -129,18 +129,31 @@ def extract_views(
     # Only now: the memory that the first resize has freed is about as large, and still in the processor's cache.
     views = _room_for(useful, side)
     # NumPy copies boxes of pixels two to three times as fast as torch does.
-    rows, canvas_rows, strip_rows = (part.movedim(-3, -1).numpy() for part in (views, canvas, strip))
+    rows, canvas_rows = views.movedim(-3, -1).numpy(), canvas.movedim(-3, -1).numpy()
     boxes = canvas_boxes(width, height, side)
-    for number in (0, *CROPS, *TILES):  # views from the strip first, while it is in the processor's cache
-        if number >= num_views or not useful[number]:
-            continue
-        x0, y0, x1, y1 = boxes[number]
-        if number in TILES:
+    wanted = [number for number in range(num_views) if useful[number]]
+    crops = [number for number in CROPS if number in wanted]
+    # Views from the strip first, while it is in the processor's cache.
+    rows[0] = resize(strip, side, side).movedim(-3, -1).numpy()
+    for number, crop in zip(crops, _crops(strip, [boxes[number] for number in crops], side), strict=True):
+        rows[number] = crop
+    for number in TILES:
+        if number in wanted:
+            x0, y0, x1, y1 = boxes[number]
             rows[number] = canvas_rows[y0:y1, x0:x1]
-        else:
-            part = np.ascontiguousarray(strip_rows[:, x0:x1] if lying else strip_rows[y0:y1])
-            rows[number] = resize(torch.from_numpy(part).permute(2, 0, 1), side, side).permute(1, 2, 0).numpy()
     return views
+
+
+def _crops(strip: torch.Tensor, boxes: list[tuple[int, int, int, int]], side: int) -> list[np.ndarray]:
+    """Crops [S, S, 3] of a strip [3, S, W] or [3, H, S], in one resize: its filter takes a quarter of a crop's time."""
+    if not boxes:
+        return []
+    rows, lying, number = strip.movedim(-3, -1).numpy(), strip.shape[1] == side, len(boxes)
+    parts = [rows[:, x0:x1] if lying else rows[y0:y1] for x0, y0, x1, y1 in boxes]
+    along = 0 if lying else 1  # the axis that is not resized
+    joined = torch.from_numpy(np.concatenate(parts, along)).movedim(-1, -3)
+    shrunk = resize(joined, *((number * side, side) if lying else (side, number * side)))
+    return np.split(shrunk.movedim(-3, -1).numpy(), number, along)
 
 
 def _room_for(useful: torch.Tensor, side: int) -> torch.Tensor:

@@ -240,16 +240,30 @@ def test_a_target_is_read_from_every_kind_of_table_and_bad_rows_are_told(tmp_pat
     for name in ("a.csv", "b.jsonl", "c.parquet"):
         assert read_target(tmp_path / name).tolist() == [[59.9, 10.8], [-12.0, -77.0]]
     told = capsys.readouterr().err.splitlines()
-    assert told[0].endswith("2 places; rows left out: 2 empty; 1 out of range; 1 unreadable; 1 zero")
-    assert told[1].endswith("2 places; rows left out: 1 empty")
+    assert told[0].endswith(
+        "2 places; rows left out: 2 empty (such as ['nan'] of 'row 3'); "
+        "1 out of range (such as ['[99.0, 200.0]'] of 'row 6'); "
+        "1 unreadable (such as ['north of Oslo, Norway'] of 'row 7'); 1 zero (such as ['[0, 0]'] of 'row 5')"
+    )
+    assert told[1].endswith("2 places; rows left out: 1 empty (such as [None, None] of 'row 3')")
     assert len(told) == 2
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("gps\n", "it has no rows"), ("place\nOslo\n", "1 empty"), ('gps\n"[0, 0]"\n', "1 zero")],
+    [
+        ("gps\n", "it has no rows"),
+        ("place\nOslo\n", r"1 empty .*; its columns are place\);.* needs a column gps"),
+        ('gps\n"[0, 0]"\n', "1 zero"),
+    ],
 )
 def test_a_target_without_a_place_is_a_mistake(tmp_path, text, sentence):
     (tmp_path / "target.csv").write_text(text)
     with pytest.raises(UserError, match=sentence):
         read_target(tmp_path / "target.csv")
+
+
+def test_a_target_with_swapped_columns_is_doubted(tmp_path, capsys):
+    (tmp_path / "target.csv").write_text("lat,lon\n-86.2,39.8\n-87.6,41.9\n")
+    assert len(read_target(tmp_path / "target.csv")) == 2
+    assert "2 of 2 places lie beyond 66 degrees of latitude, perhaps" in capsys.readouterr().err

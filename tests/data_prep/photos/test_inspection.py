@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import io
+import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import IFDRational
 
 from data_prep.photos import inspection
 from data_prep.photos.inspection import Facts, Reject, Scrutiny, check_mask, inspect, mask_path, thumbnail
 from data_prep.sources.content import Location
+from pipeline.data import photo_files
 from pipeline.data.photo import BadPhoto, open_header
 from tests.data_prep.examples import encode, jpeg, pixels
 
@@ -109,7 +111,7 @@ def png_header(side: int) -> bytes:
         (encode(pixels(0), "PNG")[:-900], "cannot be decoded"),
         (encode(np.zeros((1, 1, 3), dtype=np.uint8)), "a side is under 32 px"),
         (png_header(40_000), "million pixels"),
-        (encode(pixels(0), "BMP"), "neither JPEG, PNG nor WebP"),
+        (encode(pixels(0), "BMP"), "BMP; convert it to JPEG"),
     ],
 )
 def test_unusable_files_are_rejects_with_a_reason(tmp_path, data, reason):
@@ -135,7 +137,7 @@ def test_a_file_that_vanished_is_a_reject(tmp_path):
         (encode(np.full((64, 96), 6, dtype=np.uint8), "PNG"), None),
         (encode(np.full((64, 96), 7, dtype=np.uint8), "PNG"), "values above 6"),
         (encode(np.zeros((64, 96, 3), dtype=np.uint8), "PNG"), "8-bit grey PNG"),
-        (encode(np.zeros((64, 96), dtype=np.uint8), "JPEG"), "8-bit grey PNG"),
+        (encode(np.zeros((64, 96), dtype=np.uint8), "JPEG"), "not PNG, but JPEG"),
         (encode(pixels(0)[..., 0] % 7, "PNG")[:-900], "the mask cannot be decoded"),
         (b"nothing", "not an image"),
     ],
@@ -184,8 +186,9 @@ def test_the_mask_of_a_folder_is_taken_unless_it_is_not_there(tmp_path):
     assert isinstance(found, Facts)
     assert found.mask_from_folder
     mask.unlink()
-    mask.mkdir()  # cannot be read, even by the superuser
-    assert inspect("photo", photo, None, scrutiny) == Reject("photo", "its mask cannot be read: Is a directory", "read")
+    mask.mkdir()
+    reason = "its mask cannot be read: a folder and not a file"
+    assert inspect("photo", photo, None, scrutiny) == Reject("photo", reason, "read")
 
 
 def test_real_photos_lie_where_their_exif_says(street_photos):
@@ -200,3 +203,58 @@ def test_the_hash_reads_a_downscaled_photo_as_it_reads_the_photo():
     image = pixels(3, 1600, 1200)
     small = np.asarray(Image.open(io.BytesIO(encode(Image.fromarray(image).resize((400, 300)), "PNG"))))
     assert np.abs(thumbnail(image, 16).astype(int) - thumbnail(small, 16)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds", "expected"),
+    [
+        (46.5, IFDRational(0, 0), 39.775),
+        (IFDRational(4650, 100), IFDRational(0, 0), 39.775),
+        (46.5, IFDRational(5, 0), None),
+        (IFDRational(0, 0), 0, None),
+    ],
+)
+def test_seconds_of_nought_by_nought_are_nought(minutes, seconds, expected):
+    data = with_gps((39, minutes, seconds), "N", (86, minutes, seconds), "W")
+    assert exif_gps(data) == (None if expected is None else (expected, -86.775))
+
+
+@pytest.mark.parametrize(
+    "photo", [b"%!PS-Adobe-3.0 EPSF-3.0\n", encode(pixels(0), "GIF"), b"\0\0\0\x18ftypheic\0\0\0\0heic"]
+)
+def test_other_formats_are_rejects_that_say_what_to_do(tmp_path, photo):
+    reject = look_at(tmp_path, photo)
+    assert isinstance(reject, Reject)
+    assert reject.reason == "not an image" or reject.reason.endswith("; convert it to JPEG")
+    assert reject.kind == reject.reason
+
+
+@pytest.mark.parametrize("what", ["FIFO", "device"])
+def test_what_is_no_file_is_a_reject_as_a_photo_and_as_a_mask(tmp_path, what):
+    place = tmp_path / what
+    os.mkfifo(place) if what == "FIFO" else place.symlink_to("/dev/zero")
+    (tmp_path / "photo").write_bytes(jpeg(0))
+    odd, photo = Location(str(place)), Location(str(tmp_path / "photo"))
+    assert inspect("photo", odd, None) == Reject("photo", f"a {what} and not a file", "read")
+    reason = f"its mask cannot be read: a {what} and not a file"
+    assert inspect("photo", photo, odd) == Reject("photo", reason, "read")
+
+
+def test_a_file_over_the_limit_is_a_reject_wherever_its_bytes_come_from(tmp_path, monkeypatch):
+    data = jpeg(0)
+    (tmp_path / "photo").write_bytes(data)
+    for module in (inspection, photo_files):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", len(data) - 1)
+    for content in (Location(str(tmp_path / "photo")), Location(str(tmp_path / "photo"), 0, len(data)), data):
+        reject = inspection.read_photo("photo", content)
+        assert isinstance(reject, Reject)
+        assert reject.reason.startswith("the file is larger than")
+
+
+def test_looking_at_headers_decodes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("was decoded"))
+    for kind in ("JPEG", "PNG", "WEBP"):
+        (tmp_path / "photo").write_bytes(encode(pixels(0), kind))
+        facts = inspect("photo", Location(str(tmp_path / "photo")), None, Scrutiny(decode=False))
+        assert isinstance(facts, Facts)
+        assert (facts.width, facts.height) == (96, 64)

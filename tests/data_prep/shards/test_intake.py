@@ -13,9 +13,10 @@ import pytest
 
 from data_prep.photos.inspection import Scrutiny
 from data_prep.shards.intake import Intake, Spool, take_in
+from data_prep.sources.content import Location
 from data_prep.sources.opening import open_source
 from data_prep.work.parallel import Workers
-from tests.data_prep.examples import encode, jpeg, write_folder
+from tests.data_prep.examples import encode, jpeg, jpeg_at, write_folder
 from tests.data_prep.sources.annotations import SQUARE, image_of, object_of, write_coco
 
 
@@ -90,15 +91,15 @@ def test_a_mask_that_could_not_be_read_is_looked_at_again(tmp_path, monkeypatch)
     mask = masks / f"{hashlib.sha256((source / '0.jpg').read_bytes()).hexdigest()}.png"
     masks.mkdir()
     mask.write_bytes(encode(np.zeros((64, 96), dtype=np.uint8), "PNG"))
-    read = Path.read_bytes
+    read = Location.read
 
-    def deny(path: Path) -> bytes:
-        if path == mask:
+    def deny(location: Location) -> bytes:
+        if location.path == str(mask):
             raise PermissionError(errno.EACCES, "Permission denied")
-        return read(path)
+        return read(location)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", deny)
+        patch.setattr(Location, "read", deny)
         (reject,) = intake_of(source, tmp_path / "work", masks=masks).rejects
     assert (reject.path, reject.reason) == ("0.jpg", "its mask cannot be read: Permission denied")
     intake = intake_of(source, tmp_path / "work", masks=masks)
@@ -127,3 +128,31 @@ def test_a_spool_that_runs_out_of_space_never_keeps_a_part(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert caught.value.errno == errno.EFBIG
     spool.close()
+
+
+def test_gps_that_cannot_be_read_is_named_with_counts_and_an_example(tmp_path, capsys):
+    cells = ["39,7716", "somewhere", "39.77 -86.19", "", "nowhere", "0, 0"]
+    rows = [{"file_name": f"{n}.jpg", "label": n % 2, "gps": cell} for n, cell in enumerate(cells)]
+    intake = intake_of(write_folder(tmp_path / "in", rows), tmp_path / "work")
+    assert [photo.parsed.metadata.gps for photo in intake.photos] == [None, None, (39.77, -86.19), None, None, None]
+    assert said(capsys) == [
+        "GPS that is read as NULL: 2 unreadable (such as ['somewhere'] of '1.jpg'); 1 with one number instead of two "
+        "(such as ['39,7716'] of '0.jpg'); 1 zero (such as ['0, 0'] of '5.jpg')"
+    ]
+    assert dict(intake.gps.problems) == {"with one number instead of two": 1, "unreadable": 2, "zero": 1}
+
+
+def test_swapped_columns_are_doubted_by_the_polar_circle_and_by_exif(tmp_path, capsys):
+    rows = [{"file_name": f"{n}.jpg", "label": n % 2, "lat": -86.19, "lon": 39.77} for n in range(3)]
+    intake_of(write_folder(tmp_path / "in", rows), tmp_path / "work")
+    (sentence,) = said(capsys)
+    assert "3 of 3 places lie beyond 66 degrees of latitude, perhaps latitude and longitude are swapped" in sentence
+    assert "latitude comes first" in sentence
+    for row in rows:
+        row |= {"lat": 4.84, "lon": 45.76}
+    source = write_folder(tmp_path / "lyon", rows)
+    for n in range(3):
+        (source / f"{n}.jpg").write_bytes(jpeg_at(n, 45.76, 4.84))
+    intake_of(source, tmp_path / "work-2")
+    (sentence,) = said(capsys)
+    assert "3 of 3 places have latitude and longitude swapped, says the photos' EXIF" in sentence

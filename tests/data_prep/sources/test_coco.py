@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+from contextlib import suppress
 
 import pytest
+from PIL import Image
 
 from data_prep.sources.coco import CATEGORIES
 from data_prep.sources.metadata import parse
 from data_prep.sources.opening import open_source
+from pipeline.data.photo import BadPhoto
 from pipeline.errors import UserError
 from pipeline.names import MASK_CLASSES
-from tests.data_prep.examples import jpeg
+from tests.data_prep.examples import encode, jpeg, pixels
 from tests.data_prep.sources.annotations import SQUARE, image_of, object_of, only_input, pixels_of, write_coco
 
 ROADWORK_CATEGORIES = (
@@ -203,3 +208,107 @@ def test_broken_files_are_the_users_mistake(tmp_path, content, sentence):
     file.write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=sentence):
         open_source(tmp_path, file)
+
+
+def test_the_size_is_that_of_the_photo_where_the_file_has_none(tmp_path):
+    images = [image_of(1, width=None, height=None), image_of(2), image_of(3, width=96.0, height=64.0)]
+    images += [image_of(4, width=math.nan, height=""), image_of(5, width="96", height=None)]
+    del images[1]["width"], images[1]["height"]
+    annotations = [object_of(number, "Cone", [SQUARE]) for number in range(1, 6)]
+    masks = [item.mask.read() for item in open_source(tmp_path, write_coco(tmp_path, images, annotations))]
+    assert len(set(masks)) == 1
+    assert pixels_of(masks[0]).shape == (64, 96)
+
+
+def test_without_a_size_nothing_tells_how_the_outlines_of_a_turned_photo_lie(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = write_coco(tmp_path, [image_of(n, width=None, height=None) for n in (1, 2, 3)], [object_of(1, "Cone", [])])
+    for number in (1, 2):
+        (tmp_path / f"{number}.jpg").write_bytes(encode(pixels(number), exif=exif))
+    (tmp_path / "3.jpg").write_bytes(b"no photo")
+    first, second, third = open_source(tmp_path, file)
+    assert "malformed annotations: EXIF turns the photo, and without width and height" in first.problem
+    assert pixels_of(second.mask.read()).shape == (96, 64)
+    assert (third.problem, third.mask) == ("", None)  # whoever reads it says why
+
+
+def test_ids_that_a_table_turned_into_floats_are_the_same_ids(tmp_path):
+    images = [image_of(1), image_of(2)]
+    annotations = [object_of(1, "Cone", [SQUARE]), object_of(2, "Worker", [SQUARE])]
+    file = write_coco(tmp_path, images, annotations)
+    content = json.loads(file.read_text())
+    for entries, keys in (("images", ["id"]), ("annotations", ["image_id", "category_id"])):
+        for entry in content[entries]:
+            entry.update({key: float(entry[key]) for key in keys})
+    runs = {"size": [64.0, 96.0], "counts": [5.0, 5.0, 64.0 * 96 - 10]}
+    content["annotations"].append({"id": 3.0, "image_id": 2.0, "category_id": 4.0, "segmentation": runs})
+    file.write_text(json.dumps(content))
+    first, second = open_source(tmp_path, file)
+    assert (first.problem, second.problem) == ("", "")
+    assert sorted(set(pixels_of(second.mask.read()).ravel())) == [0, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("id", 1.5), ("id", True), ("id", None), ("id", [1]), ("file_name", None), ("file_name", {})]
+)
+def test_an_entry_without_a_usable_key_is_named(tmp_path, key, value):
+    file = write_coco(tmp_path, [image_of(1), image_of(2)], [])
+    content = json.loads(file.read_text())
+    content["images"][1][key] = value
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"entry 1 of the images in .* has no usable {key}"):
+        open_source(tmp_path, file)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+def test_annotations_are_read_in_the_encodings_of_tables(tmp_path, encoding):
+    (tmp_path / "é.jpg").write_bytes(jpeg(1))
+    file = write_coco(tmp_path, [image_of(1, file_name="é.jpg", city_name="Orléans")], [])
+    file.write_bytes(json.dumps(json.loads(file.read_text()), ensure_ascii=False).encode(encoding))
+    (item,) = open_source(tmp_path, file)
+    assert (item.name, item.fields["city"]) == ("é.jpg", "Orléans")
+
+
+def test_deep_nesting_doubled_keys_and_endless_numbers_are_one_sentence(tmp_path):
+    file = write_coco(tmp_path, [image_of(1)], [])
+    sound = file.read_text()
+    for depth, sentence in ((40, "entry 0 of the images .* nested more than"), (100_000, "nested too deeply")):
+        file.write_text(sound.replace('"id": 1,', '"id": 1, "deep": ' + '{"a":' * depth + "1" + "}" * depth + ",", 1))
+        with pytest.raises(UserError, match=sentence):
+            open_source(tmp_path, file)
+    file.write_text(sound.replace('"id": 1,', '"id": 1, "id": 2,', 1))
+    with pytest.raises(UserError, match="the key 'id' twice"):
+        open_source(tmp_path, file)
+    runs = {"size": [64, 96], "counts": "o" * 5_000_000}
+    file = write_coco(tmp_path, [image_of(1)], [object_of(1, "Cone", runs)])
+    (item,) = open_source(tmp_path, file)
+    assert "a number in the run lengths without end" in item.problem
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_random_mutations_are_inputs_or_one_sentence(tmp_path, seed):
+    pick = random.Random(seed)
+    images = [image_of(number, gps="[1.5, 2.5]") for number in range(1, 4)]
+    annotations = [object_of(number, "Cone", [SQUARE]) for number in range(1, 4)]
+    runs = {"size": [64, 96], "counts": [10, 20, 64 * 96 - 30]}
+    file = write_coco(tmp_path, images, [*annotations, object_of(2, "Worker", runs)])
+    sound = file.read_text()
+    odd = [None, True, -1, 0, 1.5, 10**30, math.inf, math.nan, "", "x", [], {}, [[]], {"a": [1]}, "1" * 300, [SQUARE]]
+    for _ in range(10):
+        content = json.loads(sound)
+        for _ in range(pick.randint(1, 3)):
+            holder = pick.choice([content, *(entry for name in content for entry in content[name])])
+            if isinstance(holder, dict) and holder:
+                holder[pick.choice(list(holder))] = pick.choice(odd)
+            content = content if all(isinstance(content[name], list) for name in content) else json.loads(sound)
+        file.write_text(json.dumps(content))
+        sentence = ""
+        try:
+            for item in open_source(tmp_path, file):
+                if item.mask is not None:
+                    with suppress(BadPhoto):
+                        item.mask.read()
+        except UserError as error:
+            sentence = str(error)
+        assert "\n" not in sentence

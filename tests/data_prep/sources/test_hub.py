@@ -308,7 +308,7 @@ def test_a_data_set_knows_why_it_gives_no_label(tmp_path):
 
 def test_tables_without_photos_are_the_users_mistake(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"label": [1]}), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="no column 'image'; its columns are label"):
+    with pytest.raises(UserError, match=r"no column of photos, .*; its columns are label"):
         open_source(tmp_path)
     pyarrow.parquet.write_table(pyarrow.table({"image": pyarrow.array([], pyarrow.string())}), tmp_path / "x.parquet")
     with pytest.raises(UserError, match="have no rows"):
@@ -327,3 +327,57 @@ def test_damaged_files_are_the_users_mistake(tmp_path):
         arrow.unlink()
     with pytest.raises(UserError, match="not a complete folder of save_to_disk"):
         open_source(tmp_path / "saved")
+
+
+def test_the_hubs_converted_layout_is_read_with_its_splits(tmp_path):
+    write_parquet(tmp_path / "default" / "train" / "0000.parquet", natix([1, 0]))
+    write_parquet(tmp_path / "default" / "partial-validation" / "0000.parquet", natix([1]))
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "0000.parquet").write_bytes(b"unfinished")
+    items = list(open_source(tmp_path))
+    assert [(item.name, item.fields["split"]) for item in items] == [
+        ("default/partial-validation/0000.parquet#0", "validation"),
+        ("default/train/0000.parquet#0", "train"),
+        ("default/train/0000.parquet#1", "train"),
+    ]
+
+
+def test_several_configurations_are_a_choice(tmp_path):
+    for name in ("small", "large"):
+        write_parquet(tmp_path / name / "train" / "0000.parquet", natix([1]))
+    with pytest.raises(UserError, match="several configurations of a data set: large, small; choose one"):
+        open_source(tmp_path)
+    assert len(list(open_source(tmp_path / "small"))) == 1
+
+
+@pytest.mark.parametrize("column", ["img", "jpg", "Image", "picture", "camera"])
+@pytest.mark.parametrize("saved", [False, True])
+def test_the_column_of_photos_is_known_by_its_name_or_is_the_only_one_of_images(tmp_path, column, saved):
+    rows = natix([1, 0]).rename_column("image", column)
+    if saved:
+        rows.save_to_disk(tmp_path)
+    else:
+        write_parquet(tmp_path / "train.parquet", rows)
+    assert [item.photo for item in open_source(tmp_path)] == [jpeg(0), jpeg(1)]
+
+
+def test_bare_bytes_are_photos_too(tmp_path):
+    table = pyarrow.table({"jpg": pyarrow.array([jpeg(0)], pyarrow.binary()), "label": [1]})
+    pyarrow.parquet.write_table(table, tmp_path / "0.parquet")
+    (item,) = open_source(tmp_path)
+    assert (item.photo, item.fields) == (jpeg(0), {"label": 1})
+
+
+def test_what_a_json_member_of_a_tar_became_is_read(tmp_path):
+    row = {"__key__": "a", "jpg": {"bytes": jpeg(0), "path": None}, "json": {"label": 1, "gps": [1.5, 2.5]}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "0.parquet")
+    (item,) = open_source(tmp_path)
+    assert item.fields == {"label": 1, "gps": [1.5, 2.5]}
+
+
+def test_a_table_without_photos_is_one_hint_that_names_its_columns(tmp_path):
+    table = pyarrow.table({f"column {number}": [1] for number in range(50)})
+    pyarrow.parquet.write_table(table, tmp_path / "0.parquet")
+    sentence = r"no column of photos, such as image, img, jpg; its columns are column 0, .*, column 19, and 30 more$"
+    with pytest.raises(UserError, match=sentence):
+        open_source(tmp_path)

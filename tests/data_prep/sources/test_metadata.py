@@ -6,7 +6,15 @@ import math
 
 import pytest
 
-from data_prep.sources.metadata import BadLabel, explain_unlabelled, parse, parse_gps, parse_label, select_fields
+from data_prep.sources.metadata import (
+    BadLabel,
+    explain_unlabelled,
+    parse,
+    parse_gps,
+    parse_label,
+    select_fields,
+    split_in,
+)
 from pipeline.data.record import Metadata
 
 NATIX_ROW = {
@@ -136,13 +144,13 @@ def test_weather_of_unknown_words_only_is_null_and_not_none_of_the_known_ones():
         ({"gps": "[90.0, 180.0]"}, (90.0, 180.0), None),
         ({"gps": "[nan, nan]"}, None, None),
         ({"gps": [math.nan, math.nan]}, None, None),
-        ({"gps": [39.5, math.nan]}, None, "not finite"),
+        ({"gps": [39.5, math.nan]}, None, "with one number instead of two"),
         ({"gps": [39.5, math.inf]}, None, "not finite"),
         ({"gps": "somewhere"}, None, "unreadable"),
-        ({"gps": "[39.5]"}, None, "unreadable"),
-        ({"gps": [1, 2, 3]}, None, "unreadable"),
-        ({"latitude": "39.5", "longitude": ""}, None, "unreadable"),
-        ({"latitude": "39.5"}, None, "unreadable"),
+        ({"gps": "[39.5]"}, None, "with one number instead of two"),
+        ({"gps": [1, 2, 3]}, (1.0, 2.0), None),
+        ({"latitude": "39.5", "longitude": ""}, None, "with one number instead of two"),
+        ({"latitude": "39.5"}, None, "with one number instead of two"),
         ({"latitude": "", "longitude": ""}, None, None),
     ],
 )
@@ -198,3 +206,41 @@ def test_frames_share_their_video_or_else_their_sequence(fields, expected):
 )
 def test_the_sources_own_split_is_understood(word, split):
     assert parse({"split": word}).split == split
+
+
+ODD_CELLS = (
+    "[{[]: 1}]", "['\\d']", "[" * 200 + "]" * 200, "[" + "9" * 5000 + "]", "(" + "(" * 5000 + ")", "[\ud800]",
+    b"\xff", 10**400, {"a": {}}, [[["Sunny"]]], "[" + "'x'," * 100_000 + "]", float("inf"), object(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("cell", ODD_CELLS)
+@pytest.mark.parametrize("field", ["weather", "daytime", "city", "split", "video", "description", "gps", "lat"])
+def test_a_cell_of_any_kind_is_a_value_or_null(field, cell):
+    parsed = parse(select_fields({field: cell}))
+    assert parsed.metadata.gps is None
+    (parsed.metadata.description or "").encode()  # text that a file can hold
+
+
+@pytest.mark.parametrize("cell", ODD_CELLS)
+def test_a_cell_of_any_kind_is_no_label(cell):
+    with pytest.raises(BadLabel, match=r"^label .{1,60} is not 0 or 1$"):
+        parse(select_fields({"label": cell}))
+
+
+@pytest.mark.parametrize(
+    ("address", "split"),
+    [
+        ("data/train-00000-of-00001.parquet", "train"),
+        ("default/train/0000.parquet", "train"),
+        ("main/partial-validation/0000.parquet", "validation"),
+        ("TEST_3.tar", "test"),
+        ("a/val0000.tar", "val"),
+        ("testing/0.tar", None),
+        ("test_data/0.tar", None),
+        ("trained-0.tar", None),
+        ("0000.tar", None),
+    ],
+)
+def test_the_split_is_in_the_files_name_or_is_its_folder(address, split):
+    assert split_in(address) == split

@@ -209,7 +209,7 @@ def test_a_file_that_is_no_photo_is_refused_for_that(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "size", [(40_000, 40_000), (0, 64), (-96, -64), ("96", "64"), (None, None), (96.5, 64), (10**12, 1)]
+    "size", [(40_000, 40_000), (0, 64), (-96, -64), ("96.5", "x"), (None, 63), (96.5, None), (96.5, 64), (10**12, 1)]
 )
 def test_impossible_sizes_are_refused_before_anything_is_drawn(tmp_path, size):
     entry = image_of(1, width=size[0], height=size[1])

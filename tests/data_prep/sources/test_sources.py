@@ -228,7 +228,7 @@ def test_the_stamp_changes_with_the_files_and_only_then(tmp_path):
         ({"notes.txt": b""}, "no photos in"),
         ({"metadata.csv": b"", "a.jpg": b"x"}, "has no rows"),
         ({"metadata.csv": b"name,label\na.jpg,1\n"}, "no column 'file_name'.*its columns are name, label"),
-        ({"metadata.csv": b"file_name\n\xff\xfe\n"}, "malformed"),
+        ({"metadata.csv": b"file_name\n\xff\x81\n"}, "line 2 of .* byte 0x81, which is neither UTF-8 nor Windows-1252"),
         ({"metadata.jsonl": b'{"file_name": "a.jpg"}\n{oops\n'}, "line 2 of .* is not JSON"),
         ({"metadata.jsonl": b"[1]\n"}, "line 1 of .* is not a JSON object"),
         ({"metadata.parquet": b"PAR1 nothing"}, "malformed"),
@@ -255,5 +255,5 @@ def test_missing_paths_are_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         open_source(tmp_path, tmp_path / "nothing.csv")
     (tmp_path / "table.xlsx").write_bytes(b"")
-    with pytest.raises(UserError, match=r"must end in one of \.csv, \.jsonl, \.parquet"):
+    with pytest.raises(UserError, match=r"must end in one of \.csv, \.tsv, \.jsonl, \.parquet"):
         open_source(tmp_path, tmp_path / "table.xlsx")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import random
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from data_prep.sources.metadata import parse_gps, select_fields
 from data_prep.sources.tables import TornRow, read_rows, scan_rows
 from pipeline.errors import UserError
 
@@ -80,10 +83,90 @@ def test_a_doubled_column_of_a_parquet_file_is_refused(tmp_path):
         list(read_rows(tmp_path / "metadata.parquet"))
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_another_encoding_than_utf_8_is_told_with_the_way_out(tmp_path, encoding):
-    with pytest.raises(UserError, match=r"is malformed: .*; save it as UTF-8"):
-        list(read_rows(write(tmp_path, "file_name\né.jpg\n", encoding)))
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_the_encodings_of_spreadsheets_are_read(tmp_path, capsys, encoding, suffix):
+    path = tmp_path / f"metadata{suffix}"
+    rows = [{"file_name": f"é{number}.jpg", "label": "1"} for number in range(50)]
+    mark = "\t" if suffix == ".tsv" else ";"
+    text = "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    if suffix != ".jsonl":
+        text = "\r\n".join([f"file_name{mark}label", *(f"{row['file_name']}{mark}1" for row in rows), ""])
+    path.write_bytes(text.encode(encoding))
+    assert list(read_rows(path)) == rows
+    told = capsys.readouterr().err
+    assert told.count("is not UTF-8 (byte 0xe9 in line ") == (encoding == "cp1252")
+
+
+def test_a_byte_that_no_known_encoding_has_is_told_with_its_line(tmp_path):
+    path = tmp_path / "metadata.csv"
+    path.write_bytes(b"file_name\na.jpg\n" * 300_000 + b"\x81.jpg\n")
+    with pytest.raises(UserError, match=r"line 600001 of .* byte 0x81, which is neither .*; save it as UTF-8"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize("first", ["sep=;", '"sep=;"', "SEP=|"])
+def test_excels_line_that_names_the_separator_is_followed(tmp_path, first):
+    mark = first.strip('"')[-1]
+    path = write(tmp_path, f"{first}\nfile_name{mark}note, long\na.jpg{mark}x, y\nb.jpg\n")
+    assert list(scan_rows(path)) == [
+        {"file_name": "a.jpg", "note, long": "x, y"},
+        TornRow(4, {"file_name": "b.jpg", "note, long": None}, "1 cells, the header has 2"),
+    ]
+
+
+def test_numbers_that_are_none_read_as_empty_or_as_their_text(tmp_path):
+    path = tmp_path / "metadata.jsonl"
+    path.write_text('{"a": NaN, "b": Infinity, "c": ' + "9" * 5000 + "}\n")
+    (row,) = read_rows(path)
+    assert row == {"a": None, "b": "Infinity", "c": "9" * 40}
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ('{"label": 1, "label": 0}', "line 2 of .* is not a row of JSON: it has the key 'label' twice"),
+        ('{"label": 1, "Label ": 0}', "2 columns 'label'"),
+        ('{"label": 1', "line 2 of .* is not a row of JSON"),
+        ("null", "line 2 of .* is not a JSON object"),
+        ('{"a": "\x00"}', "line 2 of .* is not a row of JSON"),
+    ],
+)
+def test_a_row_of_json_that_is_none_is_told_with_its_line(tmp_path, line, sentence):
+    path = tmp_path / "metadata.jsonl"
+    path.write_text(f'{{"file_name": "a.jpg"}}\n{line}\n')
+    with pytest.raises(UserError, match=sentence):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_random_damage_is_rows_or_one_sentence(tmp_path, suffix, seed):
+    pick = random.Random(f"{seed} {suffix}")
+    path = tmp_path / f"metadata{suffix}"
+    rows = [{"file_name": f"{n}.jpg", "label": n % 2, "gps": "39.7, -86.1", "note": 'Cönes, "x"'} for n in range(9)]
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    else:
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    sound = path.read_bytes()
+    for _ in range(10):
+        data = bytearray(sound)
+        for _ in range(pick.randint(1, 4)):
+            data[pick.randrange(len(data))] = pick.randrange(256)
+        path.write_bytes(data[: pick.choice([None, pick.randrange(len(data))])])
+        sentence = ""
+        try:
+            for row in scan_rows(path):
+                parse_gps(select_fields(row.cells if isinstance(row, TornRow) else row))
+        except UserError as error:
+            sentence = str(error)
+        assert "\n" not in sentence
 
 
 @pytest.mark.parametrize("open_mark", ["[", '{"a":'])
