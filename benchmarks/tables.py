@@ -1,4 +1,4 @@
-"""The tables of docs/results.md, written from the committed JSON files: `python -m benchmarks.tables`."""
+"""The tables of docs/results.md, written from the committed results: `python -m benchmarks.tables`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from benchmarks.form import COLUMNS, RESULTS, ROOT, Report, cells, read_report
+from benchmarks.gpu.rows import table
 from pipeline.cli import command
 from pipeline.files import write_text
 from pipeline.progress import say
@@ -13,15 +14,18 @@ from pipeline.progress import say
 PAGE = ROOT / "docs" / "results.md"
 UP = "../"  # from the page to the project's root
 BLOCK = re.compile(r"(<!-- results:([\w-]+) -->\n)(.*?)(<!-- /results:\2 -->)", flags=re.DOTALL)
+GPU_BLOCK = re.compile(r"(<!-- gpu:(\d) -->\n)(.*?)(<!-- /gpu:\2 -->)", flags=re.DOTALL)
 NUMBERS = range(2, 6)  # columns that are aligned right
 
 
 def tables(page: Path = PAGE, results: Path = RESULTS) -> Path:
     """Write the table of each benchmark between its markers, `<!-- results:NAME -->` and `<!-- /results:NAME -->`.
 
+    The table of a call of benchmarks/gpu.sh stands between `<!-- gpu:CALL -->` and `<!-- /gpu:CALL -->`.
+
     Args:
         page: Markdown file with the markers, in a folder of the project's root.
-        results: Folder of the JSON files.
+        results: Folder of the committed results.
 
     Returns:
         The page.
@@ -35,8 +39,12 @@ def tables(page: Path = PAGE, results: Path = RESULTS) -> Path:
 
 
 def fill(text: str, results: Path = RESULTS) -> str:
-    """Put the current table into each pair of markers of a text; markers without results are emptied."""
+    """Put the current table into each pair of markers of a text; markers without results are emptied.
+
+    A GPU's rows stay without results, and say so.
+    """
     reports = read_all(results)
+    text = GPU_BLOCK.sub(lambda found: f"{found[1]}\n{table(int(found[2]), results)}\n{found[4]}", text)
     return BLOCK.sub(lambda found: f"{found[1]}{markdown(reports.get(found[2], []))}{found[4]}", text)
 
 

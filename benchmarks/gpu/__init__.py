@@ -12,9 +12,10 @@ from pipeline.errors import UserError
 # For each part the function that measures it, and its limit in seconds. What is needed most comes first.
 CALLS = {
     1: {
-        "benchmarks.gpu.smoke:smoke": 90,
-        "benchmarks.gpu.extraction:extraction": 270,
-        "benchmarks.gpu.prediction:prediction": 100,
+        "benchmarks.gpu.smoke:smoke": 80,
+        "benchmarks.gpu.extraction:extraction": 260,
+        "benchmarks.gpu.prediction:prediction": 90,
+        "benchmarks.gpu.experts:experts": 30,
     },
     2: {"benchmarks.gpu.training:training": 330, "benchmarks.gpu.extraction:whole": 130},
 }
@@ -32,12 +33,12 @@ def gpu(call: Literal[1, 2], out: Path, dry: bool = False) -> Path:
     """
     if dry:
         os.environ |= CPU_ONLY  # before torch is asked
-    from benchmarks.gpu.parts import run_parts
+    from benchmarks.gpu.parts import PATIENCE, run_parts
     from pipeline.devices import refuse_idle_gpu, uses_gpu
 
     if not dry:
         refuse_idle_gpu()
         if not uses_gpu():
             raise UserError("there is no GPU here, and these benchmarks are about one; --dry rehearses them on the CPU")
-    patience = 4 if dry else 1  # a rehearsal shares its cores with others
+    patience = PATIENCE if dry else 1
     return run_parts(f"gpu-{call}", {part: patience * limit_s for part, limit_s in CALLS[call].items()}, out, dry)

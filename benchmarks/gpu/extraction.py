@@ -213,7 +213,7 @@ def random_views(bench: Bench, count: int, pinned: bool = False) -> torch.Tensor
 
 def pinned_rows(bench: Bench) -> list[dict[str, Any]]:
     """The photos of one pass, as the loader gives them."""
-    about = StandIn(1, bench.model_config().input_spec("full"), 1)[0] | {"photo": 0, "sha256": ""}
+    about = StandIn(1, bench.model_config().input_spec("full"), 1)[0] | {"photo": 0, "sha256": "", "record": b"{}"}
     views = random_views(bench, bench.sizes.pass_views, pinned=True).split(NUM_VIEWS)
     return [{**about, "views": part} for part in views]
 

@@ -33,6 +33,7 @@ from pipeline.model.config import ModelConfig
 from pipeline.progress import say, silence_libraries
 
 CALL_LIMIT_S = 460.0
+LOOK_EVERY_S = 0.5  # for processes that a part has started: once it has died, nothing says which ones were its own
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed")
 NVIDIA_SMI = "nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader"
 DRY_NOTE = "a rehearsal on a CPU with tiny sizes: no figure here says anything about a GPU"
@@ -58,9 +59,12 @@ class Sizes:
     few_epochs: int = 8
     """Epochs of training for its bits alone."""
     repeats: int = 5
+    run_limit_s: float = 75.0
+    """For one run of training or one command."""
 
 
-DRY = Sizes(64, 24, 4, "320x240", 24, 8, 8, epochs=4, few_epochs=2, repeats=2)
+PATIENCE = 4  # a rehearsal shares its cores with others
+DRY = Sizes(64, 24, 4, "320x240", 24, 8, 8, epochs=4, few_epochs=2, repeats=2, run_limit_s=PATIENCE * 75.0)
 DRY_HEAD = {"width": 32, "layers": 1, "heads": 2, "fusion_heads": 2, "experts": 2, "experts_per_token": 1,
             "expert_width": 16}  # fmt: skip
 
@@ -117,6 +121,7 @@ class Bench:
     def peak_gb(self, work: Callable[[], object]) -> float:
         """The most GPU memory that `work` takes beyond what was taken before, in GB; 0 on the CPU."""
         if self.dry:
+            work()
             return 0.0
         self.wait()
         before = torch.cuda.memory_allocated()
@@ -124,6 +129,11 @@ class Bench:
         work()
         self.wait()
         return round((torch.cuda.max_memory_allocated() - before) / 1e9, 2)
+
+    @property
+    def several(self) -> int:
+        """The number of processes that share a command's work: one for each GPU, two in a rehearsal."""
+        return 2 if self.dry else torch.cuda.device_count()
 
     @property
     def backbone_config(self) -> DINOv3ViTConfig:
@@ -185,6 +195,7 @@ def run_parts(name: str, parts: Mapping[str, float], out: Path, dry: bool) -> Pa
         The file.
     """
     here, started = machine(), time.perf_counter()
+    call_limit_s = CALL_LIMIT_S * (PATIENCE if dry else 1)
     file = out / f"{'dry-' if dry else ''}{here['name']}-{name}.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     file.unlink(missing_ok=True)
@@ -200,7 +211,7 @@ def run_parts(name: str, parts: Mapping[str, float], out: Path, dry: bool) -> Pa
             # A fork of a process that has talked to a GPU cannot use it.
             start = get_context("fork").Process if dry else get_context("spawn").Process
             process = start(target=enter, args=(function, bench))
-            limit_s = max(0.0, min(own_limit_s, CALL_LIMIT_S - (time.perf_counter() - started)))
+            limit_s = max(0.0, min(own_limit_s, call_limit_s - (time.perf_counter() - started)))
             status = finish(process, limit_s)
             if status == 0:
                 bench.write("end")
@@ -221,19 +232,28 @@ def enter(function: str, bench: Bench) -> None:
 
 
 def finish(process: BaseProcess, limit_s: float) -> int | None:
-    """Start a process and wait for it.
+    """Start a process and wait for it; what it started and left behind is killed, lest it keep the GPU busy.
 
     Returns:
-        The exit status, or None where the process took too long: it is then killed, with all processes it started.
+        The exit status, or None where the process took too long and was killed.
     """
     process.start()
-    process.join(limit_s)
-    if process.is_alive():
-        assert process.pid is not None
-        parent = psutil.Process(process.pid)
-        for one in (*parent.children(recursive=True), parent):  # launches have sessions of their own
-            with suppress(psutil.NoSuchProcess):
-                one.kill()
-        process.join()
-        return None
-    return process.exitcode
+    assert process.pid is not None
+    parent, descendants = psutil.Process(process.pid), set[psutil.Process]()
+    end = time.monotonic() + limit_s
+    while process.is_alive() and (left_s := end - time.monotonic()) > 0:
+        process.join(min(left_s, LOOK_EVERY_S))
+        descendants |= started_by(parent)
+    status = None if process.is_alive() else process.exitcode
+    for one in (*descendants, *started_by(parent), parent):
+        with suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.join()
+    return status
+
+
+def started_by(parent: psutil.Process) -> set[psutil.Process]:
+    """All living descendants of a process: launches have sessions of their own, and no signal to a group finds them."""
+    with suppress(psutil.NoSuchProcess):
+        return set(parent.children(recursive=True))
+    return set()

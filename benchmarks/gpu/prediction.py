@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.gpu.commands import answer
 from benchmarks.gpu.parts import Bench
 from pipeline.data.batch import collate
 from pipeline.data.dataset import prepare
@@ -18,6 +20,7 @@ from pipeline.model.roadwork import RoadworkModel
 from pipeline.predict import predict
 
 BATCH = 16
+MODEL, ONE = "predicting-model", "answers.csv"
 
 
 def prediction(bench: Bench) -> None:
@@ -48,18 +51,30 @@ def prediction(bench: Bench) -> None:
     bench.attempt(f"{BATCH} photos in memory", batch)
     for name, workers in (("two workers", 2), ("a worker on each spare core", spare_cores(bench.device))):
         bench.attempt(f"from files, {name}", from_files, workers)
-    bench.attempt("the command `predict`", by_command, bench, model)
+    bench.attempt("`predict`", by_command, bench, model)
+    if bench.several > 1:
+        bench.attempt("`predict`, a process on each GPU", by_all, bench)
 
 
 def by_command(bench: Bench, model: RoadworkModel) -> dict[str, Any]:
     """Predict on a folder of photos with a saved model, as `./launch.sh predict` does; loading is in `wall_s`."""
-    folder = bench.place / "predicting-model"
-    model.save_pretrained(folder)
-    output, photos = bench.place / "answers.csv", [str(bench.photos / "images")]
-    found: dict[str, Any] = {}
+    model.save_pretrained(bench.place / MODEL)
+    output, photos = bench.place / ONE, [str(bench.photos / "images")]
+    peak_gb = bench.peak_gb(partial(predict, bench.place / MODEL, output, input=photos, device=str(bench.device)))
+    return {**summary(output), "peak_gb": peak_gb}
 
-    def work() -> None:
-        found.update(json.loads(predict(folder, output, input=photos, device=str(bench.device)).read_text()))
 
-    peak_gb = bench.peak_gb(work)
-    return {**{key: found[key] for key in ("photos", "failed", "images_per_s", "wall_s")}, "peak_gb": peak_gb}
+def by_all(bench: Bench) -> dict[str, Any]:
+    """The same in one process for each GPU; the rows should be the same."""
+    output = bench.place / "answers-of-all.csv"
+    words = ("--model", bench.place / MODEL, "--output", output, "--input", bench.photos / "images")
+    answer(bench, "predict", "predict", *map(str, words))
+    equal = output.read_bytes() == (bench.place / ONE).read_bytes()
+    return {"equal": equal, **summary(output)}
+
+
+def summary(output: Path) -> dict[str, Any]:
+    """What the summary beside a prediction says of its speed."""
+    found = json.loads(output.with_suffix(".summary.json").read_text())
+    answered = found["photos"] - found["failed"]
+    return {"answered": answered, **{key: found[key] for key in ("processes", "images_per_s", "wall_s")}}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from benchmarks.gpu.parts import Bench, finish
+from benchmarks.gpu.commands import answer, finished, module
+from benchmarks.gpu.parts import Bench
 from data_prep.features.command import features
 from data_prep.features.options import ModelChoice
 from data_prep.scenes.data_set import scenes
@@ -27,7 +29,7 @@ from pipeline.training.memory import need
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.telemetry import GIB
 
-RUN_LIMIT_S = 75
+SPREAD = ("--train.expert_parallel", "2")
 TRAIN_PHOTO_SIZE = "1024x768"  # all twelve views of 512 px show something, and drawing takes little
 
 
@@ -35,17 +37,25 @@ def training(bench: Bench) -> None:
     """Train the full head from a feature cache, the most needed numbers first."""
     bench.attempt("features, by the command", prepare, bench)
     twice_and_resumed(bench, "AdamW, ZeRO-2", "adamw", bench.sizes.epochs)
+    bench.attempt("memory beside its estimate", memory, bench, "adamw")
+    bench.attempt("saves in the background", saves, bench, "adamw")
     bench.attempt("features in the GPU's memory", run, bench, "device", *few(), "--data.features_in", "device")
     bench.attempt("from photos, with a validation", run, bench, "photos", *few(epochs=1), *from_photos(bench))
-    bench.attempt("memory beside its estimate", memory, bench, ("adamw", "photos"))
-    twice_and_resumed(bench, "train.deterministic", "fixed", bench.sizes.few_epochs, "--train.deterministic", "true")
-    for name in ("sophia_g", "sophia_h"):
-        bench.attempt(name, run, bench, name, *few(), "--optim.name", name, "--optim.hessian_every", "4")
+    bench.attempt("memory from photos beside its estimate", memory, bench, "photos")
     for stage in (1, 3):
         bench.attempt(f"AdamW, ZeRO-{stage}", partial(run, stage=stage), bench, f"zero{stage}", *few())
+    for name in ("sophia_g", "sophia_h"):
+        bench.attempt(name, run, bench, name, *few(), "--optim.name", name, "--optim.hessian_every", "4")
+    twice_and_resumed(bench, "train.deterministic", "fixed", bench.sizes.few_epochs, "--train.deterministic", "true")
+    bench.attempt("experts in one grouped product", run, bench, "grouped", *few(), "--train.grouped_mm", "true")
     bench.attempt("baseline", run, bench, "baseline", *few(), "--model.head", "single_view")
     bench.attempt("3 heads", run, bench, "heads", *few(), "--train.heads", "3")
     bench.attempt("features in the host's memory", run, bench, "host", *few(), "--data.features_in", "host")
+    bench.attempt("`evaluate`, a process on each GPU", evaluated, bench, "photos")
+    if bench.several > 1:
+        whole = partial(run, processes=bench.several)
+        bench.attempt("a process on each GPU", whole, bench, "several", *few())
+        bench.attempt("a process on each GPU, experts over two", whole, bench, "spread", *few(), *SPREAD)
 
 
 def few(epochs: int = 4) -> tuple[str, ...]:
@@ -92,19 +102,16 @@ def prepare(bench: Bench) -> dict[str, Any]:
     return {"photos": found["photos"], "wall_s": found["wall_s"], **found["rank_zero"]}
 
 
-def run(bench: Bench, name: str, *options: str, stage: int = 2) -> dict[str, Any]:
+def run(bench: Bench, name: str, *options: str, stage: int = 2, processes: int = 1) -> dict[str, Any]:
     """Train in a folder of its own, under a ZeRO stage; returns what the run's last log line says."""
-    log, folder = bench.place / f"{name}.log", RunFolder(bench.place / name)
-    # A rehearsal goes through the launcher once, and saves the imports of the other runs.
-    start = trained_here if bench.dry and name != "adamw" else launched
+    folder = RunFolder(bench.place / name)
     words = (str(bench.place / "recipe.yaml"), "--train.run", str(folder.path), *options)
-    status = finish(get_context("fork").Process(target=start, args=(words, str(stage_file(stage)), log)), RUN_LIMIT_S)
-    said = log.read_text()
-    print(f"== {name}\n{said}", file=sys.stderr, flush=True)
-    if status is None:
-        raise TimeoutError(f"longer than {RUN_LIMIT_S} s; it said last: {said[-300:]}")
-    if status:
-        raise RuntimeError(f"status {status}: {said[-500:]}")
+    if bench.dry and processes == 1 and name != "adamw":  # a rehearsal saves the launcher's imports, but for one run
+        finished(bench, name, trained_here, words, stage_file(stage))
+    else:
+        accelerate = bench.place / f"{name}.yaml"
+        accelerate.write_text(yaml.safe_dump(launch_settings(stage, processes)))
+        finished(bench, name, module, "pipeline.launch.launcher", *words, "--config_file", str(accelerate))
     return {key: value for key, value in last_line(folder).items() if not isinstance(value, str | list)}
 
 
@@ -119,31 +126,18 @@ def stage_file(stage: int) -> Path:
     return ROOT / "ds_configs" / f"zero{stage}.json"
 
 
-def launched(words: Sequence[str], deepspeed: str, log: Path) -> None:
-    """Replace this process by `./launch.sh train` with one process on the GPU."""
-    divert(log)
-    settings = yaml.safe_load((ACCELERATE_CONFIGS / "gpu.yaml").read_text())
-    settings["deepspeed_config"]["deepspeed_config_file"] = deepspeed
-    accelerate = log.with_suffix(".yaml")
-    accelerate.write_text(yaml.safe_dump(settings))
-    os.chdir(ROOT)
-    launcher = (sys.executable, "-m", "pipeline.launch.launcher", *words, "--config_file", str(accelerate))
-    os.execv(sys.executable, launcher)
+def launch_settings(stage: int, processes: int) -> dict[str, Any]:
+    """Settings of `accelerate launch` for the GPUs of this machine, under a ZeRO stage."""
+    settings: dict[str, Any] = yaml.safe_load((ACCELERATE_CONFIGS / "gpu.yaml").read_text())
+    settings["deepspeed_config"]["deepspeed_config_file"] = str(stage_file(stage))
+    return settings | {"num_processes": processes}
 
 
-def trained_here(words: Sequence[str], deepspeed: str, log: Path) -> None:
+def trained_here(words: Sequence[str], deepspeed: Path) -> None:
     """Train in this process, without the launcher and its imports."""
-    divert(log)
-    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = deepspeed
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(deepspeed)
     sys.argv = ["train.py", "--config", *words]
     train.main()
-
-
-def divert(log: Path) -> None:
-    """Send this process's output to a file."""
-    with log.open("wb") as stream:
-        for number in (1, 2):
-            os.dup2(stream.fileno(), number)
 
 
 def again(bench: Bench, name: str, words: Sequence[str]) -> dict[str, Any]:
@@ -168,15 +162,27 @@ def checkpoint(bench: Bench, name: str) -> dict[str, str]:
     return {f"{newest.name}/{file.name}": sha256_of(file) for file in sorted(newest.glob("*.safetensors"))}
 
 
-def memory(bench: Bench, names: Sequence[str]) -> dict[str, Any]:
-    """The peak of finished runs under ZeRO-2, and what `doctor` would have estimated for them."""
-    found: dict[str, Any] = {}
-    for name in names:
-        folder = RunFolder(bench.place / name)
-        config = folder.config()
-        engine = engine_settings(config, stage_file(2), 1, "fp32" if bench.dry else "bf16")
-        wanted = need(
-            config, bench.backbone_config, engine.precision, engine.sharding, engine.batching.micro_batch_size
-        )
-        found |= {f"{name}_gib": last_line(folder).get("gpu_peak_gib"), f"{name}_estimate_gib": wanted.device / GIB}
-    return found
+def saves(bench: Bench, name: str) -> dict[str, Any]:
+    """How long the saves of a finished run stopped training, and how long each was written in the background."""
+    lines = map(json.loads, RunFolder(bench.place / name).metrics.read_text().splitlines())
+    done = [line for line in lines if line["kind"] == "save"]
+    return {"saves": len(done)} | {key: statistics.median(line[key] for line in done) for key in ("save_s", "write_s")}
+
+
+def evaluated(bench: Bench, name: str) -> dict[str, Any]:
+    """Evaluate a finished run on its validation photos; loading is in `wall_s`."""
+    folder = RunFolder(bench.place / name)
+    start = time.perf_counter()
+    answer(bench, "evaluate", "evaluate", "--run", str(folder.path), "--splits", "val")
+    wall_s = time.perf_counter() - start
+    photos = len((folder.path / "predictions.csv").read_text().splitlines()) - 1
+    return {"processes": bench.several, "photos": photos, "wall_s": wall_s}
+
+
+def memory(bench: Bench, name: str) -> dict[str, Any]:
+    """The peak of a finished run under ZeRO-2, and what `doctor` would have estimated for it."""
+    folder = RunFolder(bench.place / name)
+    config = folder.config()
+    engine = engine_settings(config, stage_file(2), 1, "fp32" if bench.dry else "bf16")
+    wanted = need(config, bench.backbone_config, engine.precision, engine.sharding, engine.batching.micro_batch_size)
+    return {"peak_gib": last_line(folder).get("gpu_peak_gib"), "estimate_gib": wanted.device / GIB}

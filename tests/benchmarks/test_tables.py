@@ -1,17 +1,21 @@
 """The tables of docs/results.md are those of the committed results, all of them, and no other page has one."""
 
+import json
 import re
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from benchmarks.form import COLUMNS, RESULTS, ROOT, Goal, Report, cells, compare, read_report
+from benchmarks.gpu.rows import ROWS
 from benchmarks.tables import PAGE, fill, marked, read_all, tables
 from pipeline.files import write_json
 
 TEXT = "Before.\n\n<!-- results:loader -->\nold\n<!-- /results:loader -->\n\nAfter.\n"
 SECTIONS = (
     "Data preparation", "Views", "Loader", "Features", "Pruning", "Trainer", "Several heads", "Checkpoints", "Parity",
-    "Sophia", "Study", "Scaling",
+    "Sophia", "Study", "Scaling", "GPU",
 )  # fmt: skip
 
 
@@ -88,6 +92,48 @@ def test_only_what_is_between_the_markers_changes_and_once_is_enough(tmp_path):
 
 def test_markers_without_a_result_are_emptied(tmp_path):
     assert fill(TEXT, tmp_path) == TEXT.replace("old\n", "")
+
+
+GPU_TEXT = "<!-- gpu:2 -->\nold\n<!-- /gpu:2 -->\n"
+
+
+def measured(folder: Path, dry: bool = False) -> Path:
+    lines = [
+        {"name": "gpu-2", "dry": dry},
+        {"part": "training", "what": "AdamW, ZeRO-2", "images_per_s": 1234.5, "step_s": 0.05, "mfu": 0.41, "loss": 0.1},
+        {"part": "training", "what": "AdamW, ZeRO-2, the same again", "equal": True},
+        {"part": "training", "what": "sophia_h", "failed": "RuntimeError: no | room\nmore"},
+    ]
+    file = folder / "h100-gpu-2.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_rows_of_a_gpu_are_there_before_they_are_measured(tmp_path):
+    text = fill(GPU_TEXT, tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith("| training |")]
+    assert len(rows) == len(ROWS[2]["training"])
+    assert all(row.endswith("| not measured yet |") for row in rows)
+    assert "old" not in text
+    assert fill(text, tmp_path) == text
+
+
+def test_a_gpus_numbers_come_from_its_file_and_what_failed_says_so(tmp_path):
+    measured(tmp_path)
+    text = fill(GPU_TEXT, tmp_path)
+    assert "| part | what | numbers | `h100` |" in text
+    names = "photos/s, s per step, MFU, peak GiB, share of waiting for data"
+    assert f"| training | AdamW, ZeRO-2 | {names} | 1,234, 0.05, 0.41, -, - |" in text
+    assert "| AdamW, ZeRO-2, the same again | same bits | yes |" in text
+    assert f"| sophia_h | {names} | failed: RuntimeError: no / room |" in text
+    assert "| baseline |" in text
+    assert text.count("not measured yet") == sum(map(len, ROWS[2].values())) - 3
+
+
+def test_a_rehearsal_is_no_result(tmp_path):
+    measured(tmp_path, dry=True)
+    with pytest.raises(ValueError, match="is of a rehearsal"):
+        fill(GPU_TEXT, tmp_path)
 
 
 def test_the_command_writes_the_file(tmp_path):
