@@ -19,6 +19,7 @@ def early_exit(
     batch_size: int = 16,
     workers: int = 2,
     device: str = "auto",
+    backbone: str | None = None,
 ) -> Path:
     """Measure on the validation split how many views a model needs, and write the rule into its configuration.
 
@@ -38,6 +39,8 @@ def early_exit(
         batch_size: Photos in one forward pass.
         workers: Processes that read, decode and cut views; 0 does it in this one.
         device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
+        backbone: Where the backbone is now, if it has moved: a folder, a hub id or scenes-tiny. It must be the one of
+            training.
 
     Returns:
         The path of summary.json in the run folder, which has the results under `calibration`.
@@ -48,11 +51,11 @@ def early_exit(
     from pipeline.data.folds import read_dealt
     from pipeline.devices import pick_device
     from pipeline.evaluation.early_exit import fit_dynamic, fit_fixed, open_validation
-    from pipeline.files import write_summary, write_text
+    from pipeline.files import write_summary
     from pipeline.training.run_folder import RunFolder
 
     folder = RunFolder.open(run)
-    model = folder.load_model(pick_device(device))
+    model = folder.load_model(pick_device(device), backbone)
     if model.encoder.pruner is None:
         raise UserError(f"the head {model.config.head!r} of {run} prunes no views; name a run with the head 'roadwork'")
     config = folder.config()
@@ -61,7 +64,7 @@ def early_exit(
     loader = open_validation(model, index, place, features, config.data.features, batch_size, workers)
     found = fit_dynamic(model, loader, max_loss) if pruning == "dynamic" else fit_fixed(model, loader)
     model.config.pruning = pruning
-    write_text(folder.model / "config.json", model.config.to_json_string())
+    model.save_config(folder.model)
     return write_summary(run, {**folder.results(), "calibration": {"pruning": pruning, **found}})
 
 

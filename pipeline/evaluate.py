@@ -32,6 +32,7 @@ def evaluate(
     batch_size: int = 16,
     workers: int | None = None,
     device: str = "auto",
+    backbone: str | None = None,
 ) -> Path:
     """Measure a run's best weights, with and without metadata, and write its predictions and report.
 
@@ -56,6 +57,8 @@ def evaluate(
         workers: Processes that read, decode and cut views, for each process that computes; 0 does it in this one; by
             default one for each spare core.
         device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
+        backbone: Where the backbone is now, if it has moved: a folder, a hub id or scenes-tiny. It must be the one of
+            training.
 
     Returns:
         The path of summary.json.
@@ -83,7 +86,7 @@ def evaluate(
 
     start, folder = time.monotonic(), RunFolder.open(run)
     with interrupted_by_signals(), processes(device) as chosen:
-        config, model = folder.config(), folder.load_model(chosen)
+        config, model = folder.config(), folder.load_model(chosen, backbone)
         place = shards or config.data.shards
         # The run of a fold is measured on its own splits.
         index = read_dealt(place, "" if shards else config.data.folds, config.data.fold)

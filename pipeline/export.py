@@ -10,7 +10,7 @@ from pipeline.cli import command
 from pipeline.errors import UserError
 
 
-def export(run: Path, *, out: Path | None = None, half: bool = False) -> Path:
+def export(run: Path, *, out: Path | None = None, half: bool = False, backbone: str | None = None) -> Path:
     """Write a run's best weights with a model card, and with the calibration of its probabilities.
 
     Evaluate first: the card then shows the results. If the model has changed since, by `early-exit` for one, export
@@ -20,6 +20,8 @@ def export(run: Path, *, out: Path | None = None, half: bool = False) -> Path:
         run: Run folder.
         out: Folder to write; by default the run's own `model`, in place; with --half, `model-half` beside it.
         half: Store the head's weights in 16 bits, at half the size; once loaded they compute in 32 bits.
+        backbone: Where the backbone is now, if it has moved: a folder, a hub id or scenes-tiny. It must be the one of
+            training.
 
     Returns:
         The path of summary.json in the written folder.
@@ -36,7 +38,7 @@ def export(run: Path, *, out: Path | None = None, half: bool = False) -> Path:
     source, target = RunFolder.open(run), out or run / ("model-half" if half else "model")
     if target.exists() and not target.is_dir():
         raise UserError(f"--out is {str(target)!r}, which is a file; name a folder")
-    summary, model = source.results(), source.load_model(torch.device("cpu"))
+    summary, model = source.results(), source.load_model(torch.device("cpu"), backbone)
     calibration = known_calibration(run, summary, model)
     model.config.decision_bias, model.config.decision_slope = calibration.cut, calibration.slope
     target.parent.mkdir(parents=True, exist_ok=True)

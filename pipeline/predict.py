@@ -27,6 +27,7 @@ def predict(
     batch_size: int = 16,
     workers: int | None = None,
     device: str = "auto",
+    backbone: str | None = None,
 ) -> Path:
     """Predict roadwork on photographs, without metadata. A broken photograph is a row with an error.
 
@@ -46,6 +47,8 @@ def predict(
         workers: Processes that read, decode and cut views, for each process that computes; 0 does it in this one; by
             default one for each spare core.
         device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
+        backbone: Where the backbone is now, if it has moved: a folder, a hub id or scenes-tiny. It must be the one of
+            training.
 
     Returns:
         The path of a summary beside the output.
@@ -69,7 +72,7 @@ def predict(
     start, kept = time.monotonic(), KeptAnswers(output, batch_size)
     try:
         with interrupted_by_signals(), processes(device) as chosen, ExitStack() as held:
-            classifier = load_model(model, chosen)
+            classifier = load_model(model, chosen, backbone)
 
             def begin() -> tuple[int, int]:
                 held.enter_context(kept.locked())
@@ -108,6 +111,7 @@ def _plan(
     return {
         "version of roadwork": version("roadwork"),
         "--model": [fingerprint(model), model.config.decision_bias, model.config.decision_slope],
+        "--backbone": model.backbone.fingerprint,
         "--batch_size": batch_size,
         "--input": [os.path.abspath(name) for name in inputs],
         "--list": None if listed is None else sha256_of(listed),

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,9 @@ from pipeline.data.feature_key import STORED_DTYPE, FeatureKey, feature_key
 from pipeline.data.features import FORMAT, MASK_DTYPE, FeatureShard, read_features
 from pipeline.data.index import INDEX_NAME, Index, read_index
 from pipeline.data.storage import is_url
-from pipeline.devices import out_of_memory, pick_device
+from pipeline.devices import out_of_memory
 from pipeline.distributed.agreement import first_of_node_first, on_all_ranks, on_rank_zero
+from pipeline.distributed.processes import processes
 from pipeline.distributed.signals import StopSignal
 from pipeline.errors import Stopped, require
 from pipeline.files import write_json, write_summary
@@ -43,8 +43,6 @@ from pipeline.parsing.typed_json import to_type
 from pipeline.progress import say, silence_libraries, track
 from pipeline.training.throughput import flops_per_view, matmul_rate
 
-# Ranks wait for the slowest one with nothing else to do; a fault ends them all through the launcher.
-PATIENCE = timedelta(days=7)
 FP8 = str(E4M3).removeprefix("torch.")
 
 
@@ -259,24 +257,3 @@ def record_bytes(index: Index, shard: PlannedShard) -> int:
     """Bytes of the records in a file."""
     samples = index.splits[shard.split].samples[shard.first : shard.first + shard.photos]
     return shard.copies * sum(sample.members["json"][1] for sample in samples)
-
-
-@contextmanager
-def processes(device: str) -> Iterator[torch.device]:
-    """Join the other processes that `accelerate launch` started, if any; yields this process's device.
-
-    The processes talk over gloo even if they have GPUs: they exchange no tensors, and may wait for each other for long.
-    """
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo", timeout=PATIENCE)
-    else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        chosen = pick_device(device)
-        if chosen.type == "cuda":
-            if chosen.index is None:
-                chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(chosen)
-        yield chosen
-    finally:
-        dist.destroy_process_group()

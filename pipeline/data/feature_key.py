@@ -21,8 +21,6 @@ Size = Annotated[int, msgspec.Meta(gt=0, le=1 << 16)]
 """A size of tokens or grids in a cache, which may come from elsewhere: far above any model's, and no product of them
 overflows 64 bits."""
 PROBED_SIZES = ((4032, 3024), (3024, 4032), (1920, 1080), (640, 640), (224, 224), (3000, 400))
-# Keys of a transformers configuration that do not change the computation.
-BOOKKEEPING = frozenset({"transformers_version", "architectures", "dtype"})
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class FeatureKey:
     backbone: str
     """Name of the backbone, for messages only; `weights` is compared."""
     weights: str
-    """Fingerprint of the backbone's configuration and weights."""
+    """Fingerprint of the backbone's configuration and weights, see `FrozenBackbone.fingerprint`."""
     view_side: int
     num_views: Size
     pool_grid: Size
@@ -80,26 +78,13 @@ def feature_key(backbone: FrozenBackbone, spec: InputSpec, pool_grid: int) -> Fe
     """
     return FeatureKey(
         backbone=backbone.name,
-        weights=weights_fingerprint(backbone),
+        weights=backbone.fingerprint,
         pool_grid=pool_grid,
         geometry=geometry_fingerprint(spec.view_side),
         resize="torch lanczos" if TORCH_LANCZOS else "Pillow lanczos",
         dtype=str(STORED_DTYPE).removeprefix("torch."),
         **vars(spec),
     )
-
-
-def weights_fingerprint(backbone: FrozenBackbone) -> str:
-    """SHA-256 of the configuration and of all weights, rounded to bf16 so that it is the same on every device.
-
-    Weights that differ by less give tokens that differ by less than the stored precision.
-    """
-    settings = {key: value for key, value in backbone.config.to_diff_dict().items() if key not in BOOKKEEPING}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for name, parameter in sorted(backbone.model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(memoryview(parameter.to(STORED_DTYPE).cpu().contiguous().view(torch.int16).numpy()).cast("B"))
-    return digest.hexdigest()
 
 
 def geometry_fingerprint(side: int) -> str:

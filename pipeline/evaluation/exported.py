@@ -27,7 +27,7 @@ def verify(model: RoadworkModel, folder: Path, half: bool) -> float:
     """
     batch = collate([StandIn(1, model.config.input_spec, model.config.text_dim)[0]])
     expected = model(batch).logits
-    found = load_model(folder, model.device)(batch).logits
+    found = load_model(folder, model.device, model.backbone.name)(batch).logits
     difference = float((found - expected).abs().max())
     assert half or difference == 0, f"the written model differs by {difference} from the one in memory"
     return difference

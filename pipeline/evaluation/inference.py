@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from pipeline.data.batch import collate
-from pipeline.errors import UserError
 from pipeline.model.evidence import stitch_map
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.roadwork import RoadworkModel
@@ -18,31 +17,16 @@ from pipeline.names import VIEW_NAMES
 
 ABSENT = -1  # in the place of a view's number
 MAP_SIDE = 96  # points per side of a heat map, more than the cells of all views resolve
-# What export sets, and what transformers notes about the folder that a model was read from.
+# What export sets, what is compared by itself, and what transformers notes about the folder that a model was read from.
 NOT_OF_THE_ANSWER = {
     "decision_bias", "decision_slope", "architectures", "dtype", "id2label", "label2id", "transformers_version",
-    "_name_or_path",
+    "_name_or_path", "backbone_sha256",
 }  # fmt: skip
 
 
-def load_model(folder: Path, device: torch.device) -> RoadworkModel:
-    """A trained or exported model in evaluation mode.
-
-    Raises:
-        UserError: The folder holds no model.
-    """
-    check_folder(folder)
-    return RoadworkModel.from_pretrained(folder, device=device).eval()
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder without a model.
-
-    Raises:
-        UserError: The folder holds no model.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"no model in {folder}; training leaves one in RUN/model, `export` writes one anywhere")
+def load_model(folder: Path, device: torch.device, backbone: str | None = None) -> RoadworkModel:
+    """A trained or exported model in evaluation mode; see `RoadworkModel.from_pretrained`."""
+    return RoadworkModel.from_pretrained(folder, device=device, backbone=backbone)
 
 
 def is_calibrated(model: RoadworkModel) -> bool:

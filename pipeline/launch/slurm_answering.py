@@ -88,9 +88,9 @@ def find_problems(command: str, values: dict[str, Any], gpus_per_node: int) -> l
         gpus_per_node: GPUs that the job asks for on each node.
     """
     from pipeline.data.index import read_index
-    from pipeline.evaluation.inference import check_folder
-    from pipeline.evaluation.photo_list import check_inputs
+        from pipeline.evaluation.photo_list import check_inputs
     from pipeline.evaluation.prediction import check_output
+    from pipeline.model.model_folder import read_values
     from pipeline.training.run_folder import RunFolder
 
     problems = missing_cuda(gpus_per_node)
@@ -98,10 +98,10 @@ def find_problems(command: str, values: dict[str, Any], gpus_per_node: int) -> l
         if command == "predict":
             check_output(values["output"])
             check_inputs(values["input"], values["list"])
-            check_folder(values["model"])
+            read_values(values["model"])
         else:
             folder = RunFolder.open(values["run"])
-            check_folder(folder.model)
+            read_values(folder.model)
             read_index(values["shards"] or folder.config().data.shards)
     except UserError as error:
         problems.append(str(error))

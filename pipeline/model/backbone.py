@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from transformers import AutoModel, DINOv3ViTConfig, PreTrainedModel
@@ -11,6 +17,7 @@ from transformers import AutoModel, DINOv3ViTConfig, PreTrainedModel
 from pipeline.devices import upload
 from pipeline.errors import UserError
 from pipeline.model.config import MAX_VIEWS_PER_PASS
+from pipeline.parsing.typed_json import Malformed, Whole, parse_json
 
 VITH16PLUS = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
 SCENES_TINY = Path(__file__).parents[1] / "assets" / "scenes-tiny"
@@ -37,23 +44,78 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def _load_dinov3(name: str, dtype: torch.dtype, local_files_only: bool) -> PreTrainedModel:
-    way_out = "with --model.backbone (a folder, a hub id or scenes-tiny)"
+# Keys of a transformers configuration that do not change the computation.
+BOOKKEEPING = frozenset({"transformers_version", "architectures", "dtype"})
+FINGERPRINT_DTYPE = torch.bfloat16
+Size = Annotated[int, msgspec.Meta(gt=0, le=1 << 16)]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a backbone's config.json must not overdo: the model is built before its weights are compared."""
+
+    model_type: str
+    hidden_size: Size = 384
+    intermediate_size: Size = 1536
+    num_hidden_layers: Annotated[int, msgspec.Meta(gt=0, le=512)] = 12
+    num_attention_heads: Size = 6
+    patch_size: Size = 16
+    num_register_tokens: Whole = 0
+
+
+def _load_dinov3(name: str, dtype: torch.dtype, local_files_only: bool, option: str) -> PreTrainedModel:
+    way_out = f"with {option} (a folder, a hub id or scenes-tiny)"
     source = str(SCENES_TINY) if name == "scenes-tiny" else name
     try:
-        model = AutoModel.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", local_files_only=local_files_only
-        )
-    except (OSError, ValueError) as error:
+        if (Path(source) / "config.json").is_file():
+            parse_json((Path(source) / "config.json").read_bytes(), _Sizes)
+        found: Any = AutoModel.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", local_files_only=local_files_only, use_safetensors=True,
+            output_loading_info=True,
+        )  # fmt: skip
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged folder ends transformers in many ways
+        if Path(source).is_dir():
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"cannot load the backbone {name!r}: the folder is incomplete or damaged ({reason:.200}); copy it "
+                f"anew, or choose another {way_out}"
+            ) from error
+        if not isinstance(error, (OSError, ValueError)):
+            raise
         raise UserError(
             f"cannot load the backbone {name!r}: it is neither a local folder with weights nor reachable on "
             "the hub; for gated weights accept the licence on their page and run `hf auth login`, or choose "
             f"others {way_out}"
         ) from error
+    model, report = found
     kind = model.config.model_type
     if kind != "dinov3_vit":
         raise UserError(f"the backbone {name!r} is of type {kind}, not dinov3_vit; choose another {way_out}")
-    return model
+    missing = sorted(report["missing_keys"])
+    if missing:  # transformers would draw them at random
+        raise UserError(
+            f"cannot load the backbone {name!r}: its weights lack {missing[0]}; copy it anew, or choose another "
+            f"{way_out}"
+        )
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def weights_fingerprint(backbone: FrozenBackbone) -> str:
+    """SHA-256 of the configuration and of all weights, rounded to bf16 so that it is the same on every device.
+
+    Weights that differ by less give tokens that differ by less than the stored precision. The mission's backbone has
+    1.7 GB of them: about two seconds on a core without instructions for SHA-256.
+    """
+    settings = {key: value for key, value in backbone.config.to_diff_dict().items() if key not in BOOKKEEPING}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, parameter in sorted(backbone.model.named_parameters()):
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        rounded = parameter.to(FINGERPRINT_DTYPE).cpu().contiguous()
+        digest.update(memoryview(rounded.view(torch.int16).numpy()).cast("B"))
+    return digest.hexdigest()
 
 
 class FrozenBackbone:
@@ -63,23 +125,35 @@ class FrozenBackbone:
     in train mode), and optimizers, DeepSpeed and `state_dict` must not find its parameters.
     """
 
-    def __init__(self, name: str, device: torch.device | str = "cpu", local_files_only: bool = False):
+    def __init__(
+        self,
+        name: str,
+        device: torch.device | str = "cpu",
+        local_files_only: bool = False,
+        option: str = "--model.backbone",
+    ):
         """Load the backbone.
 
         Args:
             name: `scenes-tiny`, a local folder, or a hub id.
             device: Device on which it runs, in bf16 on CUDA and in fp32 elsewhere.
             local_files_only: Do not ask the hub, since the weights are in its cache.
+            option: What chooses another backbone, for messages.
 
         Raises:
-            UserError: The weights are not available, or are no DINOv3 ViT; the message says what to do.
+            UserError: The weights are not available or not whole, or are no DINOv3 ViT; the message says what to do.
         """
         self.name = name
         # In the precision in which it computes: fp32 would take twice the host's memory, in each of its processes.
-        model = _load_dinov3(name, compute_dtype(torch.device(device)), local_files_only)
+        model = _load_dinov3(name, compute_dtype(torch.device(device)), local_files_only, option)
         self.config = model.config
         self.model = model.eval().requires_grad_(False)
         self.to(device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """`weights_fingerprint`, computed once: the weights never change."""
+        return weights_fingerprint(self)
 
     @property
     def hidden_size(self) -> int:

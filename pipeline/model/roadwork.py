@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,19 +22,30 @@ from pipeline.model.encoder import CachedTokens, Encoded, MixedTokens, Tokens, T
 from pipeline.model.ensemble import Ensemble
 from pipeline.model.losses import Targets, combine, count_targets, loss_terms
 from pipeline.model.mixup import Mix, draw_mix
+from pipeline.model.model_folder import (
+    FORMAT_VERSION,
+    MODEL_TYPE,
+    check_fit,
+    check_seal,
+    checked_values,
+    damaged,
+    read_values,
+    read_weights,
+    write_sealed,
+)
 from pipeline.model.output import RoadworkOutput
 from pipeline.model.pruning import StoppingRule
 from pipeline.model.trunk import Trunk
 from pipeline.model.version_1 import TrunkV1
 from pipeline.names import LABEL_NAMES, MASK_CLASSES, WEATHER
-
-FORMAT_VERSION = 2  # of what a model computes from its weights; raise it when that changes
+from pipeline.parsing.typed_json import Malformed
+from pipeline.progress import say
 
 
 class RoadworkConfig(PreTrainedConfig):
     """`ModelConfig` in the form that transformers saves with the weights."""
 
-    model_type = "roadwork"
+    model_type = MODEL_TYPE
 
     def __init__(
         self,
@@ -44,6 +57,7 @@ class RoadworkConfig(PreTrainedConfig):
         ensemble: int = 1,
         pruners: int = 1,
         format_version: int = FORMAT_VERSION,
+        backbone_sha256: str | None = None,
         **kwargs: Any,
     ):
         """Take the fields of `ModelConfig` as keywords.
@@ -61,6 +75,8 @@ class RoadworkConfig(PreTrainedConfig):
             pruners: Number of pruners whose mean score chooses the views; several in a merged model.
             format_version: 1 for models of before November 2026, which compute as they always did; see
                 `pipeline.model.version_1`.
+            backbone_sha256: Fingerprint of the backbone that the head was saved with, see `FrozenBackbone.fingerprint`;
+                None where it is not known.
             **kwargs: Fields of `ModelConfig`, and those of transformers' own configuration.
         """
         names = ModelConfig.__dataclass_fields__
@@ -71,27 +87,14 @@ class RoadworkConfig(PreTrainedConfig):
         self.decode_scale = decode_scale
         self.decision_bias, self.decision_slope = decision_bias, decision_slope
         self.ensemble, self.pruners, self.format_version = ensemble, pruners, format_version
-        self.stopping = stopping
+        self.stopping, self.backbone_sha256 = stopping, backbone_sha256
         kwargs["id2label"] = dict(LABEL_NAMES)
         super().__init__(**kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read a saved configuration; one without `format_version` is of version 1, which had no cell evidence.
-
-        Raises:
-            UserError: A newer program wrote it.
-        """
-        found = {"format_version": 1, **config_dict}
-        version = found["format_version"]
-        if version not in range(1, FORMAT_VERSION + 1):
-            raise UserError(
-                f"the model's config.json has format version {version}, this program reads up to {FORMAT_VERSION}; "
-                "update the program"
-            )
-        if version == 1:
-            found.setdefault("evidence", False)
-        return super().from_dict(found, **kwargs)
+        """Read a saved configuration; see `pipeline.model.model_folder.checked_values` for what is refused."""
+        return super().from_dict(checked_values(config_dict), **kwargs)
 
     @property
     def sizes(self) -> ModelConfig:
@@ -195,41 +198,79 @@ class RoadworkModel(PreTrainedModel):
                     own.load_state_dict(part.state_dict())
         return merged.to(first.device, first.dtype).attach(first.backbone).eval()
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Save the head; its config.json also holds the fingerprints of head and backbone.
+
+        Args:
+            save_directory: Folder.
+            **kwargs: Further arguments of transformers.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        self.save_config(save_directory)
+
+    def save_config(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json beside weights that are saved already."""
+        if self.encoder.backbone is not None:
+            self.config.backbone_sha256 = self.encoder.backbone.fingerprint
+        write_sealed(Path(folder), json.loads(self.config.to_json_string()))
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, folder: str | os.PathLike[str], *, device: torch.device | str | None = None, **kwargs: Any
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        device: torch.device | str | None = None,
+        backbone: str | None = None,
     ) -> RoadworkModel:
-        """Restore a saved head and the frozen backbone that its configuration names.
+        """Restore a saved head and its frozen backbone, and check that both are those that were saved.
 
         Args:
             folder: Folder of the head.
-            device: Device of head and backbone; without one the head is where transformers leaves it.
-            **kwargs: Further arguments of transformers.
+            device: Device of head and backbone; by default the CPU.
+            backbone: Where the backbone is now, as a folder, a hub id or `scenes-tiny`; by default where the
+                configuration says.
 
         Raises:
-            UserError: The folder holds no such model, or the backbone's weights are not available.
+            UserError: The folder holds no such model or a damaged one, or the backbone's weights are not available or
+                are others.
         """
+        place = Path(folder)
+        values = read_values(place)
         try:
-            loaded: Any = super().from_pretrained(folder, output_loading_info=True, **kwargs)
-        except OSError as error:
-            raise UserError(f"no model in {folder}: {str(error).splitlines()[0]}") from error
-        model, report = loaded
-        incomplete = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
-        if incomplete:
-            raise UserError(
-                f"the weights in {folder} do not fit its config.json, for one {incomplete[0]}; export again"
-            )
-        if device is not None:
-            model.to(device)
-        restored: RoadworkModel = model.attach(FrozenBackbone(model.config.backbone, model.device))
-        return restored
+            config = RoadworkConfig.from_dict(values)
+        except Malformed as error:
+            raise damaged(place / "config.json", str(error)) from error
+        weights = read_weights(place)
+        parts = config.ensemble * (config.layers if config.head == "roadwork" else 1)
+        if parts > len(weights):  # before any of them is built
+            raise damaged(place / "config.json", f"it describes {parts} parts, but there are {len(weights)} tensors")
+        with torch.device("meta"):
+            model = cls(config)
+        check_fit(place, weights, model.state_dict())
+        if not check_seal(place, values):
+            say(f"{place} is of an older version and holds no fingerprints: whether it has changed was not checked")
+        model.load_state_dict(weights, assign=True)
+        config.name_or_path = str(folder)
+        model.eval().to(device or "cpu")
+        frozen = FrozenBackbone(backbone or config.backbone, model.device, option="--backbone")
+        return model.attach(frozen)
 
     def attach(self, backbone: FrozenBackbone) -> RoadworkModel:
-        """Attach a backbone; returns the model."""
+        """Attach a backbone; returns the model.
+
+        Raises:
+            UserError: It is not the backbone that the head was trained on, as far as that is known.
+        """
+        wanted = self.config.backbone_sha256
         if backbone.hidden_size != self.config.backbone_dim:
             raise UserError(
                 f"the backbone {backbone.name!r} has width {backbone.hidden_size}, but this head was trained on "
                 f"{self.config.backbone_dim}; choose the backbone it was trained on"
+            )
+        if wanted is not None and wanted != backbone.fingerprint:
+            raise UserError(
+                f"the backbone {backbone.name!r} has other weights or another configuration than the one this head was "
+                f"trained on (fingerprint {backbone.fingerprint[:12]}, and not {wanted[:12]}); choose that one"
             )
         self.encoder.backbone = backbone
         return self

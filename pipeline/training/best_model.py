@@ -32,8 +32,7 @@ class BestModel:
 
         The model's forward pass needs no other rank, so ranks may validate different numbers of photos.
         """
-        model = self._whole(self.average.gathered()).attach(self.model.backbone)
-        return model.to(self.model.backbone.device)
+        return self._whole(self.average.gathered()).to(self.model.backbone.device)
 
     def save(self, model: RoadworkModel) -> None:
         """Replace the best model so far."""
@@ -74,8 +73,8 @@ class BestModel:
         return {}
 
     def _whole(self, weights: dict[str, torch.Tensor]) -> RoadworkModel:
-        """A whole head with the given weights, without a backbone."""
+        """A whole head with the given weights, on the backbone of training."""
         config: Any = self.model.config
         model = RoadworkModel(config, self.model.loss_config)
         model.load_state_dict(weights)
-        return model
+        return model.attach(self.model.backbone)

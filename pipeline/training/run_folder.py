@@ -55,9 +55,9 @@ class RunFolder:
         """The run's configuration."""
         return read_config(self.path / "config.yaml")
 
-    def load_model(self, device: torch.device) -> RoadworkModel:
-        """The best weights, in evaluation mode."""
-        model = load_model(self.model, device)
+    def load_model(self, device: torch.device, backbone: str | None = None) -> RoadworkModel:
+        """The best weights, in evaluation mode, on the backbone at its place of training or at another one."""
+        model = load_model(self.model, device, backbone)
         model.config.decode_scale = self.config().data.decode_scale  # older models do not know how theirs were decoded
         return model
 

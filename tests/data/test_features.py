@@ -12,12 +12,12 @@ from fsspec.implementations.local import LocalFileSystem
 from pipeline.data.batch import collate
 from pipeline.data.dataset import ShardDataset
 from pipeline.data.feature_dataset import open_split
-from pipeline.data.feature_key import feature_key, geometry_fingerprint, weights_fingerprint
+from pipeline.data.feature_key import feature_key, geometry_fingerprint
 from pipeline.data.features import open_cache
 from pipeline.data.folds import Folds, deal
 from pipeline.data.index import read_index
 from pipeline.errors import UserError
-from pipeline.model.backbone import FrozenBackbone
+from pipeline.model.backbone import FrozenBackbone, weights_fingerprint
 from pipeline.model.config import InputSpec
 from pipeline.model.encoder import all_tokens
 from tests.feature_cache import in_columns, make_cache
