@@ -1,6 +1,8 @@
 import csv
+import io
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from pipeline.cli import command
 from pipeline.data.batch import collate
 from pipeline.data.dataset import prepare
 from pipeline.errors import Stopped, UserError
+from pipeline.evaluation.prediction import csv_writer, jsonl_writer
 from pipeline.model.config import InputSpec
 from pipeline.model.roadwork import RoadworkModel
 from pipeline.names import VIEW_NAMES
@@ -226,3 +229,26 @@ def test_the_command_line_takes_several_inputs(model_folder, photos, tmp_path, m
     assert [row["path"][-5:] for row in read_csv(output)] == ["a.jpg", "d.jpg", "e.png", ".jpeg"]
     monkeypatch.setattr(sys, "argv", ["predict", "--model", str(tmp_path), "--input", "--output", str(output)])
     assert command(predict) == 2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_name_reads_back_from_both_formats_and_none_is_a_formula(tmp_path, seed):
+    draw = random.Random(seed)
+    names = ["=1+1.jpg", "+x", "-2", "@SUM(A1)", "\tx", "a\rb", "\r=2", "a\nb", 'a"b', "a,b", "x\udce4y", " ", "./=x"]
+    names += [
+        "".join(draw.choices("=+-@\r\n\t,;\"' ab\udcff\u00e9\U0001f6a7", k=draw.randint(1, 8))) for _ in range(200)
+    ]
+    with (tmp_path / "x.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        write = csv_writer(stream)
+        for number, name in enumerate(names):
+            write(Path(name), {"probability": number / 8, "label": "none", "kept_views": ["0", "3"]})
+    with (tmp_path / "x.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [Path(row["path"]) for row in rows] == [Path(name) for name in names]  # `./` is no part of a path
+    assert [float(row["probability"]) for row in rows] == [number / 8 for number in range(len(names))]
+    assert not [row["path"] for row in rows if row["path"].startswith(("=", "+", "-", "@", "\t", "\r", "\n"))]
+    stream = io.StringIO()
+    write = jsonl_writer(stream)
+    for name in names:
+        write(Path(name), {"error": "x"})
+    assert [json.loads(line)["path"] for line in stream.getvalue().splitlines()] == [str(Path(name)) for name in names]

@@ -94,13 +94,31 @@ def score(model: RoadworkModel, views: dict[str, torch.Tensor]) -> list[Row]:
     ]
 
 
+# What a spreadsheet takes for a formula, see OWASP's "CSV Injection".
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
 def csv_writer(stream: TextIO) -> Callable[[Path, Row], object]:
     """Write a CSV header, and return a function that writes a photo's row. Views are joined by semicolons."""
-    writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    return lambda path, row: writer.writerow(
-        {**row, "path": os.fspath(path), "kept_views": ";".join(row.get("kept_views", ()))}
-    )
+    usual = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
+    # The usual one leaves a lone carriage return without quotes, which readers take for the end of the line.
+    quoted = csv.DictWriter(stream, COLUMNS, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    usual.writeheader()
+
+    def write(path: Path, row: Row) -> None:
+        cells = {**row, "path": csv_path(os.fspath(path)), "kept_views": ";".join(row.get("kept_views", ()))}
+        (quoted if "\r" in cells["path"] + row.get("error", "") else usual).writerow(cells)
+
+    return write
+
+
+def csv_path(path: str) -> str:
+    """A path as a table's cell: one that a spreadsheet would compute as a formula begins with `./`.
+
+    Args:
+        path: The path; an absolute one never begins in that way.
+    """
+    return f"./{path}" if path.startswith(FORMULA) else path
 
 
 def jsonl_writer(stream: TextIO) -> Callable[[Path, Row], object]:

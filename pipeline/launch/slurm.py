@@ -28,7 +28,8 @@ class Resources:
     qos: str | None = None
     nodes: int | None = None
     ntasks_per_node: int | None = None
-    gpus_per_node: int | None = None
+    gpus_per_node: str | None = None
+    gres: str | None = None
     signal: str | None = None
 
     def __post_init__(self) -> None:

@@ -48,29 +48,28 @@ def main(words: Sequence[str]) -> Path | None:
         return None
     own, rest = parse_own(AnsweringOptions, arguments, prog)
     require(own.nodes >= 1, "--nodes", own.nodes, "1 or more")
-    require(own.gpus_per_node >= 0, "--gpus_per_node", own.gpus_per_node, "0 or more")
-    processes = own.gpus_per_node or own.processes_per_node
+    processes = own.gpus or own.processes_per_node
     require(processes >= 1, "--processes_per_node", processes, "1 or more")
     # By name, since commands lie above the rooms that they use.
     values = parse(Parser(prog=prog), [getattr(importlib.import_module(f"pipeline.{command}"), command)], rest)
-    for problem in find_problems(command, values, own.gpus_per_node):
+    for problem in find_problems(command, values, own.gpus):
         if not own.dry_run:
             raise UserError(problem)
         say(f"note: {problem}")
-    usual = ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus_per_node else "cpu_2.yaml")
+    usual = ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus else "cpu_2.yaml")
     accelerate = find_configuration(own.config_file) if own.config_file else usual
     if not accelerate.is_file():
         raise UserError(f"there is no accelerate configuration {accelerate}; see {ACCELERATE_CONFIGS}")
     launch = [
         sys.executable, "-m", "pipeline.launch.answering", command, f"--config_file={accelerate}",
         f"--num_machines={own.nodes}", f"--num_processes={own.nodes * processes}",
-        *([] if own.gpus_per_node else ["--cpu"]), *rest,
+        *([] if own.gpus else ["--cpu"]), *rest,
     ]  # fmt: skip
-    usual_cores = CORES_PER_GPU if own.gpus_per_node else CORES_PER_CPU_PROCESS
+    usual_cores = CORES_PER_GPU if own.gpus else CORES_PER_CPU_PROCESS
     cores = usual_cores if values["workers"] is None else 1 + values["workers"]
     resources = Resources(
         cpus_per_task=own.cpus_per_task or processes * cores,
-        nodes=own.nodes, ntasks_per_node=1, gpus_per_node=own.gpus_per_node or None, signal=f"B:USR2@{NOTICE_S}",
+        nodes=own.nodes, ntasks_per_node=1, signal=f"B:USR2@{NOTICE_S}", **own.gpu_request(),
         **{name: getattr(own, name) for name in ("mem", "time", "partition", "account", "qos")},
     )  # fmt: skip
     made = Path(values["output"] if command == "predict" else f"{values['run']}-evaluate").resolve()
@@ -88,7 +87,7 @@ def find_problems(command: str, values: dict[str, Any], gpus_per_node: int) -> l
         gpus_per_node: GPUs that the job asks for on each node.
     """
     from pipeline.data.index import read_index
-        from pipeline.evaluation.photo_list import check_inputs
+    from pipeline.evaluation.photo_list import check_inputs
     from pipeline.evaluation.prediction import check_output
     from pipeline.model.model_folder import read_values
     from pipeline.training.run_folder import RunFolder

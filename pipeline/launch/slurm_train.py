@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,8 +34,11 @@ class SlurmOptions:
 
     nodes: int = 1
     """Nodes of the job."""
-    gpus_per_node: int = 1
-    """GPUs per node, each with its own process; 0 to train on the CPU."""
+    gpus_per_node: str = "1"
+    """GPUs per node, each with its own process, as a number or as SLURM's TYPE:NUMBER, such as h100:8; 0 to train on
+    the CPU."""
+    gres: str | None = None
+    """The same for clusters that count GPUs as generic resources, such as gpu:h100:8; it replaces gpus_per_node."""
     processes_per_node: int = 1
     """Processes per node when training on the CPU."""
     cpus_per_task: int | None = None
@@ -55,6 +59,29 @@ class SlurmOptions:
     """Queue again when stopped by preemption or the time limit; --no-requeue turns it off."""
     dry_run: bool = False
     """Print the script and the command that would submit it, and do nothing."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs per node.
+
+        Raises:
+            UserError: The options do not say how many.
+        """
+        if self.gres is not None:
+            found = [word for word in self.gres.split(",") if word.partition(":")[0] == "gpu"]
+            fits = len(found) == 1 and re.fullmatch(r"gpu(:[A-Za-z][\w.-]*)?(:[1-9][0-9]{0,3})?", found[0])
+            require(bool(fits), "--gres", self.gres, "SLURM's gpu:NUMBER or gpu:TYPE:NUMBER, perhaps beside others")
+            number = found[0].rpartition(":")[2]
+            return int(number) if number.isdigit() else 1
+        fits = re.fullmatch(r"([A-Za-z][\w.-]*:)?[0-9]{1,4}", self.gpus_per_node)
+        require(bool(fits), "--gpus_per_node", self.gpus_per_node, "0 or more, or TYPE:NUMBER such as h100:8")
+        return int(self.gpus_per_node.rpartition(":")[2])
+
+    def gpu_request(self) -> dict[str, str]:
+        """The job's request for GPUs, by the name of `sbatch`'s option; empty on the CPU."""
+        if self.gres is not None:
+            return {"gres": self.gres}
+        return {"gpus_per_node": self.gpus_per_node} if self.gpus else {}
 
 
 def main(words: Sequence[str]) -> Path | None:
@@ -80,15 +107,14 @@ def main(words: Sequence[str]) -> Path | None:
     own, overrides = parse_own(SlurmOptions, list(words), PROG)
     recipe = find_recipe(overrides.pop(0) if overrides and not overrides[0].startswith("-") else None)
     require(own.nodes >= 1, "--nodes", own.nodes, "1 or more")
-    require(own.gpus_per_node >= 0, "--gpus_per_node", own.gpus_per_node, "0 or more")
-    processes = own.gpus_per_node or own.processes_per_node
+    processes = own.gpus or own.processes_per_node
     require(processes >= 1, "--processes_per_node", processes, "1 or more")
     config, _ = parse_config(["--config", str(recipe), *overrides], PROG)
-    usual = ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus_per_node else "cpu_2.yaml")
+    usual = ACCELERATE_CONFIGS / ("multi_node.yaml" if own.gpus else "cpu_2.yaml")
     accelerate = find_configuration(own.config_file) if own.config_file else usual
-    precision = resolve_precision(config.train.precision, bf16=own.gpus_per_node > 0)
+    precision = resolve_precision(config.train.precision, bf16=own.gpus > 0)
     resolve(config, accelerate, own.nodes, own.nodes * processes, precision)
-    for problem in find_problems(config, own.gpus_per_node):
+    for problem in find_problems(config, own.gpus):
         if not own.dry_run:
             raise UserError(problem)
         say(f"note: {problem}")
@@ -99,12 +125,12 @@ def main(words: Sequence[str]) -> Path | None:
     workers = USUAL_WORKERS if config.data.workers is None else config.data.workers
     resources = Resources(
         cpus_per_task=own.cpus_per_task or processes * (1 + workers),
-        nodes=own.nodes, ntasks_per_node=1, gpus_per_node=own.gpus_per_node or None, signal=f"B:USR2@{NOTICE_S}",
+        nodes=own.nodes, ntasks_per_node=1, signal=f"B:USR2@{NOTICE_S}", **own.gpu_request(),
         **{name: getattr(own, name) for name in ("mem", "time", "partition", "account", "qos")},
     )  # fmt: skip
     folder = Path(config.train.run).resolve()
     folder = folder.with_name(f"{folder.name}.slurm")
-    launch += [f"--log_folder={folder / 'ranks'}", *([] if own.gpus_per_node else ["--cpu"]), *overrides]
+    launch += [f"--log_folder={folder / 'ranks'}", *([] if own.gpus else ["--cpu"]), *overrides]
     job = Job("train", script(launch, folder, own.requeue), resources, requeue=own.requeue)
     return submit([job], folder, own.dry_run)
 

@@ -116,7 +116,11 @@ def test_notice_reaches_the_launcher_of_the_first_node_even_while_it_starts(reci
     ("words", "sentence"),
     [
         (["--nodes", "0"], "--nodes is 0, but must be 1 or more"),
-        (["--gpus-per-node", "-1"], "--gpus_per_node is -1, but must be 0 or more"),
+        (["--gpus-per-node", "-1"], "--gpus_per_node is '-1', but must be 0 or more, or TYPE:NUMBER such as h100:8"),
+        (["--gpus-per-node", "h100"], "--gpus_per_node is 'h100', but must be"),
+        (["--gpus-per-node", "8\n#SBATCH --x"], "--gpus_per_node is '8"),
+        (["--gres", "nvme:2"], "--gres is 'nvme:2', but must be SLURM's gpu:NUMBER or gpu:TYPE:NUMBER"),
+        (["--gres", "gpu:2,gpu:h100:2"], "--gres is 'gpu:2,gpu:h100:2', but must be"),
         (["--processes-per-node", "0"], "--processes_per_node is 0, but must be 1 or more"),
         (["--nodes", "3"], "train.batch_size is 8, which 3 processes cannot share evenly; choose 6 or 9"),
         (["--train.epoch", "3"], "unknown option 'train.epoch'; did you mean 'train.epochs'?"),
@@ -165,3 +169,17 @@ def test_the_precision_is_what_the_recipe_says_where_the_job_runs(recipe, capsys
             main([*on_gpu, "--train.precision", precision])
     with pytest.raises(UserError, match=r"train\.precision is 'bf16', but no GPU"):
         main(["recipe.yaml", *CPU, "--dry-run", "--train.precision", "bf16"])
+
+
+@pytest.mark.parametrize(("words", "directive", "processes"), [
+    (["--gpus-per-node", "4"], "gpus-per-node=4", 8), (["--gpus-per-node", "h100:4"], "gpus-per-node=h100:4", 8),
+    (["--gpus-per-node=a100_80gb.x:2"], "gpus-per-node=a100_80gb.x:2", 4), (["--gres", "gpu:4"], "gres=gpu:4", 8),
+    (["--gres", "gpu:h100:2"], "gres=gpu:h100:2", 4), (["--gres", "gpu"], "gres=gpu", 2),
+    (["--gres", "nvme:1,gpu:h100:8"], "gres=nvme:1,gpu:h100:8", 16),
+])  # fmt: skip
+def test_gpus_are_asked_for_as_clusters_want_it(recipe, capsys, words, directive, processes):
+    main(["recipe.yaml", "--nodes", "2", *words, "--dry-run", "--train.batch_size", "16"])
+    said = capsys.readouterr().err
+    assert f"#SBATCH --{directive}\n" in said
+    assert f"--num_processes={processes}" in said
+    assert "--cpu " not in said
