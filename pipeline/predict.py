@@ -34,8 +34,9 @@ def predict(
     The probabilities are calibrated if the model was exported after an evaluation; 0.5 is then the best cut.
 
     It may be interrupted at any moment: answers are kept as they are made, and the same command goes on after them,
-    with the photos that it found at the first start. Another model, batch size or input starts anew. The output appears
-    when all is done. Under a launcher any number of processes share the photos, and the answers are the same.
+    with the photos that it found at the first start. Another model, backbone, batch size or input starts anew. The
+    output appears when all is done. Under a launcher any number of processes share the photos, and the answers are the
+    same.
 
     Args:
         model: Folder of a trained or exported model.

@@ -105,9 +105,10 @@ def _write_split(folder: Path, name: str, labels: list[int | None], text_dim: in
                 gps_cluster=number // 2 % 2, sample_weight=1.0, metadata=METADATA,
                 text_vector=tuple(text.tolist()) if text_dim and number % 2 == 0 else None,
             )  # fmt: skip
-            members = {"jpg": photo, "json": json.dumps(record.to_json()).encode()}
+            told = json.dumps(record.to_json()).encode()
+            members, digest = {"jpg": photo, "json": told}, hashlib.sha256(told).hexdigest()
             places = {extension: _add(tar, f"{record.key}.{extension}", data) for extension, data in members.items()}
-            samples.append(Sample(record.key, 0, places, label, record.group, record.gps_cluster, 1.0, 96, 64))
+            samples.append(Sample(record.key, 0, places, label, record.group, record.gps_cluster, 1.0, 96, 64, digest))
     shard = Shard(path.name, path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest(), len(samples))
     return Split((shard,), tuple(samples))
 

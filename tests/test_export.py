@@ -137,6 +137,35 @@ def test_weights_that_do_not_survive_the_trip_are_noticed(run, monkeypatch):
         export(run)
 
 
+@pytest.mark.parametrize(("value", "half", "cure"), [(torch.nan, False, "train it"), (1e6, True, "without --half")])
+def test_a_model_whose_answer_is_no_number_is_not_exported(run, tmp_path, value, half, cure):
+    model = RoadworkModel.from_pretrained(run / "model")
+    with torch.no_grad():
+        next(model.head.parameters()).fill_(value)
+    model.save_pretrained(run / "model")
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({"best": summary["best"]}))
+    with pytest.raises(UserError, match=f"the model's answer is not a number.*{cure}"):
+        export(run, out=tmp_path / "new", half=half)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_whose_backbone_moved_is_evaluated_exported_and_fitted_from_its_new_place(run, tmp_path):
+    values = json.loads((run / "model" / "config.json").read_text())
+    place = str(shutil.copytree(values["backbone"], tmp_path / "moved"))
+    gone = {**values, "backbone": str(tmp_path / "gone")}
+    (run / "model" / "config.json").write_text(json.dumps(gone))
+    for command in (evaluate, early_exit, export):
+        with pytest.raises(UserError, match=r"cannot load the backbone .*with --backbone \("):
+            command(run)
+    evaluate(run, workers=0, backbone=place)
+    early_exit(run, max_loss=0.3, workers=0, backbone=place)
+    evaluate(run, workers=0, backbone=place)
+    summary = json.loads(export(run, backbone=place).read_text())
+    assert summary["largest_logit_difference"] == 0
+    assert RoadworkModel.from_pretrained(run / "model", backbone=place).config.stopping is not None
+
+
 def test_the_card_shows_results_data_and_licences(run):
     export(run)
     card, test = (

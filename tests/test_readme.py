@@ -101,9 +101,7 @@ def test_the_way_on_your_own_photos(place):
             (error,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
             assert error.startswith("error: cannot load the backbone 'facebook/dinov3-vith16plus-pretrain-lvd1689m'")
             assert "Traceback" not in process.stderr
-        elif command.startswith(
-            "./launch.sh doctor"
-        ):  # for GPUs; a small machine lacks memory for it
+        elif command.startswith("./launch.sh doctor"):  # for GPUs; a small machine lacks memory for it
             assert process.returncode in (0, 3), process.stderr
             bad = set(re.findall(r"^bad +(\w+)", process.stdout + process.stderr, re.MULTILINE))
             assert bad <= {"backbone", "host"}, process.stderr

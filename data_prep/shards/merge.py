@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data_prep.shards.plan import Plan, read_entries
+from data_prep.shards.writer import record_bytes
 from data_prep.work.receipts import Receipts
 from data_prep.work.workplace import REJECTS_NAME, Workplace
 from pipeline.data.index import INDEX_NAME, SPLITS, Index, Sample, Shard, Split, read_index, shares
@@ -91,7 +93,8 @@ def _index(folder: Path, plan: Plan) -> Index:
             record, members = entry["record"], {name: (at[0], at[1]) for name, at in places.items()}
             same = {name: record[name] for name in ("key", "label", "group", "width", "height")}
             near = {"cluster": record["gps_cluster"], "weight": record["sample_weight"]}
-            samples[tar.split].append(Sample(shard=number, members=members, **same, **near))
+            digest = hashlib.sha256(record_bytes(record)).hexdigest()
+            samples[tar.split].append(Sample(shard=number, members=members, **same, **near, record_sha256=digest))
     extra = {"source_kind": plan.source_kind, "text_dim": plan.text_dim}
     splits = {name: Split(tuple(tars[name]), tuple(samples[name])) for name in SPLITS}
     train = splits["train"]

@@ -159,6 +159,7 @@ def _record(photo: Photo, row: int, decisions: Decisions, texts: TextVectors | N
         gps_cluster=int(decisions.clusters[row]),
         sample_weight=round(float(decisions.weights[row]), 6),
         text_vector=None if texts is None else texts[row],
+        mask_sha256=photo.facts.mask_sha256,
         **seen,
         **told,
     )

@@ -103,10 +103,15 @@ def _members(entry: dict[str, Any]) -> dict[str, bytes]:
     """The members of a sample by extension, in the order of the tar."""
     record = entry["record"]
     photo = _read(entry["photo"], record["sha256"], entry["status"], f"the photo {record['source']}")
-    members = {entry["extension"]: photo, "json": json.dumps(record, allow_nan=False).encode()}
+    members = {entry["extension"]: photo, "json": record_bytes(record)}
     if entry["mask"] is not None:
         members["mask.png"] = _read(entry["mask"], entry["mask_sha256"], None, f"the mask of {record['source']}")
     return dict(sorted(members.items()))
+
+
+def record_bytes(record: dict[str, Any]) -> bytes:
+    """A record as the member `json` of a tar."""
+    return json.dumps(record, allow_nan=False).encode()
 
 
 def _read(content: dict[str, Any], sha256: str, status: list[int] | None, what: str) -> bytes:

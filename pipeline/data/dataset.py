@@ -20,7 +20,7 @@ from pipeline.data.integrity import (
     check_layout,
     check_sample,
     check_tail,
-    read_record,
+    read_member_record,
 )
 from pipeline.data.photo import Scratch, decode, decode_mask, probe
 from pipeline.data.record import Metadata, Record
@@ -239,8 +239,9 @@ class ShardDataset(CheckedFiles, Dataset[dict[str, torch.Tensor]]):
         sample = self.split.samples[row]
         if "mask.png" not in sample.members:
             return None
-        members = self._read(row, ["mask.png"])
+        members = self._read(row, ("json", "mask.png"))
         with self.naming(sample.shard, sample):
+            check_sample(sample, self._homes[row], members)
             return decode_mask(members["mask.png"])
 
     def sample(self, row: int) -> tuple[Record, bytes]:
@@ -258,7 +259,7 @@ class ShardDataset(CheckedFiles, Dataset[dict[str, torch.Tensor]]):
         """The sample's record."""
         sample, members = self.split.samples[row], self._read(row, ("json",))
         with self.naming(sample.shard, sample):
-            return read_record(sample, self._homes[row], members["json"])
+            return read_member_record(sample, self._homes[row], members["json"])
 
     def _read(self, row: int, extensions: Iterable[str]) -> dict[str, bytes]:
         """Members of a sample in one read: they are adjacent in the tar."""

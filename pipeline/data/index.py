@@ -54,6 +54,9 @@ class Sample:
     weight: float
     width: Positive
     height: Positive
+    record_sha256: str | None = None
+    """SHA-256 of the member `json`, which has those of the photo and of the mask; None in shards of before December
+    2026."""
 
     @property
     def photo_extension(self) -> str:

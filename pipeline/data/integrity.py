@@ -160,13 +160,34 @@ def read_record(sample: Sample, split: str, data: bytes) -> Record:
     return record
 
 
+def read_member_record(sample: Sample, split: str, data: bytes) -> Record:
+    """`read_record` of a tar's own member, whose bytes are those that the index has the hash of."""
+    record = read_record(sample, split, data)
+    if sample.record_sha256 is not None and hashlib.sha256(data).hexdigest() != sample.record_sha256:
+        raise Damage("its record is not the one of the index")
+    return record
+
+
 def check_sample(sample: Sample, split: str, members: Mapping[str, bytes]) -> Record:
-    """Read a sample's record, and check that record and photo are those of the index.
+    """Read a sample's record, and check that record, photo and mask are those of the index.
+
+    The index has the record's hash, and the record those of photo and mask; shards of before December 2026 have the
+    photo's alone.
+
+    Args:
+        sample: The sample's entry in the index.
+        split: The split that is read.
+        members: By extension the bytes of `json`, and of the photo and the mask as far as they are read.
 
     Raises:
         Damage: One of them is not.
     """
-    record = read_record(sample, split, members["json"])
-    if hashlib.sha256(members[sample.photo_extension]).hexdigest() != record.sha256:
-        raise Damage("the photo is not the one of its record")
+    record, photo = read_member_record(sample, split, members["json"]), sample.photo_extension
+    hashes = {photo: ("photo", record.sha256), "mask.png": ("mask", record.mask_sha256)}
+    if record.mask_sha256 is not None and "mask.png" not in sample.members:
+        raise Damage("the mask of its record is missing")
+    for extension, (what, wanted) in hashes.items():
+        known = wanted is not None and extension in members
+        if known and hashlib.sha256(members[extension]).hexdigest() != wanted:
+            raise Damage(f"the {what} is not the one of its record")
     return record

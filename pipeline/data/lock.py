@@ -58,7 +58,6 @@ def locked(folder: Path, what: str, way_out: str, shared: bool = False) -> Itera
                 path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
-    if not shared:
         # Only now: over NFS a file that is open stays in its folder under another name.
         with contextlib.suppress(OSError):  # something is in it, or it was renamed or removed
             folder.rmdir()

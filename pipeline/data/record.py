@@ -59,6 +59,8 @@ class Record:
     metadata: Metadata = field(default_factory=Metadata)
     text_vector: tuple[float, ...] | None = None
     """Embedding of the description by the text encoder that the index names; None for NULL."""
+    mask_sha256: str | None = None
+    """SHA-256 of the mask's bytes; None without a mask, and in shards of before December 2026."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `json.dumps`."""

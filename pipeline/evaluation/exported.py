@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 
 from pipeline.data.batch import collate
 from pipeline.data.stand_in import StandIn
+from pipeline.errors import UserError
 from pipeline.evaluation.inference import load_model
 from pipeline.model.roadwork import RoadworkModel
 
@@ -24,10 +26,18 @@ def verify(model: RoadworkModel, folder: Path, half: bool) -> float:
 
     Returns:
         The largest difference of a logit; with weights of full size anything but 0 means a broken export.
+
+    Raises:
+        UserError: The model's answer is not a number.
     """
     batch = collate([StandIn(1, model.config.input_spec, model.config.text_dim)[0]])
     expected = model(batch).logits
     found = load_model(folder, model.device, model.backbone.name)(batch).logits
     difference = float((found - expected).abs().max())
+    if not math.isfinite(difference):
+        raise UserError(
+            "the model's answer is not a number: its weights hold NaN or infinity"
+            + (", or overflow in 16 bits; export without --half, or train it again" if half else "; train it again")
+        )
     assert half or difference == 0, f"the written model differs by {difference} from the one in memory"
     return difference

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel, DINOv3ViTConfig, PreTrainedModel
 
-from pipeline.devices import upload
+from pipeline.devices import has_bf16, upload
 from pipeline.errors import UserError
 from pipeline.model.config import MAX_VIEWS_PER_PASS
-from pipeline.parsing.typed_json import Malformed, Whole, parse_json
+from pipeline.parsing.typed_json import Whole, parse_json
 
 VITH16PLUS = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
 SCENES_TINY = Path(__file__).parents[1] / "assets" / "scenes-tiny"
@@ -40,8 +40,8 @@ def vith16plus_config() -> DINOv3ViTConfig:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """The precision in which the backbone computes: bf16 on CUDA, fp32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """The precision in which the backbone computes: bf16 on a GPU that has it, and fp32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" and has_bf16() else torch.float32
 
 
 # Keys of a transformers configuration that do not change the computation.

@@ -198,7 +198,7 @@ class RoadworkModel(PreTrainedModel):
                     own.load_state_dict(part.state_dict())
         return merged.to(first.device, first.dtype).attach(first.backbone).eval()
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[Any], **kwargs: Any) -> None:  # type: ignore[override]
         """Save the head; its config.json also holds the fingerprints of head and backbone.
 
         Args:
@@ -208,7 +208,7 @@ class RoadworkModel(PreTrainedModel):
         super().save_pretrained(save_directory, **kwargs)
         self.save_config(save_directory)
 
-    def save_config(self, folder: str | os.PathLike[str]) -> None:
+    def save_config(self, folder: str | os.PathLike[Any]) -> None:
         """Write config.json beside weights that are saved already."""
         if self.encoder.backbone is not None:
             self.config.backbone_sha256 = self.encoder.backbone.fingerprint

@@ -95,6 +95,12 @@ def without(name: str) -> Callable[[list[Member]], list[Member]]:
     return lambda members: [member for member in members if member[0].name != name]
 
 
+def without_hashes(split: dict) -> None:
+    """A change of a split in the index, to what it was in shards of before December 2026."""
+    for sample in split["samples"]:
+        sample["record_sha256"] = None
+
+
 def swapped_bit(name: str) -> Callable[[list[Member]], list[Member]]:
     """A change of one bit in the middle of a member."""
 

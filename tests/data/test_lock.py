@@ -59,6 +59,12 @@ def test_the_lock_of_a_killed_process_is_free_at_once_even_if_its_children_live(
         assert (tmp_path / "run" / LOCK_NAME).read_text().split()[1] == str(os.getpid())
 
 
+def test_an_empty_folder_goes_after_an_error_too(tmp_path):
+    with pytest.raises(ValueError, match="stop"), locked(tmp_path / "run", "x", "y"):
+        raise ValueError("stop")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_folder_stays_where_something_is_in_it(tmp_path):
     with locked(tmp_path / "run", "x", "y"):
         (tmp_path / "run" / "file").touch()

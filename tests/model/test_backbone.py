@@ -11,7 +11,7 @@ from transformers import DINOv3ViTModel, ViTConfig, ViTModel
 
 from pipeline.errors import UserError
 from pipeline.model import backbone as room
-from pipeline.model.backbone import FrozenBackbone, pool_cells, pool_regions, vith16plus_config
+from pipeline.model.backbone import FrozenBackbone, compute_dtype, pool_cells, pool_regions, vith16plus_config
 
 REGISTERS = 3
 
@@ -134,9 +134,9 @@ def test_half_precision_is_loaded_as_such_and_is_the_rounded_weights(backbone, d
     usual, loaded = room.AutoModel.from_pretrained, []
 
     def load(*words, **options):
-        model = usual(*words, **options)
+        model, report = usual(*words, **options)
         loaded.extend(parameter.clone() for parameter in model.parameters())
-        return model
+        return model, report
 
     monkeypatch.setattr(room.AutoModel, "from_pretrained", load)
     FrozenBackbone(dinov3_folder)
@@ -234,3 +234,11 @@ def test_regions_of_half_precision_tokens_are_not_biased():
     region = pool_regions(patches, torch.tensor([[[0.0, 0.0, 1.0, 1.0]]]))
     assert region.dtype == torch.bfloat16
     assert region.item() == 1.9921875
+
+
+@pytest.mark.parametrize(("device", "has", "dtype"), [
+    ("cpu", True, torch.float32), ("cuda", True, torch.bfloat16), ("cuda:1", False, torch.float32),
+])  # fmt: skip
+def test_the_backbone_computes_in_bf16_only_where_the_gpu_does(monkeypatch, device, has, dtype):
+    monkeypatch.setattr("pipeline.model.backbone.has_bf16", lambda: has)
+    assert compute_dtype(torch.device(device)) == dtype
