@@ -24,6 +24,8 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped on request, running agai
 RANK_ZERO_FIRST_S = 3.0
 LOST_PEER_FIRST_S = 2.0
 
+MOST_SHOWN = 200  # characters of a value in a message
+
 LAUNCH_SH = Path(__file__).resolve().parents[1] / "launch.sh"
 
 # A worker's own exit status does not survive `accelerate launch`, so it is written to this file too.
@@ -67,7 +69,13 @@ class UserError(ValueError):
 def require(condition: bool, key: str, value: object, allowed: str) -> None:
     """Refuse a configuration value; the message has the key, the value and what is allowed."""
     if not condition:
-        raise UserError(f"{key} is {value!r}, but must be {allowed}")
+        raise UserError(f"{key} is {shown(value)}, but must be {allowed}")
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it; of a long one the beginning."""
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 # A test of a value, and what is allowed, in words.

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.gpu.commands import answer, finished, module
@@ -135,6 +136,8 @@ def launch_settings(stage: int, processes: int) -> dict[str, Any]:
 
 def trained_here(words: Sequence[str], deepspeed: Path) -> None:
     """Train in this process, without the launcher and its imports."""
+    # This process is a fork. Its first threads would set up PyTorch's pool at the same time, which fails now and then.
+    torch.set_num_threads(torch.get_num_threads())
     os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(deepspeed)
     sys.argv = ["train.py", "--config", *words]
     train.main()

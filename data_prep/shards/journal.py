@@ -5,12 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.photos.inspection import Facts, Reject
 from data_prep.sources.content import Content, Location, content_to_json
+from pipeline.parsing.typed_json import Malformed, parse_json
+
+
+@dataclass(frozen=True)
+class _Line:
+    key: str
+    facts: dict[str, Any] | None
+    reject: dict[str, Any] | None = None
 
 
 class Journal:
@@ -44,14 +52,14 @@ class Journal:
                 return 0
             good = len(first)
             for line in stream:
-                try:
-                    values = json.loads(line)
-                except ValueError:
-                    break
                 if not line.endswith(b"\n"):
                     break
-                facts = values["facts"]
-                self._known[values["key"]] = Reject(**values["reject"]) if facts is None else Facts.from_json(facts)
+                try:
+                    values = parse_json(line, _Line)
+                    known = Reject(**(values.reject or {})) if values.facts is None else Facts.from_json(values.facts)
+                except (Malformed, KeyError, TypeError, ValueError):  # what follows is looked at again
+                    break
+                self._known[values.key] = known
                 good += len(line)
         return good
 

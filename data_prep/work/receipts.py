@@ -6,14 +6,22 @@ import errno
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.data.storage import open_folder
 from pipeline.errors import UserError
 from pipeline.files import sha256_of, write_text
+from pipeline.parsing.typed_json import Malformed, Whole, load_json, to_type
 
 RECEIPTS_FOLDER = "receipts"
+
+
+@dataclass(frozen=True)
+class _Receipt:
+    bytes: Whole
+    sha256: str
 
 
 class Receipts:
@@ -36,8 +44,16 @@ class Receipts:
         return self._path(name).exists()
 
     def read(self, name: str) -> dict[str, Any]:
-        """The receipt of a finished file. Raises FileNotFoundError."""
-        receipt: dict[str, Any] = json.loads(self._path(name).read_text())
+        """The receipt of a finished file.
+
+        Raises:
+            FileNotFoundError: There is none, or it cannot be read, which is the same: its file is made again.
+        """
+        try:
+            receipt: dict[str, Any] = load_json(self._path(name).read_bytes())
+            to_type(receipt, _Receipt)
+        except Malformed as error:
+            raise FileNotFoundError(errno.ENOENT, f"no receipt ({error})", str(self._path(name))) from error
         return receipt
 
     def write(self, name: str, receipt: dict[str, Any]) -> None:
@@ -58,8 +74,13 @@ class Receipts:
     def missing(self, names: Sequence[str]) -> list[str]:
         """The files among `names` that have no receipt, are absent, or have another length than their receipt says."""
         sizes = open_folder(self.upload or self.folder).sizes(names)
-        found = zip(names, sizes, strict=True)
-        return [name for name, size in found if not self.exists(name) or self.read(name)["bytes"] != size]
+        return [name for name, size in zip(names, sizes, strict=True) if size is None or size != self._bytes(name)]
+
+    def _bytes(self, name: str) -> int | None:
+        try:
+            return int(self.read(name)["bytes"])
+        except FileNotFoundError:
+            return None
 
     def _path(self, name: str) -> Path:
         return (self.folder / RECEIPTS_FOLDER / name).with_suffix(".json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +16,7 @@ from pipeline.data.lock import LOCK_NAME, locked
 from pipeline.data.storage import is_url, open_folder
 from pipeline.errors import UserError, require
 from pipeline.files import replace_folder, sync
+from pipeline.parsing.typed_json import load_json
 
 if TYPE_CHECKING:
     from pipeline.data.features import FeatureShard
@@ -100,7 +100,7 @@ class Workplace:
     def planned(self, from_json: Callable[[dict[str, Any]], Found]) -> Found | None:
         """The plan in the hidden folder; None where there is no plan that can be read."""
         try:
-            return from_json(json.loads((self.path / HEADER_NAME).read_text()))
+            return from_json(load_json((self.path / HEADER_NAME).read_bytes()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 

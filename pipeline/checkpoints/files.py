@@ -22,13 +22,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from pipeline.files import sha256_of, sync, whole_file
+from pipeline.parsing.typed_json import Malformed, Whole, parse_json
 
+T = TypeVar("T")
 Tensors = Mapping[str, torch.Tensor]
 
 WEIGHTS, OPTIMIZER, AVERAGE = (f"{name}.safetensors" for name in ("weights", "optimizer", "average"))
@@ -50,8 +52,39 @@ class Damaged(Exception):
 class Entry:
     """A file's entry in the manifest."""
 
-    bytes: int
+    bytes: Whole
     sha256: str
+
+
+@dataclass(frozen=True)
+class _Marker:
+    manifest_sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    format: int
+    files: dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class _Best:
+    step: Whole
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class _State:
+    """What is read of the trainer's state; other keys are what the trainer likes."""
+
+    step: Whole
+    config: dict[str, dict[str, Any]] | None = None
+    best: _Best | None = None
+    validations_since_best: Whole = 0
+    validated_step: Whole = 0
+    wall_s: float = 0.0
+    skips: Whole = 0
+    rollbacks: Whole = 0
 
 
 def name_of(step: int) -> str:
@@ -174,15 +207,12 @@ def read_manifest(read: Callable[[str], bytes]) -> dict[str, Entry]:
         Damaged: The checkpoint is incomplete, or its manifest is not the one that was written.
     """
     marker, manifest = (_present(name, read) for name in (MARKER, MANIFEST))
-    if _parse(MARKER, marker).get("manifest_sha256") != hashlib.sha256(manifest).hexdigest():
+    if _parse(MARKER, marker, _Marker).manifest_sha256 != hashlib.sha256(manifest).hexdigest():
         raise Damaged(f"{MANIFEST} has another SHA-256 than {MARKER} says")
-    values = _parse(MANIFEST, manifest)
-    if values.get("format") != FORMAT or set(values.get("files", ())) != set(FILES):
+    found = _parse(MANIFEST, manifest, _Manifest)
+    if found.format != FORMAT or found.files.keys() != set(FILES):
         raise Damaged(f"{MANIFEST} is not that of a checkpoint of this version")
-    try:
-        return {name: Entry(**entry) for name, entry in values["files"].items()}
-    except TypeError as error:
-        raise Damaged(f"{MANIFEST} does not give bytes and SHA-256 of each file") from error
+    return found.files
 
 
 def _present(name: str, read: Callable[[str], bytes]) -> bytes:
@@ -192,14 +222,11 @@ def _present(name: str, read: Callable[[str], bytes]) -> bytes:
         raise Damaged(f"{name} is missing") from error
 
 
-def _parse(name: str, data: bytes) -> dict[str, Any]:
+def _parse(name: str, data: bytes, kind: type[T]) -> T:
     try:
-        values = json.loads(data)
-    except ValueError as error:
-        raise Damaged(f"{name} is no JSON") from error
-    if not isinstance(values, dict):
-        raise Damaged(f"{name} is no JSON object")
-    return values
+        return parse_json(data, kind)
+    except Malformed as error:
+        raise Damaged(f"{name} cannot be read: {error}") from error
 
 
 def check_checkpoint(path: Path) -> None:
@@ -215,7 +242,7 @@ def check_checkpoint(path: Path) -> None:
             raise Damaged(f"{strangers[0]} does not belong to a checkpoint")
         for name, entry in entries.items():
             check_file(path / name, entry)
-        if read_state(path).get("step") != step_of(path.name):
+        if read_state(path)["step"] != step_of(path.name):
             raise Damaged(f"{STATE} is of another step")
     except OSError as error:
         raise Damaged(str(error)) from error
@@ -242,8 +269,14 @@ def check_file(path: Path, entry: Entry) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The trainer's state in a checkpoint."""
-    return _parse(STATE, (path / STATE).read_bytes())
+    """The trainer's state in a checkpoint.
+
+    Raises:
+        Damaged: It cannot be read.
+    """
+    data = (path / STATE).read_bytes()
+    _parse(STATE, data, _State)
+    return _parse(STATE, data, dict[str, Any])
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

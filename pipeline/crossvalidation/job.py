@@ -163,7 +163,7 @@ def _is_finished(run: Path, identity: dict[str, Any]) -> bool:
         if (run / "config.yaml").exists() or any(run.glob("*.safetensors")):
             raise UserError(f"{run} holds a training run or a model, not a cross-validation; choose another --run")
         return False
-    if not (run / "folds").is_dir():  # the first fold was refused
+    if not any((run / "folds").glob("*/*")):  # the first fold was refused
         return False
     before = json.loads(path.read_text())
     changed = [

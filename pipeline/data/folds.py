@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.data.index import SPLITS, Index, Sample, Shard, Split, read_index
 from pipeline.data.weights import sample_weights
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
 from pipeline.files import write_text
 from pipeline.parsing.typed_json import Malformed, Whole, load_json, to_type
 
@@ -62,7 +62,7 @@ def read_folds(path: Path, index: Index) -> Folds:
         values = load_json(path.read_bytes())
         found_format = values.get("format") if isinstance(values, dict) else None
         if found_format != FORMAT:
-            raise Malformed(f"its format is {found_format!r}, and not {FORMAT!r}")
+            raise Malformed(f"its format is {shown(found_format)}, and not {FORMAT!r}")
         folds = to_type(values, Folds)
     except FileNotFoundError as error:
         raise UserError(f"data.folds is {str(path)!r}, and there is no such file; `crossval` makes one") from error

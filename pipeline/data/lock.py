@@ -47,33 +47,43 @@ def locked(folder: Path, what: str, way_out: str, shared: bool = False) -> Itera
             os.close(descriptor)
             descriptor = _open(path)
             held = _take(path, descriptor, what, way_out, shared)
-        forget = _ClosedInChildren(descriptor)
+        owner = _Owner(descriptor)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
-        try:
-            yield held
-        finally:
-            forget.over = True
+    except BaseException:
+        _close(descriptor, folder)
+        raise
+    try:
+        yield held
+    finally:
+        if owner.is_here:
+            owner.is_here = False
             if not shared:
                 path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-        # Only now: over NFS a file that is open stays in its folder under another name.
-        with contextlib.suppress(OSError):  # something is in it, or it was renamed or removed
-            folder.rmdir()
+            _close(descriptor, folder)
 
 
-class _ClosedInChildren:
-    """Closes a descriptor in processes that Python forks: they would hold the lock for longer than its owner lives."""
+class _Owner:
+    """Closes the lock's descriptor in processes that Python forks: they would hold it for longer than its owner lives.
+
+    They leave the file alone, too, however they end.
+    """
 
     def __init__(self, descriptor: int):
-        self.descriptor, self.over = descriptor, False
-        os.register_at_fork(after_in_child=self._close)
+        self.descriptor, self.is_here = descriptor, True
+        os.register_at_fork(after_in_child=self._leave)
 
-    def _close(self) -> None:
-        if not self.over:
-            self.over = True
+    def _leave(self) -> None:
+        if self.is_here:
+            self.is_here = False
             os.close(self.descriptor)
+
+
+def _close(descriptor: int, folder: Path) -> None:
+    os.close(descriptor)
+    # Only now: over NFS a file that is open stays in its folder under another name.
+    with contextlib.suppress(OSError):  # something is in it, or it was renamed or removed
+        folder.rmdir()
 
 
 def _open(path: Path) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.data.index import Label
+from pipeline.errors import shown
 from pipeline.names import DAYTIME, SCENE, WEATHER
 from pipeline.parsing.typed_json import Positive, Whole
 
@@ -32,7 +33,7 @@ class Metadata:
         ):  # fmt: skip
             unknown = [word for word in words if word is not None and word not in known]
             if unknown:
-                raise ValueError(f"{name} has {unknown[0]!r}, which is not in the vocabulary")
+                raise ValueError(f"{name} has {shown(unknown[0])}, which is not in the vocabulary")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ Training, `doctor` and `slurm` all call `engine_settings`, so none of them accep
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any
 
 from pipeline.config import Config, TrainConfig, find_configuration
 from pipeline.distributed.experts import check_grouped_mm, expert_settings, resolve_expert_parallel
-from pipeline.errors import UserError
+from pipeline.errors import UserError, shown
+from pipeline.parsing.typed_json import Malformed, load_json
 
 DEFAULT_DEEPSPEED = "ds_configs/zero2.json"
 # Sections that DeepSpeed 0.19.8 has removed and refuses at the start of a run.
@@ -165,8 +165,8 @@ def read_deepspeed(file: Path) -> dict[str, Any]:
         UserError: The file is missing, or not a JSON object.
     """
     try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        values = load_json(file.read_bytes())
+    except (OSError, Malformed) as error:
         raise UserError(
             f"cannot read the DeepSpeed configuration {file} ({error}); name another file as deepspeed_config_file in "
             "the accelerate configuration"
@@ -177,7 +177,7 @@ def read_deepspeed(file: Path) -> dict[str, Any]:
     for name in SECTIONS:
         section = values.get(name, zero.get(name, {}) if isinstance(zero, dict) else {})
         if not isinstance(section, dict):
-            raise UserError(f"{file}: {name} is {section!r}, but must be an object, as in {DEFAULT_DEEPSPEED}")
+            raise UserError(f"{file}: {name} is {shown(section)}, but must be an object, as in {DEFAULT_DEEPSPEED}")
     return values
 
 
@@ -186,7 +186,8 @@ def deepspeed_problems(deepspeed: dict[str, Any]) -> Iterator[str]:
     zero = deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        yield f"zero_optimization.stage is {stage!r}, but must be 0, 1, 2 or 3"
+        yield f"zero_optimization.stage is {shown(stage)}, but must be 0, 1, 2 or 3"
+        return
     for key in ("optimizer", "scheduler"):
         if key in deepspeed:
             yield f"it has the section {key}, but the recipe's own (optim) is used; take it out"

@@ -73,7 +73,7 @@ def _load_dinov3(name: str, dtype: torch.dtype, local_files_only: bool, option: 
             source, dtype=dtype, attn_implementation="sdpa", local_files_only=local_files_only, use_safetensors=True,
             output_loading_info=True,
         )  # fmt: skip
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged folder ends transformers in many ways
         if Path(source).is_dir():

@@ -83,6 +83,8 @@ def to_type(values: Any, kind: type[T]) -> T:
         message, _, place = str(error).replace("`", "").partition(" - at ")
         where = re.sub(r"^\$\.?", "", place)
         raise Malformed(f"{where}: {message[0].lower()}{message[1:]}" if where else message) from error
+    except UnicodeEncodeError as error:  # msgspec looks into a text that stands where none is expected
+        raise Malformed(f"expected another value than the text {error.object[:20]!r}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

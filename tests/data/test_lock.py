@@ -59,6 +59,17 @@ def test_the_lock_of_a_killed_process_is_free_at_once_even_if_its_children_live(
         assert (tmp_path / "run" / LOCK_NAME).read_text().split()[1] == str(os.getpid())
 
 
+def test_a_forked_process_that_leaves_the_block_takes_nothing_with_it(tmp_path):
+    with locked(tmp_path / "run", "x", "y"):
+        child = os.fork()
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+            assert (tmp_path / "run" / LOCK_NAME).exists()
+    if not child:
+        os._exit(0)  # without an error so far
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_empty_folder_goes_after_an_error_too(tmp_path):
     with pytest.raises(ValueError, match="stop"), locked(tmp_path / "run", "x", "y"):
         raise ValueError("stop")

@@ -65,3 +65,11 @@ def test_a_value_of_another_type_is_named_with_its_place(change, said):
 def test_what_is_no_object_is_refused(text):
     with pytest.raises(Malformed, match=r"^Expected object, got"):
         parse_json(text, Box)
+
+
+def test_half_a_character_is_a_text_like_any_other_and_no_number():
+    """Names of files that are not UTF-8 stand like that in what we write ourselves."""
+    text = json.dumps(GOOD).replace('"x"', '"\\udcff"')
+    assert parse_json(text, Box).parts["a"].name == "\udcff"
+    with pytest.raises(Malformed, match="expected another value than the text"):
+        parse_json(text.replace('"share": 1', '"share": "\\ud800"'), Box)
