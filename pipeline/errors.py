@@ -46,6 +46,14 @@ FIXABLE_ERRNOS = frozenset(
 LOST_PEER = re.compile(r"[Cc]onnection (closed|reset) by peer|[Bb]roken pipe|remote process exited|socketTest")
 
 
+# Messages of torch's loaders where /dev/shm, through which their workers hand batches over, is full.
+NO_SHARED_MEMORY = re.compile(r"Bus error|out of shared memory|</?torch_\d+|unable to mmap \d+ bytes")
+SHARED_MEMORY = (
+    "/dev/shm, through which workers hand batches over, is full or too small; start the container with --shm-size=8g "
+    "or --ipc=host, or read in fewer workers (--workers 0, in training --data.workers 0, needs no shared memory)"
+)
+
+
 def in_checkout() -> bool:
     """Whether this is a checkout of the project, which has launch.sh, and not an installed wheel."""
     return LAUNCH_SH.is_file()
@@ -129,7 +137,7 @@ class AuditFailed(Exception):
         self.summary = summary
 
 
-def run(main: Callable[[], Path | str | None]) -> int:
+def run(main: Callable[[], Path | str | None]) -> int:  # noqa: PLR0912  (a branch for each way to end)
     """Run a command's main function and turn its end into an exit status.
 
     A `UserError` becomes one line on stderr and status 2, a failed audit status 3, a request to stop status 75. System
@@ -153,12 +161,17 @@ def run(main: Callable[[], Path | str | None]) -> int:
     except FloatingPointError as error:
         status, message = EXIT_FAILED, f"failed: {error}"
     except RuntimeError as error:
-        if not LOST_PEER.search(str(error)):
+        if NO_SHARED_MEMORY.search(str(error)):
+            status, message = EXIT_USER, f"error: {SHARED_MEMORY}"
+        elif LOST_PEER.search(str(error)):
+            # Not the run's outcome: the launcher knows how the other rank ended, and may restart all of them.
+            print(
+                f"rank {os.environ.get('RANK', '0')} lost the connection to another rank", file=sys.stderr, flush=True
+            )
+            time.sleep(LOST_PEER_FIRST_S)  # the rank that failed first is to be the first whose end the launcher sees
+            return EXIT_FAILED
+        else:
             raise
-        # Not the run's outcome: the launcher knows how the other rank ended, and may restart all of them.
-        print(f"rank {os.environ.get('RANK', '0')} lost the connection to another rank", file=sys.stderr, flush=True)
-        time.sleep(LOST_PEER_FIRST_S)  # the rank that failed first is to be the first whose end the launcher sees
-        return EXIT_FAILED
     if os.environ.get("RANK", "0") != "0" and status == EXIT_OK:
         return status
     first = _write_state(status, message)
@@ -171,6 +184,13 @@ def run(main: Callable[[], Path | str | None]) -> int:
     if summary is not None:
         print(summary, flush=True)
     return status
+
+
+def _lost_peer() -> int:
+    # Not the run's outcome: the launcher knows how the other rank ended, and may restart all of them.
+    print(f"rank {os.environ.get('RANK', '0')} lost the connection to another rank", file=sys.stderr, flush=True)
+    time.sleep(LOST_PEER_FIRST_S)  # the rank that failed first is to be the first whose end the launcher sees
+    return EXIT_FAILED
 
 
 def explain(error: OSError) -> str:
