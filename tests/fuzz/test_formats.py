@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from data_prep.sources.coco import CocoSource
@@ -22,13 +23,15 @@ from data_prep.sources.metadata import BadLabel, parse, select_fields
 from data_prep.sources.tables import read_rows
 from pipeline.checkpoints import files
 from pipeline.config import ACCELERATE_CONFIGS, CONFIGURATIONS, RECIPES, read_config
-from pipeline.data.features import read_features
+from pipeline.data.feature_dataset import open_split
+from pipeline.data.features import FeatureCache, read_features
 from pipeline.data.folds import Folds, read_folds
 from pipeline.data.index import read_index
 from pipeline.data.integrity import Damage, read_record
 from pipeline.distributed.settings import deepspeed_problems, read_deepspeed
 from pipeline.errors import UserError
 from pipeline.launch.plan import accelerate_problems, read_accelerate
+from pipeline.model.config import InputSpec
 from pipeline.parsing.typed_json import Malformed, load_json
 from pipeline.parsing.yaml_file import parse_yaml
 from tests.checkpoints.examples import write
@@ -74,6 +77,7 @@ class World:
         make_shards(self.shards, {"train": [0, 1, 0, None], "val": [1, 0], "test": [1]}, text_dim=3)
         make_cache(self.cache, self.shards, make_backbone(place / "backbone"))
         self.index = read_index(self.shards)
+        self.stored = self.tokens(self.cache)
         (self.checkpoint,) = write(place / "checkpoints", 7)
         keys = [sample.key for split in self.index.splits.values() for sample in split.samples]
         parts = {key: number % 3 for number, key in enumerate(keys)}
@@ -107,6 +111,30 @@ class World:
         (room / "index.json").write_bytes(data)
         read = read_features(room)
         assert_says({**vars(read), "shards": None}, {**load_json(data), "shards": None})
+
+    def feature_header(self, rng: random.Random, room: Path) -> None:
+        """The header of a file of the cache, of the same length, since a file of another one is refused before."""
+        cache = room / "cache"
+        shutil.copytree(self.cache, cache)
+        file = rng.choice(sorted(cache.glob("*.safetensors")))
+        data = file.read_bytes()
+        end = 8 + int.from_bytes(data[:8], "little")
+        file.write_bytes(mutate(data[:end], rng, same_length=True) + data[end:])
+        read = self.tokens(cache)
+        assert all(
+            torch.equal(one[name], other[name]) for one, other in zip(read, self.stored, strict=True) for name in one
+        )
+
+    def tokens(self, cache: Path) -> list[dict[str, torch.Tensor]]:
+        """Tokens of all photos, read from a cache."""
+        opened = FeatureCache(str(cache), read_features(cache))
+        found = []
+        for name, split in self.index.splits.items():
+            data = open_split(str(self.shards), self.index, name, InputSpec(32), opened)
+            found += [
+                {kind: data[row][kind] for kind in ("cls", "cells", "regions")} for row in range(len(split.samples))
+            ]
+        return found
 
     def manifest(self, rng: random.Random, room: Path) -> None:
         """Signed again, as after a fault before the writing."""
@@ -172,8 +200,8 @@ def damaged_yaml(text: str, rng: random.Random) -> bytes:
 
 
 FORMATS: tuple[str, ...] = (
-    "index_file", "record", "feature_index", "manifest", "state", "folds_file", "recipe", "accelerate", "deepspeed",
-    "coco_file", "table",
+    "index_file", "record", "feature_index", "feature_header", "manifest", "state", "folds_file", "recipe",
+    "accelerate", "deepspeed", "coco_file", "table",
 )  # fmt: skip
 REFUSED = (UserError, Malformed, Damage, files.Damaged, BadLabel)  # the last is a reject of one row
 
@@ -187,7 +215,7 @@ def test_undamaged_files_are_read(world, tmp_path, monkeypatch):
     """Else the cases below would all be refused for another reason."""
     monkeypatch.setattr(f"{__name__}.damaged_json", lambda values, rng: json.dumps(values).encode())
     monkeypatch.setattr(f"{__name__}.damaged_yaml", lambda text, rng: text.encode())
-    monkeypatch.setattr(f"{__name__}.mutate", lambda data, rng: data)
+    monkeypatch.setattr(f"{__name__}.mutate", lambda data, rng, **options: data)
     for name in FORMATS:
         (tmp_path / name).mkdir()
         getattr(world, name)(random.Random(3), tmp_path / name)
