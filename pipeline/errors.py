@@ -71,7 +71,7 @@ class UserError(ValueError):
         if message.startswith("Caught UserError in "):
             # A DataLoader raises a worker's error again, with the worker's whole traceback as its message.
             message = message.rpartition(f"{__name__}.UserError: ")[2].strip()
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # names of files and values may hold any character
 
 
 def require(condition: bool, key: str, value: object, allowed: str) -> None:

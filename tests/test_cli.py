@@ -124,3 +124,7 @@ def test_other_ranks_leave_the_word_to_rank_zero(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(os.environ, "RANK", "1")
     assert run(monkeypatch, "paint", "--out", str(tmp_path)) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_mistake_is_one_line_whatever_a_name_holds():
+    assert str(UserError("no photo a\nb\r\nc\x0bd; choose another")) == "no photo a b c d; choose another"

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from pipeline.data.storage import open_folder
-from pipeline.errors import UserError, typed
+from pipeline.errors import UserError, shown, typed
 from pipeline.parsing.typed_json import Malformed, Positive, Whole, load_json, to_type
 
 PHOTO_EXTENSIONS = ("jpg", "png", "webp")
@@ -205,7 +205,8 @@ def read_index(folder: Path | str) -> Index:
         values = load_json(text)
         version = values.get("format_version") if isinstance(values, dict) else None
         if version != FORMAT_VERSION:
-            raise UserError(f"{path} has format version {version}, this program reads {FORMAT_VERSION}; shard again")
+            known = f"this program reads {FORMAT_VERSION}; shard again"
+            raise UserError(f"{path} has format version {shown(version)}, {known}")
         index = to_type(values, Index)
         to_type(values, _Read)
     except Malformed as error:
