@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.photos.inspection import Facts, Reject
 from data_prep.sources.content import Content, Location, content_to_json
-from pipeline.parsing.typed_json import Malformed, parse_json
+from pipeline.parsing.typed_json import to_type
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Journal:
                 if not line.endswith(b"\n"):
                     break
                 try:
-                    values = parse_json(line, _Line)
+                    values = to_type(json.loads(line), _Line)  # hashes of photos are numbers of more than 63 bits
                     known = Reject(**(values.reject or {})) if values.facts is None else Facts.from_json(values.facts)
-                except (Malformed, KeyError, TypeError, ValueError):  # what follows is looked at again
+                except (ValueError, KeyError, TypeError, RecursionError):  # what follows is looked at again
                     break
                 self._known[values.key] = known
                 good += len(line)
